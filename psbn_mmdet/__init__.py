@@ -1,0 +1,48 @@
+"""Post-shifted batch normalization (psBN, arXiv 2001.11216) for the MMDetection ecosystem.
+
+Importing the package registers its layers, under their own names for every
+library built on mmengine and under the scope ``psbn_mmdet``.
+"""
+
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.registry import MODELS as MMENGINE_MODELS
+
+from . import norm
+from .norm import (
+    psBN,
+    psBN1d,
+    psBN2d,
+    psBN3d,
+    psIN,
+    psIN1d,
+    psIN2d,
+    psIN3d,
+    psSyncBN,
+    to_bn,
+    to_psbn,
+)
+from .registry import MODELS
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "psBN",
+    "psBN1d",
+    "psBN2d",
+    "psBN3d",
+    "psIN",
+    "psIN1d",
+    "psIN2d",
+    "psIN3d",
+    "psSyncBN",
+    "to_bn",
+    "to_psbn",
+]
+
+for _name in __all__:
+    if _name.startswith("ps"):
+        for _registry in (MODELS, MMENGINE_MODELS):
+            _registry.register_module(_name, force=True, module=getattr(norm, _name))
+
+# So that configs can inherit `psbn_mmdet::retinanet/...`.
+MODULE2PACKAGE["psbn_mmdet"] = "psbn_mmdet"
