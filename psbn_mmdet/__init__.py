@@ -7,7 +7,7 @@ library built on mmengine and under the scope ``psbn_mmdet``.
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import MODELS as MMENGINE_MODELS
 
-from . import norm
+from . import checkpoint, norm  # noqa: F401  checkpoint allows what mmengine's own hold
 from .norm import (
     psBN,
     psBN1d,

@@ -1,0 +1,268 @@
+"""Checkpoints: loading without running code, BN to psBN and back, the last whole one.
+
+``torch.load(weights_only=True)`` builds tensors, containers and the classes on
+an allow-list, and runs nothing that the file says. mmengine's own checkpoints
+hold a few harmless classes besides, which importing this module allows;
+without it mmengine 0.10 cannot resume under torch >= 2.6.
+"""
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from mmengine.logging.history_buffer import HistoryBuffer
+from torch import Tensor, nn
+
+from .norm import _check_alpha, _check_load_bn, _PostShift
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message is one line that says why and what to do."""
+
+
+# A log history in the message hub, and the numpy arrays and scalars in it and in
+# the metrics. None of them runs anything when built.
+_HARMLESS = [
+    HistoryBuffer,
+    np.ndarray,
+    np.dtype,
+    np._core.multiarray._reconstruct,
+    np._core.multiarray.scalar,
+    *{type(np.dtype(t)) for t in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")},
+]
+if hasattr(torch.serialization, "add_safe_globals"):  # torch >= 2.4
+    torch.serialization.add_safe_globals(_HARMLESS)
+
+
+def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
+    """Read a checkpoint of any PyTorch project, running nothing that it carries.
+
+    Args:
+        source: A file written by ``torch.save``, a ``.safetensors`` file, or the
+            URL of either, which is kept in torch's hub cache.
+        map_location: As in ``torch.load``.
+
+    Raises:
+        CheckpointError: The file is missing, cut off, no checkpoint, or carries
+            something other than tensors and plain values.
+    """
+    text = os.fspath(source)
+    path = _download(text) if urlparse(text).scheme in ("http", "https") else Path(text)
+    if not path.is_file():
+        raise CheckpointError(f"{text}: no such file")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path, map_location)
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found:
+            raise CheckpointError(
+                f"{text}: refused, since it carries {found[1]}, which is neither a tensor nor a "
+                "plain value (nothing in it was run); save the model's state_dict() instead"
+            ) from None
+        raise CheckpointError(f"{text}: is no checkpoint of torch") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        if "TorchScript" in str(error):
+            reason = "is a TorchScript archive; save the model's state_dict() instead"
+        elif not is_whole(path):
+            reason = "is cut off or damaged; copy or download it again"
+        else:
+            reason = f"cannot be read: {str(error).splitlines()[0]}"
+        raise CheckpointError(f"{text}: {reason}") from None
+
+
+def _download(url: str) -> Path:
+    """The file of a URL in torch's hub cache, where ``torch.hub`` itself would put it."""
+    path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(url).path))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = re.search(r"-([a-f0-9]{8,})\.", path.name)
+        try:
+            torch.hub.download_url_to_file(url, str(path), digest and digest[1])
+        except (URLError, OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{url}: could not be downloaded ({error}); put the file at {path} by hand"
+            ) from None
+    return path
+
+
+def _load_safetensors(path: Path, map_location: Any) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise CheckpointError(f"{path}: needs the package safetensors; install it") from None
+    try:
+        return load_file(path, device=str(map_location))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: is no whole safetensors file ({error})") from None
+
+
+def state_dict_of(checkpoint: Any, name: str = "the checkpoint") -> dict[str, Tensor]:
+    """The tensors of a model within what :func:`load` returned, by key.
+
+    Looks where PyTorch projects put them: at the top, or under ``state_dict``
+    (mmengine, Lightning), ``model``, ``model_state_dict``, ``net``, ``params``.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if isinstance(checkpoint, Mapping):
+        keys = ("state_dict", "model", "model_state_dict", "net", "params")
+        for candidate in [*(checkpoint.get(key) for key in keys), checkpoint]:
+            if isinstance(candidate, Mapping):
+                tensors = {k: v for k, v in candidate.items() if isinstance(v, Tensor)}
+                if tensors:
+                    return tensors
+    raise CheckpointError(f"{name}: holds no state dict (a mapping of names to tensors)")
+
+
+def _bn_prefixes(state_dict: Mapping[str, Tensor]) -> Iterator[str]:
+    for key in state_dict:
+        prefix, _, last = key.rpartition("running_mean")
+        wanted = ("weight", "bias", "running_var")
+        if not last and key.endswith("running_mean"):
+            if all(prefix + name in state_dict for name in wanted):
+                yield prefix
+
+
+def _psbn_prefixes(state_dict: Mapping[str, Tensor]) -> Iterator[str]:
+    for key in state_dict:
+        if key == "beta" or key.endswith(".beta"):
+            prefix = key[: -len("beta")]
+            if prefix + "alpha" in state_dict and state_dict[prefix + "alpha"].dim() == 0:
+                yield prefix
+
+
+def psbn_state_dict(
+    state_dict: Mapping[str, Tensor], alpha: float = 0.1, load_bn: str = "preserve"
+) -> dict[str, Tensor]:
+    """The state dict of ``to_psbn(model, alpha, load_bn)`` from that of ``model``.
+
+    A layer is BN where ``weight, bias, running_mean, running_var`` stand
+    together (a normalization without running statistics, as InstanceNorm
+    usually is, cannot be told from others and stays), psBN where ``beta`` and
+    ``alpha`` do; the latter are rebased to ``alpha``.
+
+    Raises:
+        CheckpointError: There is no such layer.
+        TypeError, ValueError: A wrong ``alpha`` or ``load_bn``.
+    """
+    alpha, load_bn = _check_alpha(alpha), _check_load_bn(load_bn)
+    bn, psbn = set(_bn_prefixes(state_dict)), set(_psbn_prefixes(state_dict))
+    if not bn | psbn:
+        raise CheckpointError("the state dict holds no BatchNorm layer")
+    converted = {}
+    for key, value in state_dict.items():
+        prefix, _, name = key.rpartition(".")
+        prefix += "." if prefix else ""
+        if prefix in bn and name == "bias":
+            new = torch.tensor(alpha, dtype=value.dtype, device=value.device)
+            converted[prefix + "beta"] = value - new if load_bn == "preserve" else value
+            converted[prefix + "alpha"] = new
+        elif prefix in psbn and name == "beta":
+            old = state_dict[prefix + "alpha"]
+            new = torch.full_like(old, alpha)
+            converted[key] = value + (float(old) - float(new))
+            converted[prefix + "alpha"] = new
+        elif not (prefix in psbn and name == "alpha"):
+            converted[key] = value
+    return converted
+
+
+def bn_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of ``to_bn(model)`` from that of ``model``: ``bias = beta + alpha``.
+
+    Raises:
+        CheckpointError: There is no psBN layer.
+    """
+    psbn = set(_psbn_prefixes(state_dict))
+    if not psbn:
+        raise CheckpointError("the state dict holds no psBN layer (beta and alpha)")
+    converted = {}
+    for key, value in state_dict.items():
+        prefix, _, name = key.rpartition(".")
+        prefix += "." if prefix else ""
+        if prefix in psbn and name == "beta":
+            converted[prefix + "bias"] = value + state_dict[prefix + "alpha"]
+        elif not (prefix in psbn and name == "alpha"):
+            converted[key] = value
+    return converted
+
+
+def mismatch(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool) -> str | None:
+    """Why loading would leave the model computing something else, or None.
+
+    mmengine only warns of such keys and goes on.
+
+    Args:
+        model: The model that is to be loaded into.
+        state_dict: What is to be loaded.
+        strict: Whether every parameter and statistic of the model must come from
+            the state dict, in its shape, as for testing and resuming. If not,
+            only a psBN layer whose plain twin would lose beta and alpha counts.
+    """
+    modules = dict(model.named_modules())
+    for prefix in _psbn_prefixes(state_dict):
+        layer = modules.get(prefix[:-1])
+        if layer is not None and not isinstance(layer, _PostShift):
+            return (
+                f"it is a psBN checkpoint, and the model's {prefix[:-1]} is a "
+                f"{type(layer).__name__}, which would lose its bias: set norm_cfg's type to psBN, "
+                "or convert it with tools/convert_checkpoint.py --to bn"
+            )
+    if not strict:
+        return None
+    bn = {prefix + "bias" for prefix in _bn_prefixes(state_dict)}
+    missing, other = [], []
+    for key, value in model.state_dict().items():
+        bias = re.sub(r"(beta|alpha)$", "bias", key)
+        if key in state_dict:
+            if state_dict[key].shape != value.shape:
+                other.append(key)
+        elif bias not in bn and not key.endswith("num_batches_tracked"):
+            missing.append(key)
+    if other:
+        return (
+            f"{len(other)} tensors have another shape, as {other[0]}: "
+            f"{tuple(state_dict[other[0]].shape)} instead of "
+            f"{tuple(model.state_dict()[other[0]].shape)}; is it of this config?"
+        )
+    if missing:
+        return f"{len(missing)} tensors are missing, as {missing[0]}; is it of this config?"
+    known = set(model.state_dict())
+    extra = [k for k in state_dict if k not in known and k not in bn and "num_batches" not in k]
+    if extra:
+        return (
+            f"{len(extra)} tensors have no place in the model, as {extra[0]}; is it of this config?"
+        )
+    return None
+
+
+def is_whole(path: str | os.PathLike) -> bool:
+    """Whether a file of ``torch.save`` was written to its end.
+
+    It is a zip archive, whose directory comes last: a writer that was killed
+    leaves a file without one.
+    """
+    return zipfile.is_zipfile(path)
+
+
+def latest_whole(work_dir: str | os.PathLike) -> Path | None:
+    """The newest ``epoch_N.pth`` or ``iter_N.pth`` of a work dir that is whole, if any.
+
+    mmengine itself goes by the file ``last_checkpoint``, which a kill at the
+    wrong moment leaves empty.
+    """
+    found = [p for p in Path(work_dir).glob("*.pth") if re.fullmatch(r"(epoch|iter)_\d+", p.stem)]
+    newest_first = sorted(found, key=lambda p: int(p.stem.split("_")[1]), reverse=True)
+    return next((p for p in newest_first if is_whole(p)), None)
