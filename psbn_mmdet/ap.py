@@ -1,0 +1,633 @@
+"""Average precision of COCO result files, and of weighted images, from one matching.
+
+``evaluate`` gives the twelve numbers of pycocotools and the AP of every class, equal to
+pycocotools' own. ``match`` is the part that depends on boxes; ``resample`` is what a bootstrap
+over images needs on top of it: AP where image i counts ``weights[i]`` times.
+
+Why a resample is cheap. Drawing images with replacement changes no match between boxes, only how
+often each image counts. A detection that is no true positive changes precision but never recall,
+so the precision-recall curve can only have its corners at true positives. Per class and IoU
+threshold we therefore keep just those, and read the number of detections above each from one
+running sum of weights that all ten thresholds share.
+
+Why the matching is compiled here. hotcoco evaluates as fast, but hands its matches out as Python
+dicts, one per image and class, which at the size of COCO val2017 takes longer than everything
+else together. Tests hold these matches to pycocotools, crowds, ties and all.
+
+No torch is needed: the module reads JSON and computes with numpy and numba.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+AREAS = {"all": (0.0, 1e10), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}
+IOU = np.linspace(0.5, 0.95, 10)
+RECALL = np.linspace(0.0, 1.0, 101)
+MAX_BOXES = 100  # per image and class, as in pycocotools; AR is also taken at 1 and 10
+
+_FALSE, _TRUE, _IGNORED, _TIED = 0, 1, 2, 3
+
+
+class InputError(ValueError):
+    """A file that cannot be compared; the message names the file, the record and the way out."""
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The columns of a COCO annotation file; images and classes sorted by id as in pycocotools."""
+
+    path: str
+    image_ids: list
+    file_names: list[str]
+    class_ids: list
+    class_names: list[str]
+    image: np.ndarray  # (G,) index into image_ids, of each object
+    cls: np.ndarray  # (G,) index into class_ids
+    box: np.ndarray  # (G, 4) x, y, w, h in pixels
+    area: np.ndarray  # (G,) as annotated: of the mask in COCO, not w * h
+    crowd: np.ndarray  # (G,) bool
+    nameless: np.ndarray  # (G,) bool, id 0: see _match_cells
+
+
+@dataclass(frozen=True)
+class Results:
+    """The columns of a COCO result file, in the order of the file."""
+
+    path: str
+    image: np.ndarray  # (D,) index into Annotations.image_ids
+    cls: np.ndarray  # (D,) index into Annotations.class_ids
+    box: np.ndarray  # (D, 4) x, y, w, h in pixels
+    score: np.ndarray  # (D,)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What one model found in one area range; all that AP depends on, whatever images count.
+
+    Detections (D of them) are sorted by class, then falling score, then image: the order in which
+    pycocotools accumulates. Events are, per class and IoU threshold, the detections that are true
+    or ignored, and the ties described at ``_weighted_ap``.
+    """
+
+    images: int
+    status: np.ndarray  # (10, D) false, true or ignored, per IoU threshold
+    image: np.ndarray  # (D,)
+    score: np.ndarray  # (D,)
+    rank: np.ndarray  # (D,) place by score among the boxes of its image and class
+    source: np.ndarray  # (D,) index into the Results
+    class_start: np.ndarray  # (K + 1,) into the detections
+    tied: np.ndarray  # (D,) how many detections of equal score, image and class start here
+    event: np.ndarray  # (E,) index of a detection
+    event_kind: np.ndarray  # (E,)
+    event_start: np.ndarray  # (K * 10 + 1,) into the events
+    object_image: np.ndarray  # (P,) image of each object that counts, sorted by class
+    object_start: np.ndarray  # (K + 1,) into the objects
+
+
+def load_json(path: str | Path) -> Any:
+    """Reads a JSON file; a missing, unreadable or cut-off one is an ``InputError``."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+    except json.JSONDecodeError as e:
+        raise InputError(
+            f"{path}: not complete JSON, stops making sense at character {e.pos} of "
+            f"{len(e.doc)} ({e.msg}); was the file cut off? Write it again"
+        ) from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not JSON text; pass the .bbox.json file") from None
+
+
+def read_annotations(path: str | Path) -> Annotations:
+    """Reads a COCO instance annotation file (``instances_val2017.json`` and the like).
+
+    Objects of images or classes that the file does not list are left out, as in pycocotools.
+
+    Raises:
+        InputError: for JSON that is cut off or lacks a needed key, or a box that is no box.
+    """
+    data = load_json(path)
+    if not isinstance(data, dict) or not {"images", "annotations", "categories"} <= data.keys():
+        raise InputError(
+            f"{path}: no COCO annotation file: wanted an object with images, annotations and "
+            "categories; pass the file that the model was evaluated with"
+        )
+    try:
+        names = {i["id"]: str(i.get("file_name", "")) for i in data["images"]}
+        classes = {c["id"]: str(c.get("name", c["id"])) for c in data["categories"]}
+        image_of = {id_: i for i, id_ in enumerate(sorted(names))}
+        class_of = {id_: i for i, id_ in enumerate(sorted(classes))}
+        objects = [
+            o
+            for o in data["annotations"]
+            if o["image_id"] in image_of and o["category_id"] in class_of
+        ]
+        box, area = [o["bbox"] for o in objects], [o["area"] for o in objects]
+        ids = [o["id"] for o in objects]
+    except KeyError as e:
+        raise InputError(f"{path}: a record has no {e}, which COCO's evaluation needs") from None
+    except TypeError as e:
+        raise InputError(f"{path}: no COCO annotation file ({e})") from None
+    if len(set(ids)) < len(ids):
+        seen: set = set()
+        twice = next(i for i in ids if i in seen or seen.add(i))
+        raise InputError(f"{path}: annotation id {twice} stands twice; ids must be unique")
+    box = _numbers(box, (len(objects), 4))
+    area = _numbers(area, (len(objects),))
+    if box is None or area is None or not (np.isfinite(box).all() and np.isfinite(area).all()):
+        bad = next(o for o in objects if not _is_box(o["bbox"]) or not _is_number(o["area"]))
+        raise InputError(
+            f"{path}: annotation {bad['id']} has bbox {bad['bbox']} and area {bad['area']}; "
+            "wanted [x, y, w, h] and a number, all finite"
+        )
+    return Annotations(
+        path=str(path),
+        image_ids=list(image_of),
+        file_names=[names[i] for i in image_of],
+        class_ids=list(class_of),
+        class_names=[classes[c] for c in class_of],
+        image=np.array([image_of[o["image_id"]] for o in objects], np.int64),
+        cls=np.array([class_of[o["category_id"]] for o in objects], np.int64),
+        box=box,
+        area=area,
+        crowd=np.array([bool(o.get("iscrowd", 0)) for o in objects], bool),
+        nameless=np.array([i == 0 for i in ids], bool),
+    )
+
+
+def read_results(path: str | Path, annotations: Annotations) -> Results:
+    """Reads a COCO bbox result file: ``[{image_id, category_id, bbox, score}, ...]``.
+
+    An empty list is a model that found nothing.
+
+    Raises:
+        InputError: for JSON that is cut off, an unknown image or class, a box with NaN or a
+            negative size, a score that is no finite number; it names the file and the record.
+    """
+    records = load_json(path)
+    if not isinstance(records, list):
+        raise InputError(
+            f"{path}: no COCO result file: wanted a list of boxes, got {type(records).__name__}"
+        )
+    image_of = {id_: i for i, id_ in enumerate(annotations.image_ids)}
+    class_of = {id_: i for i, id_ in enumerate(annotations.class_ids)}
+    n = len(records)
+    try:
+        image = np.fromiter((image_of.get(r["image_id"], -1) for r in records), np.int64, n)
+        cls = np.fromiter((class_of.get(r["category_id"], -1) for r in records), np.int64, n)
+        box = _numbers([r["bbox"] for r in records], (n, 4))
+        score = _numbers([r["score"] for r in records], (n,))
+        good = box is not None and score is not None
+        good = good and np.isfinite(box).all() and np.isfinite(score).all()
+        good = good and (box[:, 2:] >= 0).all() and (image >= 0).all() and (cls >= 0).all()
+    except (KeyError, TypeError):
+        good = False
+    if not good:
+        for i, r in enumerate(records):
+            if problem := _problem(r, image_of, class_of, annotations.path):
+                raise InputError(f"{path}: record {i}: {problem}")
+        raise InputError(f"{path}: the boxes or scores are not numbers throughout")
+    return Results(str(path), image, cls, box, score)
+
+
+def _numbers(values: list, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The values as float64, or None where they are not all numbers in that shape."""
+    try:
+        array = np.array(values) if values else np.zeros(shape)
+    except ValueError:  # rows of different lengths
+        return None
+    return array.astype(np.float64) if array.shape == shape and array.dtype.kind in "iuf" else None
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and bool(np.isfinite(x))
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, list) and len(x) == 4 and all(map(_is_number, x))
+
+
+def _problem(r: Any, image_of: dict, class_of: dict, annotations: str) -> str | None:
+    """What is wrong with a record of a result file, in words; None if nothing is."""
+    if not isinstance(r, dict):
+        return f"is {r!r:.80}, wanted an object with image_id, category_id, bbox and score"
+    if missing := [k for k in ("image_id", "category_id", "bbox", "score") if k not in r]:
+        return f"has no {' and no '.join(missing)}; only bbox results can be compared"
+    for key, known, what in (("image_id", image_of, "image"), ("category_id", class_of, "class")):
+        if isinstance(r[key], list | dict) or r[key] not in known:
+            return (
+                f"{what} {r[key]!r:.80} is not in {annotations}; compare with the annotation "
+                "file that the model was evaluated with"
+            )
+    if not _is_box(r["bbox"]):
+        return f"bbox is {r['bbox']!r:.120}, wanted four finite numbers [x, y, w, h]"
+    if min(r["bbox"][2:]) < 0:
+        return f"bbox {r['bbox']} has a negative size; wanted [x, y, w, h], not two corners"
+    if not _is_number(r["score"]):
+        return f"score is {r['score']!r:.80}, wanted a finite number"
+    return None
+
+
+def match(annotations: Annotations, results: Results, area: str = "all") -> Matches:
+    """Matches detections to objects as pycocotools does: per image, class and IoU threshold.
+
+    Args:
+        area: ``"all"``, ``"s"``, ``"m"`` or ``"l"``; objects and unmatched detections outside the
+            range are ignored.
+    """
+    low, high = AREAS[area]
+    n, k = len(annotations.image_ids), len(annotations.class_ids)
+    # a cell is an (image, class) pair that has detections; sorts here are stable, so that equal
+    # scores stay in the order of the file
+    key = results.cls * n + results.image
+    order = np.lexsort((-results.score, key))
+    cell, start = np.unique(key[order], return_index=True)
+    rank = np.arange(len(order)) - np.repeat(start, np.diff(np.append(start, len(order))))
+    order, rank = order[rank < MAX_BOXES], rank[rank < MAX_BOXES]
+    det_start = np.append(np.flatnonzero(rank == 0), len(order))
+
+    object_key = annotations.cls * n + annotations.image
+    objects = np.argsort(object_key, kind="stable")
+    ignored = annotations.crowd | (annotations.area < low) | (annotations.area > high)
+    sorted_key = object_key[objects]
+    status = np.zeros((len(IOU), len(order)), np.uint8)
+    _match_cells(
+        results.box[order],
+        det_start,
+        annotations.box[objects],
+        np.searchsorted(sorted_key, cell, "left"),
+        np.searchsorted(sorted_key, cell, "right"),
+        annotations.crowd[objects],
+        ignored[objects],
+        annotations.nameless[objects],
+        np.minimum(IOU, 1 - 1e-10),
+        low,
+        high,
+        status,
+    )
+    # cells come by class and image; by class and score it is what AP accumulates over
+    resort = np.lexsort((-results.score[order], results.cls[order]))
+    order, rank, status = order[resort], rank[resort], np.ascontiguousarray(status[:, resort])
+    image = results.image[order].astype(np.int32)  # half the memory that a resample walks through
+    score, cls = results.score[order], results.cls[order]
+    class_start = np.searchsorted(cls, np.arange(k + 1))
+    same = (image[1:] == image[:-1]) & (score[1:] == score[:-1]) & (cls[1:] == cls[:-1])
+    first = np.flatnonzero(np.append(True, ~same)) if len(order) else np.zeros(0, np.int64)
+    tied = np.zeros(len(order), np.int64)
+    tied[first] = np.diff(np.append(first, len(order)))
+    event, kind, event_start = _events(status, class_start, tied)
+    counted = objects[~ignored[objects]]
+    return Matches(
+        images=n,
+        status=status,
+        image=image,
+        score=score,
+        rank=rank,
+        source=order,
+        class_start=class_start,
+        tied=tied,
+        event=event,
+        event_kind=kind,
+        event_start=event_start,
+        object_image=annotations.image[counted].astype(np.int32),
+        object_start=np.searchsorted(annotations.cls[counted], np.arange(k + 1)),
+    )
+
+
+@numba.njit(cache=True, nogil=True)
+def _match_cells(
+    box, det_start, obj_box, obj_from, obj_to, crowd, ignored, nameless, iou_min, low, high, status
+):
+    """Greedy matching by falling score: each detection takes the free object of highest IoU.
+
+    Crowds can be taken any number of times and are only taken where no counted object fits. Of
+    objects with equal IoU the last one is taken. An object with id 0 is taken but counts as no
+    match, because pycocotools writes the object's id where it later asks for truth.
+    """
+    most = 0
+    for c in range(len(obj_from)):
+        most = max(most, obj_to[c] - obj_from[c])
+    iou = np.empty((MAX_BOXES, max(most, 1)))
+    place = np.empty(max(most, 1), np.int64)
+    taken = np.empty(max(most, 1), np.bool_)
+    for c in range(len(obj_from)):
+        d0, n_det = det_start[c], det_start[c + 1] - det_start[c]
+        n_obj = 0
+        for wanted in (False, True):  # counted objects first, then the ignored
+            for g in range(obj_from[c], obj_to[c]):
+                if ignored[g] == wanted:
+                    place[n_obj] = g
+                    n_obj += 1
+        for d in range(n_det):
+            x, y, w, h = box[d0 + d]
+            for j in range(n_obj):
+                g = place[j]
+                gx, gy, gw, gh = obj_box[g]
+                iw = min(w + x, gw + gx) - max(x, gx)
+                ih = min(h + y, gh + gy) - max(y, gy)
+                iou[d, j] = 0.0
+                if iw > 0 and ih > 0:
+                    inter = iw * ih
+                    iou[d, j] = inter / (w * h if crowd[g] else w * h + gw * gh - inter)
+        for t in range(len(iou_min)):
+            taken[:n_obj] = False
+            for d in range(n_det):
+                best, m = iou_min[t], -1
+                for j in range(n_obj):
+                    g = place[j]
+                    if taken[j] and not crowd[g]:
+                        continue
+                    if m >= 0 and not ignored[place[m]] and ignored[g]:
+                        break
+                    if iou[d, j] >= best:
+                        best, m = iou[d, j], j
+                if m >= 0:
+                    taken[m] = True
+                    if ignored[place[m]]:
+                        status[t, d0 + d] = _IGNORED
+                        continue
+                    if not nameless[place[m]]:
+                        status[t, d0 + d] = _TRUE
+                        continue
+                area = box[d0 + d, 2] * box[d0 + d, 3]
+                if area < low or area > high:
+                    status[t, d0 + d] = _IGNORED
+
+
+@numba.njit(cache=True, nogil=True)
+def _events(status, class_start, tied):
+    """Lists, per class and threshold, what ``_weighted_ap`` has to stop at."""
+    n_thr, n_cls = status.shape[0], len(class_start) - 1
+    start = np.zeros(n_cls * n_thr + 1, np.int64)
+    event = np.empty(0, np.int32)
+    kind = np.empty(0, np.uint8)
+    for fill in (False, True):
+        n = 0
+        for k in range(n_cls):
+            for t in range(n_thr):
+                d = class_start[k]
+                while d < class_start[k + 1]:
+                    run = tied[d]
+                    true = 0
+                    false = 0
+                    for i in range(d, d + run):
+                        true += status[t, i] == _TRUE
+                        false += status[t, i] == _FALSE
+                    if true > 0 and false > 0:
+                        if fill:
+                            event[n], kind[n] = d, _TIED
+                        n += 1
+                    else:
+                        for i in range(d, d + run):
+                            if status[t, i] != _FALSE:
+                                if fill:
+                                    event[n], kind[n] = i, status[t, i]
+                                n += 1
+                    d += run
+                start[k * n_thr + t + 1] = n
+        if not fill:
+            event = np.empty(n, np.int32)
+            kind = np.empty(n, np.uint8)
+    return event, kind, start
+
+
+@numba.njit(cache=True, nogil=True)
+def _weighted_ap(
+    weight,
+    status,
+    image,
+    class_start,
+    tied,
+    event,
+    event_kind,
+    event_start,
+    object_image,
+    object_start,
+    recall,
+    classes,
+    ap,
+    curve,
+):
+    """AP with image i counted ``weight[i]`` times; ap (K, 3) and curve (3, 101) are filled.
+
+    A true positive of weight w lifts precision and recall w times in a row, so of its w points on
+    the curve the last one is the highest and the farthest to the right: one point will do. That
+    fails only where one image has boxes of one class with equal scores, some true and some false:
+    the copies of the image then alternate between them, and are walked one by one.
+    """
+    eps = np.finfo(np.float64).eps  # pycocotools' guard against 0 / 0
+    n_thr, n_rec = status.shape[0], len(recall)
+    above = np.empty(len(image) + 1, np.int64)  # weight of the detections up to here, per class
+    need = np.empty(n_rec + 1, np.int64)
+    best = np.empty(n_rec)
+    curve[:] = 0.0
+    present = 0
+    for k in classes:
+        positives = 0
+        for i in range(object_start[k], object_start[k + 1]):
+            positives += weight[object_image[i]]
+        if positives == 0:
+            ap[k] = np.nan
+            continue
+        present += 1
+        d0 = class_start[k]
+        above[d0] = 0
+        for d in range(d0, class_start[k + 1]):
+            above[d + 1] = above[d] + weight[image[d]]
+        # need[r]: the fewest true positives with need / positives >= recall[r], in floats
+        need[n_rec] = np.iinfo(np.int64).max
+        for r in range(n_rec):
+            n = np.int64(np.ceil(recall[r] * positives))
+            while n > 0 and (n - 1) / positives >= recall[r]:
+                n -= 1
+            while n / positives < recall[r]:
+                n += 1
+            need[r] = n
+        total = 0.0
+        for t in range(n_thr):
+            best[:] = 0.0
+            true, ignored, reached = 0, 0, 0
+            for e in range(event_start[k * n_thr + t], event_start[k * n_thr + t + 1]):
+                d = event[e]
+                w = weight[image[d]]
+                if event_kind[e] == _TRUE:
+                    true += w
+                    while true >= need[reached + 1]:
+                        reached += 1
+                    precision = true / ((above[d + 1] - ignored) + eps)
+                    if precision > best[reached]:
+                        best[reached] = precision
+                elif event_kind[e] == _IGNORED:
+                    ignored += w
+                else:
+                    seen = above[d] - ignored
+                    for _ in range(w):
+                        for i in range(d, d + tied[d]):
+                            seen += status[t, i] != _IGNORED
+                            if status[t, i] == _TRUE:
+                                true += 1
+                                while true >= need[reached + 1]:
+                                    reached += 1
+                                best[reached] = max(best[reached], true / (seen + eps))
+                    ignored = above[d] + w * tied[d] - seen
+            here = 0.0
+            for r in range(n_rec - 1, -1, -1):  # precision: the best at this recall or beyond
+                if r < n_rec - 1 and best[r + 1] > best[r]:
+                    best[r] = best[r + 1]
+                here += best[r]
+                curve[0, r] += best[r]
+            total += here
+            if t == 0 or t == 5:
+                which = 1 if t == 0 else 2
+                ap[k, which] = here / n_rec
+                for r in range(n_rec):
+                    curve[which, r] += best[r]
+        ap[k, 0] = total / (n_rec * n_thr)
+    for r in range(n_rec):
+        curve[0, r] /= max(present, 1) * n_thr
+        curve[1, r] /= max(present, 1)
+        curve[2, r] /= max(present, 1)
+
+
+@numba.njit(cache=True, nogil=True)
+def _weighted_aps(weights, arrays, recall, ap, curve):
+    classes = np.arange(ap.shape[1])
+    for b in range(len(weights)):
+        _weighted_ap(weights[b], *arrays, recall, classes, ap[b], curve[b])
+
+
+def _arrays(m: Matches) -> tuple[np.ndarray, ...]:
+    """The arrays of the matches in the order ``_weighted_ap`` takes them."""
+    return (
+        m.status,
+        m.image,
+        m.class_start,
+        m.tied,
+        m.event,
+        m.event_kind,
+        m.event_start,
+        m.object_image,
+        m.object_start,
+    )
+
+
+def weighted_ap(matches: Matches, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AP as if the data set held image i ``weights[b, i]`` times, for every row b.
+
+    Equal to pycocotools on a data set in which the images are physically repeated, the copies of
+    an image next to each other in the order of ids.
+
+    Args:
+        weights: (B, N) integers, N images.
+
+    Returns:
+        AP, AP50 and AP75 per class, (B, K, 3), NaN where a class has no object; and the mean over
+        those classes of the precision at the 101 recalls, (B, 3, 101), at IoU 0.50:0.95, 0.50
+        and 0.75.
+    """
+    weights = np.ascontiguousarray(weights, np.int32)
+    if weights.ndim != 2 or weights.shape[1] != matches.images or (weights < 0).any():
+        raise ValueError(
+            f"weights: got shape {weights.shape}, wanted (any, {matches.images}) counts >= 0"
+        )
+    ap = np.empty((len(weights), len(matches.class_start) - 1, 3))
+    curve = np.empty((len(weights), 3, len(RECALL)))
+    _weighted_aps(weights, _arrays(matches), RECALL, ap, curve)
+    return ap, curve
+
+
+def draw_images(images: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each image comes up in each resample: (resamples, images), rows sum to images."""
+    draws = rng.integers(0, images, (resamples, images))
+    return np.stack([np.bincount(d, minlength=images) for d in draws])
+
+
+def resample(
+    runs: Sequence[Matches],
+    resamples: int = 1000,
+    seed: int = 0,
+    threads: int = 2,
+    progress: Callable[[Iterator], Iterator] = iter,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Paired bootstrap over images: every run is evaluated on the same resampled images.
+
+    Each resample draws as many images as there are, with replacement; an image that comes up
+    three times counts three times.
+
+    Args:
+        resamples: 1000 puts the ends of a 95% interval within about 5% of its width.
+        progress: wraps the iterator over resamples, e.g. ``tqdm``.
+
+    Returns:
+        ``weighted_ap`` of every run in every resample: (B, M, K, 3) and (B, M, 3, 101).
+    """
+    images = runs[0].images
+    if any(m.images != images for m in runs):
+        raise ValueError(f"runs on {sorted({m.images for m in runs})} images cannot be paired")
+    rng = np.random.default_rng(seed)
+    classes = len(runs[0].class_start) - 1
+    ap = np.empty((resamples, len(runs), classes, 3))
+    curve = np.empty((resamples, len(runs), 3, len(RECALL)))
+
+    def one(b: int, weights: np.ndarray) -> None:
+        for m, run in enumerate(runs):
+            a, c = weighted_ap(run, weights)
+            ap[b, m], curve[b, m] = a[0], c[0]
+
+    with ThreadPoolExecutor(threads) as pool:  # the compiled code releases the GIL
+        # drawn here, in order, so that the result does not depend on the number of threads
+        jobs = [pool.submit(one, b, draw_images(images, 1, rng)) for b in range(resamples)]
+        for job in progress(iter(jobs)):
+            job.result()
+    return ap, curve
+
+
+def evaluate(annotations: Annotations, results: Results) -> tuple[dict[str, float], np.ndarray]:
+    """pycocotools' twelve numbers for boxes, and AP per class.
+
+    Returns:
+        ``{"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm",
+        "ARl"}``, in [0, 1], and (K,) AP in the order of ``annotations.class_ids``. As in
+        pycocotools, -1 says that there was no object to measure on.
+    """
+    stats: dict[str, float] = {}
+    per_class = np.empty(0)
+    for area in AREAS:
+        m = match(annotations, results, area)
+        ap = weighted_ap(m, np.ones((1, m.images)))[0][0]
+        if area == "all":
+            per_class = np.nan_to_num(ap[:, 0], nan=-1.0)
+            for i, name in enumerate(("AP", "AP50", "AP75")):
+                stats[name] = mean_over_classes(ap[None, :, i])[0]
+            for n in (1, 10, 100):
+                stats[f"AR{n}"] = _recall(m, n)
+        else:
+            stats[f"AP{area}"] = mean_over_classes(ap[None, :, 0])[0]
+            stats[f"AR{area}"] = _recall(m, MAX_BOXES)
+    order = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+    return {k: float(np.nan_to_num(stats[k], nan=-1.0)) for k in order}, per_class
+
+
+def mean_over_classes(ap: np.ndarray) -> np.ndarray:
+    """(..., K) to (...): the mean over the classes that have objects, NaN where none has."""
+    present = ~np.isnan(ap)
+    count = present.sum(-1)
+    return np.where(count, np.where(present, ap, 0).sum(-1) / np.maximum(count, 1), np.nan)
+
+
+def _recall(m: Matches, boxes: int) -> float:
+    """AR: the share of objects found by the first ``boxes`` of each image and class."""
+    objects = np.diff(m.object_start)
+    classes = len(objects)
+    cls = np.repeat(np.arange(classes), np.diff(m.class_start))
+    found = [np.bincount(cls[(s == _TRUE) & (m.rank < boxes)], minlength=classes) for s in m.status]
+    recall = np.mean(found, axis=0) / np.where(objects, objects, np.nan)
+    return float(mean_over_classes(recall))

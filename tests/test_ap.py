@@ -1,0 +1,294 @@
+"""AP against pycocotools and hotcoco, also with the images physically repeated."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from psbn_mmdet import ap
+from psbn_mmdet.ap import InputError
+
+STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+
+
+def problem(rng, images=12, classes=4, crowd=0.1, decimals=1, boxes=3):
+    """A random annotation dict and result list with every irregularity that COCO allows.
+
+    Scores of few ``decimals`` tie often, within an image too; the last class has no detection,
+    the last but one no object; the last two images have neither.
+    """
+    objects, found = [], []
+    for i in range(images):
+        for c in range(classes):
+            for _ in range(rng.poisson(boxes) if rng.random() < 0.7 else 0):
+                box = np.append(rng.uniform(0, 200, 2), np.exp(rng.normal(3.7, 1, 2))).round(1)
+                objects.append(
+                    dict(
+                        id=len(objects) + 1,
+                        image_id=10 * i + 3,
+                        category_id=c + 1,
+                        bbox=box.tolist(),
+                        area=float(box[2] * box[3] * rng.uniform(0.5, 1)),
+                        iscrowd=int(rng.random() < crowd),
+                    )
+                )
+                for _ in range(rng.poisson(1.2)):
+                    shifted = np.maximum(box + rng.normal(0, 0.08, 4) * box[[2, 3, 2, 3]], 0)
+                    found.append((10 * i + 3, c + 1, shifted))
+            for _ in range(rng.poisson(1.5)):
+                wild = np.append(rng.uniform(0, 200, 2), rng.uniform(0, 120, 2))
+                found.append((10 * i + 3, rng.integers(1, classes + 1), wild))
+    for _ in range(5):
+        found.append((3, classes, np.array([5.0, 5, 20, 20])))
+    objects.append(dict(objects[0], id=len(objects) + 1, category_id=classes + 2))
+    rng.shuffle(found)
+    annotations = dict(
+        images=[dict(id=10 * i + 3, file_name=f"{i}.jpg") for i in rng.permutation(images + 2)],
+        categories=[dict(id=c + 1, name=f"c{c}") for c in range(classes + 2)],
+        annotations=objects,
+    )
+    results = [
+        dict(
+            image_id=int(i),
+            category_id=int(c),
+            bbox=[float(x) for x in np.round(box, 2)],
+            score=float(np.round(rng.random(), decimals)),
+        )
+        for i, c, box in found
+    ]
+    annotations["images"] = [dict(i, id=int(i["id"])) for i in annotations["images"]]
+    return annotations, results
+
+
+def repeated(annotations, results, weights):
+    """The same data set with image i there weights[i] times, copies next to each other."""
+    order = sorted(i["id"] for i in annotations["images"])
+    ids = {id_: [] for id_ in order}
+    for id_, w in zip(order, weights, strict=True):
+        for _ in range(w):
+            ids[id_].append(1 + sum(map(len, ids.values())))
+    objects = [
+        dict(o, image_id=copy) for o in annotations["annotations"] for copy in ids[o["image_id"]]
+    ]
+    return (
+        dict(
+            annotations,
+            images=[dict(id=copy) for id_ in order for copy in ids[id_]],
+            annotations=[dict(o, id=n + 1) for n, o in enumerate(objects)],
+        ),
+        [dict(r, image_id=copy) for r in results for copy in ids[r["image_id"]]],
+    )
+
+
+def by_pycocotools(annotations, results):
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO()
+        gt.dataset = json.loads(json.dumps(annotations))
+        gt.createIndex()
+        e = COCOeval(gt, gt.loadRes(json.loads(json.dumps(results))), "bbox")
+        e.evaluate()
+        e.accumulate()
+        e.summarize()
+    precision = e.eval["precision"][:, :, :, 0, 2]  # IoU, recall, class
+    means = [[p[p > -1].mean() if (p > -1).any() else -1 for p in np.moveaxis(x, 2, 0)]
+             for x in (precision, precision[:1], precision[5:6])]  # fmt: skip
+    return dict(zip(STATS, e.stats, strict=True)), np.array(means).T, precision
+
+
+def read(tmp_path, annotations, results):
+    (tmp_path / "ann.json").write_text(json.dumps(annotations))
+    (tmp_path / "res.json").write_text(json.dumps(results))
+    a = ap.read_annotations(tmp_path / "ann.json")
+    return a, ap.read_results(tmp_path / "res.json", a)
+
+
+def assert_parity(tmp_path, annotations, results):
+    want, want_class, precision = by_pycocotools(annotations, results)
+    a, r = read(tmp_path, annotations, results)
+    got, got_class = ap.evaluate(a, r)
+    assert list(got) == STATS
+    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(got_class, want_class[:, 0], rtol=0, atol=1e-12)
+    m = ap.match(a, r)
+    per_class, curve = ap.weighted_ap(m, np.ones((1, m.images)))
+    np.testing.assert_allclose(
+        np.nan_to_num(per_class[0], nan=-1), want_class, rtol=0, atol=1e-12
+    )
+    if (want_class >= 0).any():
+        shown = precision[:, :, want_class[:, 0] >= 0]
+        np.testing.assert_allclose(curve[0, 0], shown.mean((0, 2)), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(curve[0, 1], shown[0].mean(1), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(curve[0, 2], shown[5].mean(1), rtol=0, atol=1e-12)
+    return got
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_equal_to_pycocotools_on_random_problems(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    got = assert_parity(
+        tmp_path, *problem(rng, crowd=rng.choice([0, 0.1, 0.5]), decimals=rng.integers(0, 4))
+    )
+    assert 0.05 < got["AP50"] < 0.95  # a problem in which boxes are matched and missed
+
+
+def test_equal_to_pycocotools_with_more_than_100_boxes_in_an_image(tmp_path):
+    rng = np.random.default_rng(0)
+    annotations, results = problem(rng, images=3, classes=2, boxes=8)
+    for r in list(results):
+        results += [dict(r, score=round(r["score"] * f, 1)) for f in rng.random(30)]
+    cells = [(r["image_id"], r["category_id"]) for r in results]
+    assert max(map(cells.count, set(cells))) > 100
+    assert_parity(tmp_path, annotations, results)
+
+
+def test_equal_to_pycocotools_where_an_object_has_id_0(tmp_path):
+    annotations, results = problem(np.random.default_rng(5))
+    o = annotations["annotations"][0]
+    results.append(dict(image_id=3, category_id=o["category_id"], bbox=o["bbox"], score=0.97))
+    with_1 = assert_parity(tmp_path, annotations, results)
+    for o in annotations["annotations"]:
+        o["id"] -= 1
+    assert assert_parity(tmp_path, annotations, results) != with_1
+
+
+def test_equal_to_pycocotools_where_nothing_can_be_measured(tmp_path):
+    annotations, results = problem(np.random.default_rng(2))
+    got = assert_parity(tmp_path, dict(annotations, annotations=[]), results)
+    assert set(got.values()) == {-1}
+
+
+def test_equal_to_hotcoco_on_real_annotations(tmp_path, shared_data):
+    hotcoco = pytest.importorskip("hotcoco")
+    path = shared_data / "coco128/annotations/instances_val2017.json"
+    annotations = ap.read_annotations(path)
+    rng = np.random.default_rng(0)
+    results = [
+        dict(
+            image_id=o["image_id"],
+            category_id=o["category_id"],
+            bbox=(np.array(o["bbox"]) + rng.normal(0, 0.06, 4) * o["bbox"][2]).clip(0).tolist(),
+            score=round(rng.random(), 2),
+        )
+        for o in ap.load_json(path)["annotations"]
+        for _ in range(rng.poisson(1.5))
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    gt = hotcoco.COCO(str(path))
+    e = hotcoco.COCOeval(gt, gt.load_res(str(tmp_path / "r.json")), "bbox")
+    e.run()
+    got, _ = ap.evaluate(annotations, ap.read_results(tmp_path / "r.json", annotations))
+    want = e.get_results()
+    assert got == pytest.approx({k: want[k] for k in STATS}, rel=0, abs=1e-12)
+
+
+def test_empty_result_file_is_ap_0(tmp_path):
+    annotations, _ = problem(np.random.default_rng(0))
+    a, r = read(tmp_path, annotations, [])
+    stats, per_class = ap.evaluate(a, r)
+    assert set(stats.values()) == {0.0}
+    assert set(per_class) == {0.0, -1.0}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_weights_are_exactly_physical_repetition(tmp_path, seed):
+    """Scores of one digit tie inside an image, those of three do not."""
+    rng = np.random.default_rng(100 + seed)
+    annotations, results = problem(rng, images=8, classes=3, decimals=1 + 2 * (seed % 2))
+    a, r = read(tmp_path, annotations, results)
+    m = ap.match(a, r)
+    assert (m.event_kind == 3).any() == (seed % 2 == 0)  # ties, or none, are what is tested
+    weights = ap.draw_images(m.images, 6, rng)
+    assert weights.max() > 2
+    got, _ = ap.weighted_ap(m, weights)
+    for w, g in zip(weights, got, strict=True):
+        _, want, _ = by_pycocotools(*repeated(annotations, results, w))
+        np.testing.assert_allclose(np.nan_to_num(g, nan=-1), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("area", ["s", "m", "l"])
+def test_weights_are_exactly_physical_repetition_in_size_classes(tmp_path, area):
+    rng = np.random.default_rng(7)
+    annotations, results = problem(rng, images=8, classes=3)
+    a, r = read(tmp_path, annotations, results)
+    m = ap.match(a, r, area)
+    weights = ap.draw_images(m.images, 4, rng)
+    got = ap.mean_over_classes(ap.weighted_ap(m, weights)[0][..., 0])
+    want = [by_pycocotools(*repeated(annotations, results, w))[0][f"AP{area}"] for w in weights]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
+
+
+def test_resampling_is_paired_and_does_not_depend_on_threads(tmp_path):
+    rng = np.random.default_rng(3)
+    annotations, results = problem(rng)
+    a, r = read(tmp_path, annotations, results)
+    runs = [ap.match(a, r), ap.match(a, r)]
+    one, _ = ap.resample(runs, 40, seed=1, threads=1)
+    two, _ = ap.resample(runs, 40, seed=1, threads=3)
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(one[:, 0], one[:, 1])  # the same model on the same images
+    assert np.nanstd(one[:, 0, 0, 0]) > 0
+
+
+def test_draws_are_as_many_images_as_there_are():
+    draws = ap.draw_images(50, 200, np.random.default_rng(0))
+    assert draws.shape == (200, 50) and (draws.sum(1) == 50).all()
+    # each image comes up Binomial(50, 1/50) times: mean 1, variance 0.98
+    assert draws.var() == pytest.approx(0.98, abs=0.05)
+
+
+BAD_RECORDS = {
+    "unknown image": (dict(image_id=99), "record 2: image 99 is not in"),
+    "unknown class": (dict(category_id=99), "record 2: class 99 is not in"),
+    "nan": (dict(bbox=[0, 0, float("nan"), 1]), "record 2: bbox is [0, 0, nan, 1]"),
+    "negative size": (dict(bbox=[5, 5, -1, 3]), "record 2: bbox [5, 5, -1, 3] has a negative size"),
+    "three numbers": (dict(bbox=[5, 5, 3]), "record 2: bbox is [5, 5, 3]"),
+    "no box": (dict(bbox=None), "record 2: bbox is None"),
+    "infinite score": (dict(score=float("inf")), "record 2: score is inf"),
+    "score in words": (dict(score="0.5"), "record 2: score is '0.5'"),
+    "no score": (dict(score=None), "record 2: score is None"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_RECORDS)
+def test_bad_record_is_named(tmp_path, bad):
+    annotations, results = problem(np.random.default_rng(0))
+    change, message = BAD_RECORDS[bad]
+    results[2] = {**results[2], **change}
+    with pytest.raises(InputError) as e:
+        read(tmp_path, annotations, results)
+    assert str(e.value).startswith(f"{tmp_path / 'res.json'}: {message}")
+    assert "\n" not in str(e.value)
+
+
+def test_missing_key_is_named(tmp_path):
+    annotations, results = problem(np.random.default_rng(0))
+    del results[4]["bbox"]
+    with pytest.raises(InputError, match="res.json: record 4: has no bbox"):
+        read(tmp_path, annotations, results)
+
+
+def test_json_cut_off_in_the_middle(tmp_path):
+    annotations, results = problem(np.random.default_rng(0))
+    a, _ = read(tmp_path, annotations, results)
+    text = json.dumps(results)
+    (tmp_path / "res.json").write_text(text[: len(text) // 2])
+    with pytest.raises(InputError, match="res.json: not complete JSON.*cut off"):
+        ap.read_results(tmp_path / "res.json", a)
+
+
+def test_bad_annotations(tmp_path):
+    annotations, results = problem(np.random.default_rng(0))
+    with pytest.raises(InputError, match="ann.json: no COCO annotation file"):
+        read(tmp_path, results, results)
+    with pytest.raises(InputError, match="annotation id 1 stands twice"):
+        twice = [*annotations["annotations"], annotations["annotations"][0]]
+        read(tmp_path, dict(annotations, annotations=twice), results)
+    annotations["annotations"][3]["bbox"][0] = float("nan")
+    with pytest.raises(InputError, match="annotation 4 has bbox .nan"):
+        read(tmp_path, annotations, results)
+    with pytest.raises(InputError, match="cannot be read"):
+        ap.read_annotations(tmp_path / "absent.json")
