@@ -9,13 +9,13 @@ Section 5 is about a filter that no longer fires, so that weight decay alone mov
 In section 4 `beta` is what the layer adds: for psBN give `beta + alpha`. In section 5 `beta` is the
 trained parameter and `alpha` stands on its own, as in Eq. 6.
 
-**Where Eq. 5 comes from.** Let `f(gamma, beta) = Phi(beta / gamma)`, `gamma > 0`. Its derivatives are
+**Where Eq. 5 comes from.** Let `f(gamma, beta) = Phi(beta / gamma)`, `gamma > 0`. Then
 
     f_bb = -z phi / gamma^2,   f_bg = (z^2 - 1) phi / gamma^2,   f_gg = (2z - z^3) phi / gamma^2.
 
 The step of Eq. 1 is `-eta g H (x_hat, 1)` with `H = [x_hat > -z]` and `g` independent of `x_hat`,
-`E g = 0`, `E g^2 = c^2`. So the first-order term is exactly 0, and the second moments of the step are
-`eta^2 c^2` times the moments of the part of `x_hat` that fires,
+`E g = 0`, `E g^2 = c^2`. So the first-order term is exactly 0, and the second moments of the step
+are `eta^2 c^2` times the moments of the part of `x_hat` that fires,
 
     E[H] = Phi,   E[x_hat H] = phi,   E[x_hat^2 H] = Phi - z phi.
 
@@ -26,18 +26,20 @@ Half the sum of derivatives times moments is `eta^2 c^2 / (2 gamma^2)` times
 
 Eq. 3 to 5 stand as printed. What one has to know to use them:
 
-* They are the second order of an expansion in `eta c / |gamma|`. For symmetric noise the next term is
-  of fourth order; at `eta c = |gamma|` nothing of Eq. 3 is left (`simulate_drift` shows it).
+* They are the second order of an expansion in `eta c / |gamma|`. For symmetric noise the next term
+  is of fourth order; at `eta c = |gamma|` and beta = 0 less than a quarter of Eq. 3 is left
+  (`simulate_drift` shows it).
 * `c` is the standard deviation of the gradient. (The paper once calls `c` itself the variance; its
   Eq. 3 needs `c^2` to be.) Eq. 1 is a step on one activation. Gradients that are summed over `n`
   independent activations have `n c^2` in the place of `c^2`.
-* Eq. 3 takes gamma and beta as independent. For filters given one by one, average `drift` over them.
+* Eq. 3 takes gamma and beta as independent. For filters given one by one, average `drift` over
+  them.
 * `K` is not negative everywhere: below `z = -1.1533` it is positive, though tiny, since the few
   samples that fire there push beta either way and Phi is convex. Its part even in `z` is negative
   everywhere, and that is all that an even distribution of beta leaves of it.
-* For `gamma < 0`, `(gamma, x_hat)` and `(-gamma, -x_hat)` give the same filter and the same step: the
-  functions take `|gamma|`. The paper's `Phi(beta' / gamma')` for a step across `gamma = 0` would be the
-  probability of not firing; `simulate_drift` uses `|gamma'|`.
+* For `gamma < 0`, `(gamma, x_hat)` and `(-gamma, -x_hat)` give the same filter and the same step:
+  the functions take `|gamma|`. The paper's `Phi(beta' / gamma')` for a step across `gamma = 0`
+  would be the probability of not firing; `simulate_drift` uses `|gamma'|`.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 _SQRT_2PI = np.sqrt(2 * np.pi)
-# The integral of K over the real line: with d/dz (z^2 + 1) phi = (z - z^3) phi, integrating by parts
-# leaves that of (z^4 - z^2 - 3) phi^2, and phi^2 has the moments 1, 1/2, 3/4 over 2 sqrt(pi).
+# The integral of K over the real line: with d/dz (z^2 + 1) phi = (z - z^3) phi, integrating by
+# parts leaves that of (z^4 - z^2 - 3) phi^2, and phi^2 has the moments 1, 1/2, 3/4 over 2 sqrt(pi).
 _INTEGRAL_OF_K = -11 / (8 * np.sqrt(np.pi))
 
 
@@ -71,7 +73,7 @@ def _scale(gamma: ArrayLike) -> NDArray:
     array = np.abs(_numbers("gamma", gamma))
     if (array == 0).any():
         raise ValueError(
-            "gamma is 0 in at least one filter: beta / gamma is undefined there; leave such filters out"
+            "gamma is 0 in at least one filter: beta / gamma is undefined, leave it out"
         )
     return array
 
@@ -90,20 +92,15 @@ def _not_negative(name: str, value: ArrayLike) -> NDArray:
     return array
 
 
-# --------------------------------------------------------------------------------------------------
-# Theorem 1
-# --------------------------------------------------------------------------------------------------
-
-
 def log_abs_K(z: ArrayLike) -> tuple[NDArray, NDArray]:
     r"""Sign and logarithm of the absolute value of `K(z)`, Eq. 5, where `K` itself underflows.
 
-    `phi(z)^2` is taken out of `K`; what is left is a polynomial and `Phi / phi`, the Mills ratio, which
-    `erfcx` gives for `z < 0` without a quotient of vanishing numbers. For `z >= 0`, where `Phi / phi`
-    overflows, only one `phi` is taken out. The fourth power of `1 + |z|` is taken out of both, so
-    that nothing overflows on the way either. The two terms cancel only at the simple zero of `K`,
-    `z = -1.1533`; elsewhere the relative error is a few units of rounding times `1 + z^2`, the
-    condition of `exp(-z^2)`.
+    `phi(z)^2` is taken out of `K`; what is left is a polynomial and `Phi / phi`, the Mills ratio,
+    which `erfcx` gives for `z < 0` without a quotient of vanishing numbers. For `z >= 0`, where
+    `Phi / phi` overflows, only one `phi` is taken out. The fourth power of `1 + |z|` is taken out
+    of both, so that nothing overflows on the way either. The two terms cancel only at the simple
+    zero of `K`, `z = -1.1533`; elsewhere the relative error is a few units of rounding times
+    `1 + z^2`, the condition of `exp(-z^2)`.
 
     Returns:
         sign: of `K`: -1, 0 or 1, in the shape of `z`.
@@ -119,7 +116,8 @@ def log_abs_K(z: ArrayLike) -> tuple[NDArray, NDArray]:
         rest = np.where(z < 0, quartic + cubic * mills, quartic * _phi(z) + cubic * special.ndtr(z))
         log_phi = -0.5 * np.square(z) - np.log(_SQRT_2PI)
         log_abs = 4 * np.log(w) + np.log(np.abs(rest)) + log_phi * np.where(z < 0, 2, 1)
-        return np.sign(rest), np.where(np.isinf(z), -np.inf, log_abs)
+        ends = np.isinf(z)
+        return np.where(ends, -s, np.sign(rest)), np.where(ends, -np.inf, log_abs)
 
 
 def K(z: ArrayLike) -> NDArray:
@@ -127,9 +125,9 @@ def K(z: ArrayLike) -> NDArray:
 
         K(z) = (z^4 - 2) phi(z)^2 + (z - z^3) phi(z) Phi(z)
 
-    `K(0) = -1 / pi`; the integral over the line is `-11 / (8 sqrt(pi))`. Any real `z` will do; where the
-    value is below the smallest double (`z > 38.6` or `z < -27.5`) it is a zero of the right sign, and
-    `log_abs_K` still has its size.
+    `K(0) = -1 / pi`; the integral over the line is `-11 / (8 sqrt(pi))`. Any real `z` will do;
+    where the value is below the smallest double (`z > 38.6` or `z < -27.5`) it is a zero of the
+    right sign, and `log_abs_K` still has its size.
     """
     sign, log_abs = log_abs_K(z)
     with np.errstate(under="ignore"):
@@ -219,7 +217,7 @@ class Uniform:
 
 
 def J(gamma: ArrayLike, beta: Normal | Uniform | ArrayLike) -> NDArray:
-    """The mean of `K(beta / |gamma|)` over beta, Eq. 4: negative for every even distribution of beta.
+    """The mean of `K(beta / |gamma|)` over beta, Eq. 4; negative for every even distribution.
 
     Args:
         beta: a distribution of beta over the filters, or numbers, each one a point distribution
@@ -274,14 +272,14 @@ def simulate_drift(
 ) -> Estimate:
     """Take the noisy step of Eq. 1 many times and measure the change of `Phi(beta / |gamma|)`.
 
-    It uses neither Eq. 3 nor any expansion: draw `x_hat ~ N(0, 1)`, a gradient `g ~ N(0, c^2)` and, from
-    a distribution, beta; take the step if the filter fires; compare the exact probabilities.
+    It uses neither Eq. 3 nor any expansion: draw `x_hat ~ N(0, 1)`, a gradient `g ~ N(0, c^2)` and,
+    from a distribution, beta; take the step if the filter fires; compare the exact probabilities.
 
     Args:
         samples: draws for each filter.
-        antithetic: take the step for `g` and for `-g` and count their mean as one draw. It has the same
-            expectation, and the part linear in `g`, which averages to 0 but makes nearly all of the
-            variance, cancels in each pair.
+        antithetic: take the step for `g` and for `-g` and count their mean as one draw. It has the
+            same expectation, and the part linear in `g`, which averages to 0 but makes nearly all
+            of the variance, cancels in each pair.
 
     Returns:
         mean and standard error, in the common shape of `gamma` and `beta`.
@@ -311,11 +309,6 @@ def simulate_drift(
         mean += delta * (n / (count + n))
         count += n
     return Estimate(mean, np.sqrt(squares / (samples - 1) / samples))
-
-
-# --------------------------------------------------------------------------------------------------
-# Section 5: decay alone
-# --------------------------------------------------------------------------------------------------
 
 
 def C(gamma: ArrayLike, beta: ArrayLike, alpha: float) -> NDArray:
@@ -380,8 +373,8 @@ def decay_path(
         lr: eta_t for each step: a sequence of T numbers.
         momentum: mu. The buffer u starts empty, as in a new optimizer.
         dampening: tau.
-        grad: `grad(t, gamma, beta)` gives the gradients by gamma and beta at step t, without decay. None:
-            the filter does not fire, both are 0.
+        grad: `grad(t, gamma, beta)` gives the gradients by gamma and beta at step t, without decay.
+            None: the filter does not fire, both are 0.
 
     Returns:
         gamma and beta after 0, 1, ..., T steps: shape (T + 1, *shape).
@@ -412,14 +405,14 @@ def decay_factors(
 ) -> NDArray:
     """What is left of gamma, and of beta, after 0, 1, ..., T steps without a gradient.
 
-    A step of SGD is linear in the parameter and its buffer, so it multiplies gamma and beta of every
-    filter by the same number: `gamma^t = s_t gamma^0`, `beta^t = s_t beta^0`, and
+    A step of SGD is linear in the parameter and its buffer, so it multiplies gamma and beta of
+    every filter by the same number: `gamma^t = s_t gamma^0`, `beta^t = s_t beta^0`, and
 
         C^t = (beta^0 + alpha / s_t) / |gamma^0|        for s_t > 0.
 
-    Without momentum `s_t` is the product of `1 - eta_t lambda`. AdamW, whose decay is apart from the
-    gradient, does the same as SGD without momentum. (Adam with L2 does not: it divides the decay of
-    each parameter by its own size, so that gamma and beta each lose about eta a step.)
+    Without momentum `s_t` is the product of `1 - eta_t lambda`. AdamW, whose decay is apart from
+    the gradient, does the same as SGD without momentum. (Adam with L2 does not: it divides the
+    decay of each parameter by its own size, so that gamma and beta each lose about eta a step.)
 
     Args:
         lr: eta_t for each step: a sequence of T numbers.
@@ -443,22 +436,23 @@ def steps_until_active(
 ) -> NDArray:
     """After how many steps of decay alone a silent psBN filter has `C >= active_C` again.
 
-    By `decay_factors` that is the first t with `s_t <= alpha / (active_C |gamma| - beta)`. For a constant
-    learning rate in closed form: without momentum `t = log s / log(1 - eta lambda)`, rounded up; with
-    momentum `s_t` is the sum of two geometric sequences (the eigenvalues of the linear step), of
-    which the slower one gives t. For a sequence of learning rates the recurrence is followed.
+    By `decay_factors` that is the first t with `s_t <= alpha / (active_C |gamma| - beta)`. For a
+    constant learning rate in closed form: without momentum `t = log s / log(1 - eta lambda)`,
+    rounded up; with momentum `s_t` is the sum of two geometric sequences (the eigenvalues of the
+    linear step), of which the slower one gives t. For a sequence of learning rates the recurrence
+    is followed.
 
-    Limits. The forecast is for no gradient at all: a filter that still fires on one activation in ten
-    thousand gets one, which may outweigh the decay either way. A momentum buffer that is not empty
-    adds a passing `eta u / (1 - mu)`. And float32 loses a decay of less than half a unit in the last
-    place: below `eta lambda = 3e-8` without momentum (`eta lambda < 3e-8 (1 - mu)` with it) nothing
-    moves there, for BN or psBN.
+    Limits. The forecast is for no gradient at all: a filter that still fires on one activation in
+    ten thousand gets one, which may outweigh the decay either way. A momentum buffer that is not
+    empty adds a passing `eta u / (1 - mu)`. And float32 loses a decay of less than half a unit in
+    the last place: below `eta lambda = 3e-8` without momentum (`eta lambda < 3e-8 (1 - mu)` with
+    it) nothing moves there, for BN or psBN.
 
     Args:
         gamma, beta: of the filters, broadcast against each other.
         lr: a number for a learning rate that stays, or eta_t for each step.
-        active_C: from which C on a filter counts as active. -3: it fires on 0.13 % of its inputs. For a
-            given batch take minus its largest normalized input.
+        active_C: from which C on a filter counts as active. -3: it fires on 0.13 % of its inputs.
+            For a given batch take minus its largest normalized input.
 
     Returns:
         Number of steps: 0 where active now, inf where the schedule ends too soon or nothing decays.
@@ -479,8 +473,8 @@ def steps_until_active(
     else:
         factors = decay_factors(lr, weight_decay, momentum, dampening, nesterov)
         falling = np.minimum.accumulate(factors)
-        steps = np.searchsorted(-falling, -wanted).astype(np.float64)
-        steps[steps == len(factors)] = np.inf
+        steps = np.searchsorted(-falling, -wanted)
+        steps = np.where(steps == len(factors), np.inf, steps)
     return np.where(now_active, 0.0, steps)
 
 
@@ -492,7 +486,7 @@ def _first_below(
         return np.full(np.shape(wanted), np.inf)
     if momentum == 0:
         return np.ceil(np.log(wanted) / np.log1p(-rate))
-    # (s, eta u) after t steps is M^(t-1) times their values after the first, whose buffer is plain d.
+    # (s, eta u) after t steps: M^(t-1) times their values after the first, whose buffer is plain d.
     first = np.array([1 - rate * (1 + momentum * nesterov), rate])
     buffer = np.array([(1 - dampening) * rate, momentum])
     now = np.array([1 - rate, 0.0]) - momentum * buffer if nesterov else np.array([1, 0]) - buffer
