@@ -128,10 +128,9 @@ def state_dict_of(checkpoint: Any, name: str = "the checkpoint") -> dict[str, Te
 
 def _bn_prefixes(state_dict: Mapping[str, Tensor]) -> Iterator[str]:
     for key in state_dict:
-        prefix, _, last = key.rpartition("running_mean")
-        wanted = ("weight", "bias", "running_var")
-        if not last and key.endswith("running_mean"):
-            if all(prefix + name in state_dict for name in wanted):
+        if key == "running_mean" or key.endswith(".running_mean"):
+            prefix = key[: -len("running_mean")]
+            if all(prefix + name in state_dict for name in ("weight", "bias", "running_var")):
                 yield prefix
 
 
@@ -264,5 +263,5 @@ def latest_whole(work_dir: str | os.PathLike) -> Path | None:
     wrong moment leaves empty.
     """
     found = [p for p in Path(work_dir).glob("*.pth") if re.fullmatch(r"(epoch|iter)_\d+", p.stem)]
-    newest_first = sorted(found, key=lambda p: int(p.stem.split("_")[1]), reverse=True)
+    newest_first = sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True)
     return next((p for p in newest_first if is_whole(p)), None)

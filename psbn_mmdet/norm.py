@@ -126,8 +126,8 @@ class _PostShift(nn.Module):
         saved = state_dict.get(prefix + "alpha")
         if bias is not None and (beta is not None or saved is not None):
             raise RuntimeError(
-                f"{name}: the checkpoint holds both a bias (BN) and a beta or alpha (psBN), so what "
-                "it computed is unknown; keep one of the two"
+                f"{name}: the checkpoint holds both a bias (BN) and a beta or alpha (psBN), so "
+                "what it computed is unknown; keep one of the two"
             )
         if (beta is None) != (saved is None):
             raise RuntimeError(

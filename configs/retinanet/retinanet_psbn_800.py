@@ -1,0 +1,3 @@
+_base_ = "./retinanet_bn_800.py"
+
+model = dict(backbone=dict(norm_cfg=dict(type="psBN")))

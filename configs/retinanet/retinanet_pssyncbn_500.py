@@ -1,0 +1,3 @@
+_base_ = "./retinanet_syncbn_500.py"
+
+model = dict(backbone=dict(norm_cfg=dict(type="psSyncBN")))

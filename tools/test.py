@@ -1,0 +1,28 @@
+"""Evaluate a detector: mmdet's tools/test.py, also distributed on CPU.
+
+The metrics go to WORK_DIR/metrics.json, COCO results to WORK_DIR/results.bbox.json.
+"""
+
+import argparse
+
+from psbn_mmdet import launch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="a file, or package::path of an installed package")
+    parser.add_argument("checkpoint", help="a file or URL")
+    launch.add_arguments(parser)
+    args = parser.parse_args()
+    with launch.errors_in_one_line():
+        cfg = launch.load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
+        launch.configure_test(cfg, args.checkpoint)
+        if args.check is not None:
+            launch.check_processes(args.check)
+            launch.check_weights(cfg)
+        else:
+            launch.evaluate(cfg, args.launcher)
+
+
+if __name__ == "__main__":
+    main()
