@@ -181,11 +181,6 @@ def _call_as_leaf(module: _PostShift, proxy: torch.fx.Proxy) -> torch.fx.Proxy:
     the traced network would then normalize by batch statistics in eval mode.
     """
     target = proxy.tracer.path_of_module(module)
-    if not target:
-        raise TypeError(
-            f"{type(module).__name__} cannot be the root of an fx trace, which would freeze its "
-            "training flag; trace a module that contains it, or to_bn(layer)"
-        )
     return proxy.tracer.create_proxy("call_module", target, (proxy,), {})
 
 

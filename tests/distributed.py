@@ -1,0 +1,40 @@
+"""Run a function of a test module in several gloo processes."""
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _worker(rank: int, function: Callable, size: int, folder: str, args: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size
+    )
+    try:
+        torch.save(function(rank, *args), os.path.join(folder, f"{rank}.pt"))
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def run(function: Callable, size: int, folder: Path, *args: Any) -> list[Any]:
+    """What ``function(rank, *args)`` returned in each of ``size`` processes.
+
+    Args:
+        function: At the top level of a module, so that a new process finds it.
+        size: How many processes.
+        folder: An empty folder.
+        args: Passed on.
+    """
+    mp.start_processes(
+        _worker, (function, size, str(folder), args), nprocs=size, start_method="fork"
+    )
+    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
