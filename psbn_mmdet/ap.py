@@ -14,18 +14,18 @@ Why the matching is compiled here. hotcoco evaluates as fast, but hands its matc
 dicts, one per image and class, which at the size of COCO val2017 takes longer than everything
 else together. Tests hold these matches to pycocotools, crowds, ties and all.
 
-No torch is needed: the module reads JSON and computes with numpy and numba.
+No torch is needed here: numpy and numba do it.
 """
 
-import json
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numba
 import numpy as np
+
+from .coco_files import Annotations, Results
 
 AREAS = {"all": (0.0, 1e10), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}
 IOU = np.linspace(0.5, 0.95, 10)
@@ -33,38 +33,6 @@ RECALL = np.linspace(0.0, 1.0, 101)
 MAX_BOXES = 100  # per image and class, as in pycocotools; AR is also taken at 1 and 10
 
 _FALSE, _TRUE, _IGNORED, _TIED = 0, 1, 2, 3
-
-
-class InputError(ValueError):
-    """A file that cannot be compared; the message names the file, the record and the way out."""
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """The columns of a COCO annotation file; images and classes sorted by id as in pycocotools."""
-
-    path: str
-    image_ids: list
-    file_names: list[str]
-    class_ids: list
-    class_names: list[str]
-    image: np.ndarray  # (G,) index into image_ids, of each object
-    cls: np.ndarray  # (G,) index into class_ids
-    box: np.ndarray  # (G, 4) x, y, w, h in pixels
-    area: np.ndarray  # (G,) as annotated: of the mask in COCO, not w * h
-    crowd: np.ndarray  # (G,) bool
-    nameless: np.ndarray  # (G,) bool, id 0: see _match_cells
-
-
-@dataclass(frozen=True)
-class Results:
-    """The columns of a COCO result file, in the order of the file."""
-
-    path: str
-    image: np.ndarray  # (D,) index into Annotations.image_ids
-    cls: np.ndarray  # (D,) index into Annotations.class_ids
-    box: np.ndarray  # (D, 4) x, y, w, h in pixels
-    score: np.ndarray  # (D,)
 
 
 @dataclass(frozen=True)
@@ -89,151 +57,6 @@ class Matches:
     event_start: np.ndarray  # (K * 10 + 1,) into the events
     object_image: np.ndarray  # (P,) image of each object that counts, sorted by class
     object_start: np.ndarray  # (K + 1,) into the objects
-
-
-def load_json(path: str | Path) -> Any:
-    """Reads a JSON file; a missing, unreadable or cut-off one is an ``InputError``."""
-    try:
-        return json.loads(Path(path).read_bytes())
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    except json.JSONDecodeError as e:
-        raise InputError(
-            f"{path}: not complete JSON, stops making sense at character {e.pos} of "
-            f"{len(e.doc)} ({e.msg}); was the file cut off? Write it again"
-        ) from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not JSON text; pass the .bbox.json file") from None
-
-
-def read_annotations(path: str | Path) -> Annotations:
-    """Reads a COCO instance annotation file (``instances_val2017.json`` and the like).
-
-    Objects of images or classes that the file does not list are left out, as in pycocotools.
-
-    Raises:
-        InputError: for JSON that is cut off or lacks a needed key, or a box that is no box.
-    """
-    data = load_json(path)
-    if not isinstance(data, dict) or not {"images", "annotations", "categories"} <= data.keys():
-        raise InputError(
-            f"{path}: no COCO annotation file: wanted an object with images, annotations and "
-            "categories; pass the file that the model was evaluated with"
-        )
-    try:
-        names = {i["id"]: str(i.get("file_name", "")) for i in data["images"]}
-        classes = {c["id"]: str(c.get("name", c["id"])) for c in data["categories"]}
-        image_of = {id_: i for i, id_ in enumerate(sorted(names))}
-        class_of = {id_: i for i, id_ in enumerate(sorted(classes))}
-        objects = [
-            o
-            for o in data["annotations"]
-            if o["image_id"] in image_of and o["category_id"] in class_of
-        ]
-        box, area = [o["bbox"] for o in objects], [o["area"] for o in objects]
-        ids = [o["id"] for o in objects]
-    except KeyError as e:
-        raise InputError(f"{path}: a record has no {e}, which COCO's evaluation needs") from None
-    except TypeError as e:
-        raise InputError(f"{path}: no COCO annotation file ({e})") from None
-    if len(set(ids)) < len(ids):
-        seen: set = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))
-        raise InputError(f"{path}: annotation id {twice} stands twice; ids must be unique")
-    box = _numbers(box, (len(objects), 4))
-    area = _numbers(area, (len(objects),))
-    if box is None or area is None or not (np.isfinite(box).all() and np.isfinite(area).all()):
-        bad = next(o for o in objects if not _is_box(o["bbox"]) or not _is_number(o["area"]))
-        raise InputError(
-            f"{path}: annotation {bad['id']} has bbox {bad['bbox']} and area {bad['area']}; "
-            "wanted [x, y, w, h] and a number, all finite"
-        )
-    return Annotations(
-        path=str(path),
-        image_ids=list(image_of),
-        file_names=[names[i] for i in image_of],
-        class_ids=list(class_of),
-        class_names=[classes[c] for c in class_of],
-        image=np.array([image_of[o["image_id"]] for o in objects], np.int64),
-        cls=np.array([class_of[o["category_id"]] for o in objects], np.int64),
-        box=box,
-        area=area,
-        crowd=np.array([bool(o.get("iscrowd", 0)) for o in objects], bool),
-        nameless=np.array([i == 0 for i in ids], bool),
-    )
-
-
-def read_results(path: str | Path, annotations: Annotations) -> Results:
-    """Reads a COCO bbox result file: ``[{image_id, category_id, bbox, score}, ...]``.
-
-    An empty list is a model that found nothing.
-
-    Raises:
-        InputError: for JSON that is cut off, an unknown image or class, a box with NaN or a
-            negative size, a score that is no finite number; it names the file and the record.
-    """
-    records = load_json(path)
-    if not isinstance(records, list):
-        raise InputError(
-            f"{path}: no COCO result file: wanted a list of boxes, got {type(records).__name__}"
-        )
-    image_of = {id_: i for i, id_ in enumerate(annotations.image_ids)}
-    class_of = {id_: i for i, id_ in enumerate(annotations.class_ids)}
-    n = len(records)
-    try:
-        image = np.fromiter((image_of.get(r["image_id"], -1) for r in records), np.int64, n)
-        cls = np.fromiter((class_of.get(r["category_id"], -1) for r in records), np.int64, n)
-        box = _numbers([r["bbox"] for r in records], (n, 4))
-        score = _numbers([r["score"] for r in records], (n,))
-        good = box is not None and score is not None
-        good = good and np.isfinite(box).all() and np.isfinite(score).all()
-        good = good and (box[:, 2:] >= 0).all() and (image >= 0).all() and (cls >= 0).all()
-    except (KeyError, TypeError):
-        good = False
-    if not good:
-        for i, r in enumerate(records):
-            if problem := _problem(r, image_of, class_of, annotations.path):
-                raise InputError(f"{path}: record {i}: {problem}")
-        raise InputError(f"{path}: the boxes or scores are not numbers throughout")
-    return Results(str(path), image, cls, box, score)
-
-
-def _numbers(values: list, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The values as float64, or None where they are not all numbers in that shape."""
-    try:
-        array = np.array(values) if values else np.zeros(shape)
-    except ValueError:  # rows of different lengths
-        return None
-    return array.astype(np.float64) if array.shape == shape and array.dtype.kind in "iuf" else None
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and bool(np.isfinite(x))
-
-
-def _is_box(x: Any) -> bool:
-    return isinstance(x, list) and len(x) == 4 and all(map(_is_number, x))
-
-
-def _problem(r: Any, image_of: dict, class_of: dict, annotations: str) -> str | None:
-    """What is wrong with a record of a result file, in words; None if nothing is."""
-    if not isinstance(r, dict):
-        return f"is {r!r:.80}, wanted an object with image_id, category_id, bbox and score"
-    if missing := [k for k in ("image_id", "category_id", "bbox", "score") if k not in r]:
-        return f"has no {' and no '.join(missing)}; only bbox results can be compared"
-    for key, known, what in (("image_id", image_of, "image"), ("category_id", class_of, "class")):
-        if isinstance(r[key], list | dict) or r[key] not in known:
-            return (
-                f"{what} {r[key]!r:.80} is not in {annotations}; compare with the annotation "
-                "file that the model was evaluated with"
-            )
-    if not _is_box(r["bbox"]):
-        return f"bbox is {r['bbox']!r:.120}, wanted four finite numbers [x, y, w, h]"
-    if min(r["bbox"][2:]) < 0:
-        return f"bbox {r['bbox']} has a negative size; wanted [x, y, w, h], not two corners"
-    if not _is_number(r["score"]):
-        return f"score is {r['score']!r:.80}, wanted a finite number"
-    return None
 
 
 def match(annotations: Annotations, results: Results, area: str = "all") -> Matches:
@@ -533,11 +356,12 @@ def weighted_ap(matches: Matches, weights: np.ndarray) -> tuple[np.ndarray, np.n
         those classes of the precision at the 101 recalls, (B, 3, 101), at IoU 0.50:0.95, 0.50
         and 0.75.
     """
+    wanted = f"wanted (any, {matches.images}) integers >= 0"
+    if weights.ndim != 2 or weights.shape[1] != matches.images or weights.dtype.kind not in "iu":
+        raise ValueError(f"weights: got shape {weights.shape}, {weights.dtype}; {wanted}")
+    if (weights < 0).any():
+        raise ValueError(f"weights: got {weights.min()}; {wanted}")
     weights = np.ascontiguousarray(weights, np.int32)
-    if weights.ndim != 2 or weights.shape[1] != matches.images or (weights < 0).any():
-        raise ValueError(
-            f"weights: got shape {weights.shape}, wanted (any, {matches.images}) counts >= 0"
-        )
     ap = np.empty((len(weights), len(matches.class_start) - 1, 3))
     curve = np.empty((len(weights), 3, len(RECALL)))
     _weighted_aps(weights, _arrays(matches), RECALL, ap, curve)
@@ -590,6 +414,49 @@ def resample(
     return ap, curve
 
 
+def leave_one_out(matches: Matches, threads: int = 2) -> np.ndarray:
+    """AP (mean over classes, in [0, 1]) without image i, for every image i: (N,)."""
+    n, k = matches.images, len(matches.class_start) - 1
+    cls = np.repeat(np.arange(k), np.diff(matches.class_start))
+    object_cls = np.repeat(np.arange(k), np.diff(matches.object_start))
+    # an image changes the AP of no class but those it has objects or detections of
+    touched = np.unique(np.append(matches.image * k + cls, matches.object_image * k + object_cls))
+    start = np.searchsorted(touched, np.arange(n + 1) * k)
+    base = weighted_ap(matches, np.ones((1, n), np.int32))[0][0, :, 0]
+    out = np.empty(n)
+    bounds = np.linspace(0, n, 8 * threads + 1).astype(int)
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = [
+            pool.submit(_leave_out, a, b, _arrays(matches), RECALL, touched % k, start, base, out)
+            for a, b in itertools.pairwise(bounds)
+        ]
+        for job in jobs:
+            job.result()
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _leave_out(first, last, arrays, recall, touched, touched_start, base, out):
+    weight = np.ones(len(out), np.int32)
+    ap = np.empty((len(base), 3))
+    curve = np.empty((3, len(recall)))
+    for i in range(first, last):
+        classes = touched[touched_start[i] : touched_start[i + 1]]
+        weight[i] = 0
+        _weighted_ap(weight, *arrays, recall, classes, ap, curve)
+        weight[i] = 1
+        out[i] = 0.0
+        count = 0
+        without = base.copy()
+        for k in classes:
+            without[k] = ap[k, 0]
+        for x in without:
+            if not np.isnan(x):
+                out[i] += x
+                count += 1
+        out[i] = out[i] / count if count else np.nan
+
+
 def evaluate(annotations: Annotations, results: Results) -> tuple[dict[str, float], np.ndarray]:
     """pycocotools' twelve numbers for boxes, and AP per class.
 
@@ -602,7 +469,7 @@ def evaluate(annotations: Annotations, results: Results) -> tuple[dict[str, floa
     per_class = np.empty(0)
     for area in AREAS:
         m = match(annotations, results, area)
-        ap = weighted_ap(m, np.ones((1, m.images)))[0][0]
+        ap = weighted_ap(m, np.ones((1, m.images), int))[0][0]
         if area == "all":
             per_class = np.nan_to_num(ap[:, 0], nan=-1.0)
             for i, name in enumerate(("AP", "AP50", "AP75")):

@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from psbn_mmdet import ap
-from psbn_mmdet.ap import InputError
+from psbn_mmdet.coco_files import InputError, load_json, read_annotations, read_results
 
 STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
@@ -102,8 +102,8 @@ def by_pycocotools(annotations, results):
 def read(tmp_path, annotations, results):
     (tmp_path / "ann.json").write_text(json.dumps(annotations))
     (tmp_path / "res.json").write_text(json.dumps(results))
-    a = ap.read_annotations(tmp_path / "ann.json")
-    return a, ap.read_results(tmp_path / "res.json", a)
+    a = read_annotations(tmp_path / "ann.json")
+    return a, read_results(tmp_path / "res.json", a)
 
 
 def assert_parity(tmp_path, annotations, results):
@@ -114,10 +114,8 @@ def assert_parity(tmp_path, annotations, results):
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=0, atol=1e-12)
     np.testing.assert_allclose(got_class, want_class[:, 0], rtol=0, atol=1e-12)
     m = ap.match(a, r)
-    per_class, curve = ap.weighted_ap(m, np.ones((1, m.images)))
-    np.testing.assert_allclose(
-        np.nan_to_num(per_class[0], nan=-1), want_class, rtol=0, atol=1e-12
-    )
+    per_class, curve = ap.weighted_ap(m, np.ones((1, m.images), int))
+    np.testing.assert_allclose(np.nan_to_num(per_class[0], nan=-1), want_class, rtol=0, atol=1e-12)
     if (want_class >= 0).any():
         shown = precision[:, :, want_class[:, 0] >= 0]
         np.testing.assert_allclose(curve[0, 0], shown.mean((0, 2)), rtol=0, atol=1e-12)
@@ -164,7 +162,7 @@ def test_equal_to_pycocotools_where_nothing_can_be_measured(tmp_path):
 def test_equal_to_hotcoco_on_real_annotations(tmp_path, shared_data):
     hotcoco = pytest.importorskip("hotcoco")
     path = shared_data / "coco128/annotations/instances_val2017.json"
-    annotations = ap.read_annotations(path)
+    annotations = read_annotations(path)
     rng = np.random.default_rng(0)
     results = [
         dict(
@@ -173,14 +171,14 @@ def test_equal_to_hotcoco_on_real_annotations(tmp_path, shared_data):
             bbox=(np.array(o["bbox"]) + rng.normal(0, 0.06, 4) * o["bbox"][2]).clip(0).tolist(),
             score=round(rng.random(), 2),
         )
-        for o in ap.load_json(path)["annotations"]
+        for o in load_json(path)["annotations"]
         for _ in range(rng.poisson(1.5))
     ]
     (tmp_path / "r.json").write_text(json.dumps(results))
     gt = hotcoco.COCO(str(path))
     e = hotcoco.COCOeval(gt, gt.load_res(str(tmp_path / "r.json")), "bbox")
     e.run()
-    got, _ = ap.evaluate(annotations, ap.read_results(tmp_path / "r.json", annotations))
+    got, _ = ap.evaluate(annotations, read_results(tmp_path / "r.json", annotations))
     want = e.get_results()
     assert got == pytest.approx({k: want[k] for k in STATS}, rel=0, abs=1e-12)
 
@@ -233,6 +231,26 @@ def test_resampling_is_paired_and_does_not_depend_on_threads(tmp_path):
     assert np.nanstd(one[:, 0, 0, 0]) > 0
 
 
+def test_leave_one_out_is_ap_without_that_image(tmp_path):
+    annotations, results = problem(np.random.default_rng(4), images=7)
+    a, r = read(tmp_path, annotations, results)
+    got = ap.leave_one_out(ap.match(a, r))
+    for i, id_ in enumerate(a.image_ids):
+        rest = [
+            [x for x in xs if x["image_id"] != id_] for xs in (annotations["annotations"], results)
+        ]
+        want = by_pycocotools(dict(annotations, annotations=rest[0]), rest[1])[0]["AP"]
+        assert got[i] == pytest.approx(want, rel=0, abs=1e-12)
+
+
+def test_weights_that_are_no_counts_are_refused(tmp_path):
+    a, r = read(tmp_path, *problem(np.random.default_rng(4)))
+    m = ap.match(a, r)
+    for weights in (np.ones((1, m.images)), np.ones((1, 3), int), -np.ones((1, m.images), int)):
+        with pytest.raises(ValueError, match="weights: got"):
+            ap.weighted_ap(m, weights)
+
+
 def test_draws_are_as_many_images_as_there_are():
     draws = ap.draw_images(50, 200, np.random.default_rng(0))
     assert draws.shape == (200, 50) and (draws.sum(1) == 50).all()
@@ -267,7 +285,7 @@ def test_bad_record_is_named(tmp_path, bad):
 def test_missing_key_is_named(tmp_path):
     annotations, results = problem(np.random.default_rng(0))
     del results[4]["bbox"]
-    with pytest.raises(InputError, match="res.json: record 4: has no bbox"):
+    with pytest.raises(InputError, match=r"res.json: record 4: has no bbox"):
         read(tmp_path, annotations, results)
 
 
@@ -276,19 +294,19 @@ def test_json_cut_off_in_the_middle(tmp_path):
     a, _ = read(tmp_path, annotations, results)
     text = json.dumps(results)
     (tmp_path / "res.json").write_text(text[: len(text) // 2])
-    with pytest.raises(InputError, match="res.json: not complete JSON.*cut off"):
-        ap.read_results(tmp_path / "res.json", a)
+    with pytest.raises(InputError, match=r"res.json: not complete JSON.*cut off"):
+        read_results(tmp_path / "res.json", a)
 
 
 def test_bad_annotations(tmp_path):
     annotations, results = problem(np.random.default_rng(0))
-    with pytest.raises(InputError, match="ann.json: no COCO annotation file"):
+    with pytest.raises(InputError, match=r"ann.json: no COCO annotation file"):
         read(tmp_path, results, results)
+    twice = [*annotations["annotations"], annotations["annotations"][0]]
     with pytest.raises(InputError, match="annotation id 1 stands twice"):
-        twice = [*annotations["annotations"], annotations["annotations"][0]]
         read(tmp_path, dict(annotations, annotations=twice), results)
     annotations["annotations"][3]["bbox"][0] = float("nan")
-    with pytest.raises(InputError, match="annotation 4 has bbox .nan"):
+    with pytest.raises(InputError, match=r"annotation 4 has bbox .nan"):
         read(tmp_path, annotations, results)
     with pytest.raises(InputError, match="cannot be read"):
-        ap.read_annotations(tmp_path / "absent.json")
+        read_annotations(tmp_path / "absent.json")
