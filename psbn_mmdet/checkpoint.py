@@ -28,18 +28,30 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message is one line that says why and what to do."""
 
 
-# A log history in the message hub, and the numpy arrays and scalars in it and in
-# the metrics. None of them runs anything when built.
-_HARMLESS = [
-    HistoryBuffer,
-    np.ndarray,
-    np.dtype,
-    np._core.multiarray._reconstruct,
-    np._core.multiarray.scalar,
-    *{type(np.dtype(t)) for t in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")},
-]
+def _history_statistic(owner: Any, name: str) -> Any:
+    """Stands in for ``getattr`` in a checkpoint, which could reach anything.
+
+    mmengine's log histories refer to their own four methods by it.
+    """
+    if owner is HistoryBuffer and name in ("min", "max", "current", "mean"):
+        return getattr(owner, name)
+    raise pickle.UnpicklingError(f"GLOBAL getattr({owner!r}, {name!r})")
+
+
+# What mmengine's checkpoints hold: the log histories of the message hub, and the
+# numpy arrays and scalars in them. None of it runs anything when it is built.
 if hasattr(torch.serialization, "add_safe_globals"):  # torch >= 2.4
-    torch.serialization.add_safe_globals(_HARMLESS)
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            (_history_statistic, "builtins.getattr"),
+            np.ndarray,
+            np.dtype,
+            np._core.multiarray._reconstruct,
+            np._core.multiarray.scalar,
+            *{type(np.dtype(t)) for t in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")},
+        ]
+    )
 
 
 def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
@@ -63,7 +75,7 @@ def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
             raise CheckpointError(
                 f"{text}: refused, since it carries {found[1]}, which is neither a tensor nor a "

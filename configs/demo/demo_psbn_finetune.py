@@ -1,0 +1,3 @@
+_base_ = "./demo_bn_finetune.py"
+
+model = dict(backbone=dict(norm_cfg=dict(type="psBN")))
