@@ -361,6 +361,7 @@ def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+@torch.no_grad()
 def gather(modules: Iterable[nn.Module]) -> tuple[Tensor, Tensor]:
     """gamma and bias of some layers one behind the other, float32 on the CPU, (C,) each.
 
