@@ -5,7 +5,12 @@ from typing import ClassVar
 
 import pytest
 import torch
+from conftest import ROOT
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
+from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -92,3 +97,74 @@ class TestHook:
     def test_no_decay_on_norm_layers_names_the_key(self, tmp_path):
         with pytest.raises(ValueError, match="norm_decay_mult"):
             self.run(tmp_path, 1, hook=self.hook, paramwise_cfg=dict(norm_decay_mult=0.0))
+
+
+class Losses(Hook):
+    def __init__(self):
+        self.values = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.values.append({key: value.item() for key, value in outputs.items()})
+
+
+@pytest.mark.slow
+class TestRetinaNet:
+    """The 500-scale config on real images, at a fifth of its scale, from one BN checkpoint."""
+
+    iters = 4
+
+    def config(self, name, shared_data, work_dir):
+        cfg = Config.fromfile(ROOT / f"configs/retinanet/retinanet_{name}.py")
+        cfg.model.backbone.init_cfg = None
+        loader = cfg.train_dataloader
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = f"{shared_data / 'coco128'}/"
+        for step in loader.dataset.pipeline:
+            if step["type"] == "Resize":
+                step["scale"] = (167, 100)
+        for key in ("val_dataloader", "val_cfg", "val_evaluator"):
+            cfg[key] = None
+        cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=self.iters)
+        cfg.param_scheduler = []
+        cfg.default_hooks.checkpoint = None
+        cfg.optim_wrapper.optimizer.weight_decay = 0.05  # a difference that four steps show
+        cfg.optim_wrapper.clip_grad = dict(max_norm=5.0)
+        cfg.work_dir = str(work_dir)
+        cfg.log_level = "WARNING"
+        cfg.experiment_name = f"run{next(run_number)}"
+        return cfg
+
+    def checkpoint(self, cfg, path):
+        register_all_modules(init_default_scope=True)
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.normal_(module.weight, 0.3, 0.1)
+                torch.nn.init.normal_(module.bias, 0, 0.1)
+        torch.save({"state_dict": as_psbn_computes(model).state_dict()}, path)
+
+    def test_the_same_losses_with_psbn_layers_and_with_anchored_biases(self, shared_data, tmp_path):
+        start = tmp_path / "bn.pth"
+        self.checkpoint(self.config("bn_500", shared_data, tmp_path), start)
+        runs = {}
+        for run, (name, hooks) in {
+            "psbn": ("psbn_500", []),
+            "anchored": ("bn_500", [dict(type="AnchoredBiasDecay", alpha=ALPHA)]),
+            "bn": ("bn_500", []),
+        }.items():
+            cfg = self.config(name, shared_data, tmp_path / run)
+            cfg.load_from = str(start)
+            cfg.custom_hooks = hooks
+            runner = Runner.from_cfg(cfg)
+            losses = Losses()
+            runner.register_hook(losses)
+            runner.train()
+            runs[run] = losses.values, norm_biases(runner.model.backbone)
+        assert len(runs["psbn"][0]) == self.iters
+        assert runs["anchored"][0] == runs["psbn"][0]
+        assert all(map(torch.equal, runs["anchored"][1], runs["psbn"][1]))
+        # and not because decay does nothing: the biases of BN went another way
+        apart = [(a - b).abs().max() for a, b in zip(runs["bn"][1], runs["psbn"][1], strict=True)]
+        assert max(apart) > 1e-4
+        assert runs["bn"][0] != runs["psbn"][0]
