@@ -256,7 +256,7 @@ def configure_training(
             raise UsageError("--amp needs a GPU; leave it out on CPU")
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     if auto_scale_lr:
-        if not cfg.get("auto_scale_lr", {}).get("base_batch_size"):
+        if not (cfg.get("auto_scale_lr") or {}).get("base_batch_size"):
             raise UsageError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
         cfg.auto_scale_lr.enable = True
     if resume == "auto":
