@@ -40,8 +40,9 @@ class Matches:
     """What one model found in one area range; all that AP depends on, whatever images count.
 
     Detections (D of them) are sorted by class, then falling score, then image: the order in which
-    pycocotools accumulates. Events are, per class and IoU threshold, the detections that are true
-    or ignored, and the ties described at ``_weighted_ap``.
+    pycocotools accumulates; those ignored at every IoU threshold are left out. Events are, per
+    class and IoU threshold, the detections that are true or ignored, and the ties described at
+    ``_weighted_ap``.
     """
 
     images: int
@@ -96,8 +97,10 @@ def match(annotations: Annotations, results: Results, area: str = "all") -> Matc
         high,
         status,
     )
+    # what is ignored at every threshold, most boxes of a size class, counts for nothing
+    counts = np.flatnonzero((status != _IGNORED).any(0))
     # cells come by class and image; by class and score it is what AP accumulates over
-    resort = np.lexsort((-results.score[order], results.cls[order]))
+    resort = counts[np.lexsort((-results.score[order[counts]], results.cls[order[counts]]))]
     order, rank, status = order[resort], rank[resort], np.ascontiguousarray(status[:, resort])
     image = results.image[order].astype(np.int32)  # half the memory that a resample walks through
     score, cls = results.score[order], results.cls[order]
