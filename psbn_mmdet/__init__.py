@@ -4,7 +4,12 @@ Importing the package registers its layers, under their own names for every
 library built on mmengine and under the scope ``psbn_mmdet``.
 """
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 
 from . import checkpoint, norm  # noqa: F401  checkpoint allows what mmengine's own hold
@@ -21,7 +26,7 @@ from .norm import (
     to_bn,
     to_psbn,
 )
-from .registry import MODELS
+from .registry import HOOKS, MODELS
 
 __version__ = "0.1.0"
 
@@ -43,6 +48,24 @@ for _name in __all__:
     if _name.startswith("ps"):
         for _registry in (MODELS, MMENGINE_MODELS):
             _registry.register_module(_name, force=True, module=getattr(norm, _name))
+
+
+
+def _on_use(module: str, name: str) -> Callable[..., Any]:
+    """A builder that imports its hook when a config names it: mmengine.hooks takes a second."""
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(module), name)(*args, **kwargs)
+
+    return build
+
+
+for _module, _name in [
+    ("psbn_mmdet.hooks", "SparsityLoggerHook"),
+    ("psbn_mmdet.anchored", "AnchoredBiasDecay"),
+]:
+    for _registry in (HOOKS, MMENGINE_HOOKS):
+        _registry.register_module(_name, force=True, module=_on_use(_module, _name))
 
 # So that configs can inherit `psbn_mmdet::retinanet/...`.
 MODULE2PACKAGE["psbn_mmdet"] = "psbn_mmdet"

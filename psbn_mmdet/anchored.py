@@ -33,12 +33,10 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .rectified import rectified
-from .registry import HOOKS
 
 INIT = ("auto", "keep", "alpha")
 # Their step() reads and writes the parameters in place, and no state of theirs is a parameter.
@@ -382,8 +380,6 @@ def _choose(
     return {name: params[name] for name in verdicts if name not in left}, left
 
 
-@MMENGINE_HOOKS.register_module()
-@HOOKS.register_module()
 class AnchoredBiasDecay(Hook):
     """`anchor_bias_decay` for mmengine: `custom_hooks=[dict(type='AnchoredBiasDecay', alpha=0.1)]`.
 

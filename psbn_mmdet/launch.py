@@ -62,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local-rank", "--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+
+
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """End the program with one line, from one process, for what the user can mend."""
@@ -70,7 +74,7 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except (UsageError, CheckpointError) as error:
         program = Path(sys.argv[0]).name
-        sys.exit(1 if int(os.environ.get("RANK", 0)) else f"{program}: {error}")
+        sys.exit(f"{program}: {error}" if _first_process() else 1)
 
 
 def load_config(
@@ -249,6 +253,7 @@ def configure_training(
             does not allow an option, or data is missing.
         CheckpointError: The checkpoint to resume from is not whole.
     """
+    say = print if _first_process() else lambda text: None
     if not cfg.get("train_dataloader"):
         raise UsageError(f"{cfg.filename}: has no train_dataloader, so nothing to train on")
     if amp:

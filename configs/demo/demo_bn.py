@@ -40,3 +40,4 @@ optim_wrapper = dict(
     optimizer=dict(lr=0.02, weight_decay=5e-3), clip_grad=dict(max_norm=10, norm_type=2)
 )
 default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=6))
+custom_hooks = [dict(type="SparsityLoggerHook", interval=25)]

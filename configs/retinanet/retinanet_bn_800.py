@@ -6,3 +6,5 @@ custom_imports = dict(imports=["psbn_mmdet", "psbn_mmdet.loading"])
 # mmengine draws a new seed per process start otherwise, and a resumed run would
 # go on with another order of images.
 randomness = dict(seed=0)
+# Filter collapse in the log, the curves and WORK_DIR; does not touch the training.
+custom_hooks = [dict(type="SparsityLoggerHook", interval=500)]

@@ -1,0 +1,21 @@
+# Both commands set up .venv first: minutes the first time, nothing after.
+.PHONY: demo test quick lint benchmark setup
+
+demo: setup  ## BN and psBN finetuned side by side on drawn images
+	.venv/bin/python tools/demo.py
+
+test: setup  ## every test, the slow ones too
+	.venv/bin/python -m pytest -m ""
+
+quick: setup  ## the tests of daily use
+	.venv/bin/python -m pytest
+
+lint: setup
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+benchmark: setup  ## the ratios that stand in README.md
+	.venv/bin/python tools/benchmark.py all
+
+setup:
+	@tools/setup.sh
