@@ -105,7 +105,7 @@ class _Arm:
 
     mean: np.ndarray
     images: np.ndarray  # mean of the arm's runs on every resample
-    seeds: np.ndarray  # what drawing runs adds to it
+    seeds: np.ndarray  # what other seeds would add to it
     between: np.ndarray  # variance of AP between runs, as measured on these images
     within: np.ndarray  # the part of it that is these images: run by run, over resamples
     runs: int
@@ -126,10 +126,11 @@ def _arm(
     between = observed.var(0, ddof=1)
     noise = resampled - resampled.mean(1, keepdims=True) - (observed - observed.mean(0))
     within = np.nanmean((noise**2).sum(1) / (m - 1), 0)
-    drawn = rng.integers(0, m, (len(resampled), n))
-    seeds = resampled[np.arange(len(resampled))[:, None], drawn].mean(1) - resampled.mean(1)
+    # variance over the weights: the variance between runs on the resample, over n
+    weights = rng.normal(0, 1, (len(resampled), m, 1)) / math.sqrt((m - 1) * n)
+    seeds = (weights * (resampled - resampled.mean(1, keepdims=True))).sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        scale = m / (m - 1) * np.maximum(between - within, 0) / (between + within)
+        scale = np.maximum(between - within, 0) / (between + within)
     seeds = seeds * np.sqrt(np.nan_to_num(scale))
     return _Arm(measured.observed[runs].mean(0), images, seeds, between, within, n, donor)
 
@@ -168,18 +169,18 @@ def compare(
     """Intervals of every arm and of the differences between arms: a hierarchical bootstrap.
 
     What is resampled. Every resample draws the images of the test set with replacement, the same
-    for all runs, and evaluates every run on them. It also draws, in each arm on its own, as many
-    runs as the arm has, with replacement, and takes their mean. The spread of the draws so
-    carries the test set and the training seeds, and the difference of two arms keeps what the
-    pairing by image takes out.
+    for all runs, and evaluates every run on them. On top of it, in each arm on its own, the
+    deviations of the runs from their mean are drawn with independent normal weights. (Drawing
+    runs with replacement has the same aim, but three runs have ten different draws and no tails.)
+    The spread of the draws so carries the test set and the training seeds, and the difference of
+    two arms keeps what the pairing by image takes out.
 
     Two corrections make the intervals as wide as they should be, and no wider:
 
-    - Drawing from m runs shows (m - 1)/m of the variance between runs, and every single run's
-      image noise, which the images already carry, shows up between the runs once more. With s2
-      the variance of AP between runs on these images and v the mean variance of a run's deviation
-      from its arm over resamples, the seeds' own variance is estimated by max(0, s2 - v), and
-      what drawing runs adds is scaled to it.
+    - The image noise of every single run, which the images already carry, shows up between the
+      runs once more. With s2 the variance of AP between the m runs on these images and v the
+      mean variance of a run's deviation from its arm over resamples, the seeds' own variance is
+      estimated by max(0, s2 - v), and the weights are scaled to it.
     - A variance from m runs is itself uncertain. The draws are stretched by t/z, where t has
       the Welch-Satterthwaite degrees of freedom of the sum, as in Welch's t-test.
 
