@@ -266,7 +266,7 @@ def configure_training(
         cfg.auto_scale_lr.enable = True
     if resume == "auto":
         path = latest_whole(cfg.work_dir)
-        print(
+        say(
             f"resuming from {path}" if path else f"{cfg.work_dir}: nothing to resume: starting anew"
         )
         resume = path and str(path)
@@ -282,7 +282,7 @@ def configure_training(
     hook = cfg.get("default_hooks", {}).get("checkpoint") or {}
     if hook.get("max_keep_ckpts") == 1:
         # mmengine removes the old one first: a kill in between would lose the run.
-        print(
+        say(
             "max_keep_ckpts=1 would leave no whole checkpoint while the next is written: keeping 2"
         )
         hook.max_keep_ckpts = 2
