@@ -34,8 +34,8 @@ Eq. 3 to 5 stand as printed. What one has to know to use them:
   independent activations have `n c^2` in the place of `c^2`.
 * Eq. 3 takes gamma and beta as independent. For filters given one by one, average `drift` over
   them.
-* `K` is not negative everywhere: below `z = -1.1533` it is positive, though tiny, since the few
-  samples that fire there push beta either way and Phi is convex. Its part even in `z` is negative
+* `K` is not negative everywhere: below `z = -1.1533` it is positive, up to 0.071. The few samples
+  that fire there push beta either way, and Phi is convex. The part even in `z` is negative
   everywhere, and that is all that an even distribution of beta leaves of it.
 * For `gamma < 0`, `(gamma, x_hat)` and `(-gamma, -x_hat)` give the same filter and the same step:
   the functions take `|gamma|`. The paper's `Phi(beta' / gamma')` for a step across `gamma = 0`
