@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
 from mmengine.hub import get_config
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.utils import is_installed
 
 from .checkpoint import CheckpointError, is_whole, latest_whole
-from .loading import CheckpointGuard
+from .loading import CheckpointGuard, require_fit
 
 
 class UsageError(Exception):
@@ -62,19 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local-rank", "--local_rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
-def _first_process() -> bool:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
-
-
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the program with one line, from one process, for what the user can mend."""
+    """End the program with one line for what the user can mend."""
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # mmengine's, many times
     try:
         yield
     except (UsageError, CheckpointError) as error:
-        program = Path(sys.argv[0]).name
-        sys.exit(f"{program}: {error}" if _first_process() else 1)
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 def load_config(
@@ -165,15 +160,23 @@ def check_data(cfg: Config, *phases: str) -> None:
                 raise UsageError(f"{path}: no such annotation file; {hint}")
 
 
-def check_weights(cfg: Config) -> None:
-    """Whether the checkpoints that a training starts from can be had; downloads them.
+def check_weights(cfg: Config, strict: bool = False) -> None:
+    """Whether the checkpoints that a config starts from can be had and fit; downloads them.
+
+    Args:
+        cfg: The config.
+        strict: As in :func:`psbn_mmdet.checkpoint.mismatch`: True for testing.
 
     Raises:
-        CheckpointError: One is missing, not whole or could not be downloaded.
+        CheckpointError: One is missing, not whole, not of this config or could
+            not be downloaded.
     """
-    for source in [cfg.get("load_from"), *_pretrained(cfg.model)]:
-        if source:
-            CheckpointLoader.load_checkpoint(source, map_location="cpu")
+    for source in _pretrained(cfg.model):
+        CheckpointLoader.load_checkpoint(source, map_location="cpu")
+    if cfg.get("load_from"):
+        checkpoint = CheckpointLoader.load_checkpoint(cfg.load_from, map_location="cpu")
+        init_default_scope(cfg.get("default_scope", "mmengine"))
+        require_fit(MODELS.build(cfg.model), checkpoint, cfg.load_from, strict or cfg.resume)
 
 
 def _pretrained(node: Any) -> Iterator[str]:
@@ -253,7 +256,6 @@ def configure_training(
             does not allow an option, or data is missing.
         CheckpointError: The checkpoint to resume from is not whole.
     """
-    say = print if _first_process() else lambda text: None
     if not cfg.get("train_dataloader"):
         raise UsageError(f"{cfg.filename}: has no train_dataloader, so nothing to train on")
     if amp:
@@ -266,7 +268,7 @@ def configure_training(
         cfg.auto_scale_lr.enable = True
     if resume == "auto":
         path = latest_whole(cfg.work_dir)
-        say(
+        print(
             f"resuming from {path}" if path else f"{cfg.work_dir}: nothing to resume: starting anew"
         )
         resume = path and str(path)
@@ -282,7 +284,7 @@ def configure_training(
     hook = cfg.get("default_hooks", {}).get("checkpoint") or {}
     if hook.get("max_keep_ckpts") == 1:
         # mmengine removes the old one first: a kill in between would lose the run.
-        say(
+        print(
             "max_keep_ckpts=1 would leave no whole checkpoint while the next is written: keeping 2"
         )
         hook.max_keep_ckpts = 2

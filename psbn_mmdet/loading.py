@@ -15,6 +15,7 @@ import mmengine
 from mmengine.dist import barrier, get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import CheckpointLoader, Runner
+from torch import nn
 
 from .checkpoint import CheckpointError, load, mismatch, state_dict_of
 
@@ -48,21 +49,33 @@ for _prefixes, _loader in [
     CheckpointLoader.register_scheme(_prefixes, _loader, force=True)
 
 
-class CheckpointGuard(Hook):
-    """Refuse a checkpoint that does not give the model the function it was saved with.
+def require_fit(model: nn.Module, checkpoint: Any, name: str, strict: bool) -> None:
+    """Refuse a checkpoint that does not give a model the function it was saved with.
 
     Args:
-        strict: As in :func:`psbn_mmdet.checkpoint.mismatch`; True for testing.
-            A resumed run is always held to it.
+        model: What it is to be loaded into.
+        checkpoint: What was read.
+        name: Where it came from, for the message.
+        strict: As in :func:`psbn_mmdet.checkpoint.mismatch`.
+
+    Raises:
+        CheckpointError: It does not fit.
+    """
+    wrong = mismatch(model, state_dict_of(checkpoint, name), strict)
+    if wrong:
+        raise CheckpointError(f"{name}: {wrong}")
+
+
+class CheckpointGuard(Hook):
+    """:func:`require_fit` for whatever a Runner loads.
+
+    Args:
+        strict: True for testing; a resumed run is always held to it.
     """
 
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        name = runner._load_from
         model = getattr(runner.model, "module", runner.model)
-        state_dict = state_dict_of(checkpoint, name)
-        wrong = mismatch(model, state_dict, self.strict or runner._resume)
-        if wrong:
-            raise CheckpointError(f"{name}: {wrong}")
+        require_fit(model, checkpoint, runner._load_from, self.strict or runner._resume)

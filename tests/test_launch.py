@@ -246,12 +246,14 @@ def test_testing_refuses_a_checkpoint_that_is_not_of_the_config(
     cfg = load_config(f"configs/demo/demo_{config}.py", data_root=shapes, work_dir=str(tmp_path))
     cfg.test_dataloader.update(num_workers=0, persistent_workers=False)
 
-    def test():
+    def test(how):
         launch.configure_test(cfg, str(tmp_path / "a.pth"))
-        launch.evaluate(cfg)
+        how()
 
     with pytest.raises(CheckpointError, match=message):
-        test()
+        test(lambda: launch.check_weights(cfg, strict=True))  # before processes are started
+    with pytest.raises(CheckpointError, match=message):
+        test(lambda: launch.evaluate(cfg))
 
 
 def model_of(config, **backbone):
@@ -398,6 +400,34 @@ def test_real_images_in_two_processes(shared_data, imagenet, tmp_path):
         )["images"]
     }
     assert len({r["image_id"] for r in results}) == 8
+
+
+FAKE_SRUN = """#!/usr/bin/env bash
+while [[ $1 == -* ]]; do
+    [[ $1 != --ntasks ]] || tasks=$2
+    [[ $1 == *=* ]] && shift || shift 2
+done
+for ((i = 0; i < tasks; i++)); do
+    SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=$tasks SLURM_NODELIST=localhost "$@" &
+done
+wait -n && wait -n
+"""
+
+
+@pytest.mark.slow
+def test_slurm_scripts_on_cpu_with_a_stand_in_for_slurm(shapes, tmp_path):
+    for name, text in [("srun", FAKE_SRUN), ("scontrol", "#!/bin/sh\necho localhost\n")]:
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    env = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", GPUS="2", GPUS_PER_NODE="0")
+    config, options = "configs/demo/demo_bn.py", ["--data-root", shapes, "--cfg-options", *TINY]
+    options.append("train_cfg.max_epochs=1")
+    train = ["tools/slurm_train.sh", "part", "job", config, tmp_path / "w", *options]
+    subprocess.run(train, env=env, check=True, capture_output=True)
+    test = ["tools/slurm_test.sh", "part", "job", config, tmp_path / "w" / "epoch_1.pth"]
+    test += ["--work-dir", tmp_path / "w", *options]
+    subprocess.run(test, env=env, check=True, capture_output=True)
+    assert "coco/bbox_mAP" in json.loads((tmp_path / "w" / "metrics.json").read_text())
 
 
 @pytest.mark.slow

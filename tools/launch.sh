@@ -6,6 +6,7 @@ tools=$(dirname "$0")
 PYTHON=${PYTHON:-python}
 export PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}"
 
+[[ $1 =~ ^[0-9]+$ ]] || { echo "$1 is no number of processes" >&2; exit 2; }
 "$PYTHON" "$tools/$2" "${@:3}" --check "$1" >/dev/null
 if [ "${NNODES:-1}" -gt 1 ] || [ -n "${PORT-}" ]; then
     where=(--nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}"

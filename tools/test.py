@@ -19,7 +19,7 @@ def main() -> None:
         launch.configure_test(cfg, args.checkpoint)
         if args.check is not None:
             launch.check_processes(args.check)
-            launch.check_weights(cfg)
+            launch.check_weights(cfg, strict=True)
         else:
             launch.evaluate(cfg, args.launcher)
 
