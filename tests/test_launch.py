@@ -421,7 +421,7 @@ def test_slurm_scripts_on_cpu_with_a_stand_in_for_slurm(shapes, tmp_path):
         (tmp_path / name).chmod(0o755)
     env = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", GPUS="2", GPUS_PER_NODE="0")
     config, options = "configs/demo/demo_bn.py", ["--data-root", shapes, "--cfg-options", *TINY]
-    options.append("train_cfg.max_epochs=1")
+    options += ["train_cfg.max_epochs=1", "model.test_cfg.score_thr=0.0"]
     train = ["tools/slurm_train.sh", "part", "job", config, tmp_path / "w", *options]
     subprocess.run(train, env=env, check=True, capture_output=True)
     test = ["tools/slurm_test.sh", "part", "job", config, tmp_path / "w" / "epoch_1.pth"]
