@@ -11,7 +11,8 @@ the bias, which tells two cases apart behind a ReLU: *dead* (the output is
 about 0) and *constant* (a positive bias still comes through). A filter is
 *inactive* when its ReLU practically never fires, Phi(bias / |gamma|) < 1e-3
 (Eq. 2): the non-trainable region, which a filter enters long before weight
-decay has shrunk gamma.
+decay has shrunk gamma. Dead, constant and inactive speak of a ReLU right behind
+the layer; the last layer of a residual block has the addition in between.
 """
 
 import json

@@ -65,6 +65,11 @@ class Trace:
     inactive_below: float = INACTIVE_BELOW
     labels: tuple[str, ...] | None = None
 
+    def moment(self, index: int) -> str:
+        """What to call one of the T moments."""
+        i = int(self.iterations[index])
+        return f"iteration {i}" if self.labels is None else self.labels[i]
+
     def report(self, index: int = -1) -> Report:
         """The report on one of the T moments; L1 norms are the last known by then."""
         gamma, bias = torch.tensor(self.gamma[index]), torch.tensor(self.bias[index])
