@@ -121,7 +121,7 @@ report() {
 check() { # what would only fail after hours
     local left=0 run free
     for run in "${runs[@]}"; do finished $run || left=$((left + 1)); done
-    "$PYTHON" -c "import mmdet, plotly" 2>/dev/null ||
+    "$PYTHON" -c "import importlib.util as u; exit(not (u.find_spec('mmdet') and u.find_spec('plotly')))" ||
         die "$PYTHON: has no mmdet or no plotly; activate their environment, or name it: PYTHON=.venv/bin/python"
     [ "$left" -gt 0 ] || return 0
     mkdir -p "$work"
