@@ -6,12 +6,14 @@ hold a few harmless classes besides, which importing this module allows;
 without it mmengine 0.10 cannot resume under torch >= 2.6.
 """
 
+import codecs
 import os
 import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlparse
@@ -38,20 +40,54 @@ def _history_statistic(owner: Any, name: str) -> Any:
     raise pickle.UnpicklingError(f"GLOBAL getattr({owner!r}, {name!r})")
 
 
-# What mmengine's checkpoints hold: the log histories of the message hub, and the
-# numpy arrays and scalars in them. None of it runs anything when it is built.
-if hasattr(torch.serialization, "add_safe_globals"):  # torch >= 2.4
-    torch.serialization.add_safe_globals(
-        [
-            HistoryBuffer,
-            (_history_statistic, "builtins.getattr"),
-            np.ndarray,
-            np.dtype,
-            np._core.multiarray._reconstruct,
-            np._core.multiarray.scalar,
-            *{type(np.dtype(t)) for t in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")},
-        ]
+# What mmengine's checkpoints hold besides tensors: the log histories of the
+# message hub, and numpy's arrays and scalars in them (numpy 2 renamed its core).
+# None of it runs anything when it is built.
+_HARMLESS: dict[str, Any] = {
+    "mmengine.logging.history_buffer.HistoryBuffer": HistoryBuffer,
+    "builtins.getattr": _history_statistic,
+    "_codecs.encode": codecs.encode,  # how bytes are pickled
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    **{
+        f"numpy.{core}.multiarray.{rebuild.__name__}": rebuild
+        for core in ("core", "_core")
+        for rebuild in (np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0])
+    },
+    **{
+        f"numpy.dtypes.{kind.__name__}": kind
+        for kind in {
+            type(np.dtype(t)) for t in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "?")
+        }
+    },
+}
+_HAS_ALLOW_LIST = hasattr(torch.serialization, "add_safe_globals")  # torch >= 2.4
+if _HAS_ALLOW_LIST:
+    torch.serialization.add_safe_globals([(found, name) for name, found in _HARMLESS.items()])
+
+
+class _AllowListUnpickler(pickle.Unpickler):
+    """``weights_only`` with :data:`_HARMLESS` for torch < 2.4, which has no allow-list."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = torch._weights_only_unpickler._get_allowed_globals() | _HARMLESS
+        if f"{module}.{name}" not in allowed:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return allowed[f"{module}.{name}"]
+
+
+def _torch_load(path: Path, map_location: Any) -> Any:
+    if _HAS_ALLOW_LIST:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    module = SimpleNamespace(
+        __name__=__name__,
+        Unpickler=_AllowListUnpickler,
+        load=lambda file, **kwargs: _AllowListUnpickler(file, **kwargs).load(),
     )
+    loaded = torch.load(path, map_location=map_location, pickle_module=module)
+    if isinstance(loaded, torch.jit.ScriptModule):
+        raise RuntimeError("a TorchScript archive")
+    return loaded
 
 
 def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
@@ -73,7 +109,7 @@ def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
     if path.suffix == ".safetensors":
         return _load_safetensors(path, map_location)
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return _torch_load(path, map_location)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:

@@ -31,6 +31,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+# torch < 2.3 has none and breaks the graph at the check instead.
+_is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
+
 LOAD_BN = ("preserve", "shift")
 
 
@@ -164,7 +167,7 @@ def _refuse_sync_conversion() -> None:
     torch's and mmengine's ``convert_sync_batchnorm`` would end in a TypeError
     that speaks of tensors and parameters and says no way out.
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return
     if sys._getframe(2).f_code.co_name == "convert_sync_batchnorm":
         raise TypeError(
