@@ -71,6 +71,7 @@ class _AllowListUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = torch._weights_only_unpickler._get_allowed_globals() | _HARMLESS
+        module = "builtins" if module == "__builtin__" else module  # protocol 2's name
         if f"{module}.{name}" not in allowed:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
         return allowed[f"{module}.{name}"]
