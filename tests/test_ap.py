@@ -36,6 +36,8 @@ def problem(rng, images=12, classes=4, crowd=0.1, decimals=1, boxes=3):
                         iscrowd=int(rng.random() < crowd),
                     )
                 )
+                if rng.random() < 0.2:  # the same box again: equal IoU, in another size class
+                    objects.append(dict(objects[-1], id=len(objects) + 1, area=1000.0))
                 for _ in range(rng.poisson(1.2)):
                     shifted = np.maximum(box + rng.normal(0, 0.08, 4) * box[[2, 3, 2, 3]], 0)
                     found.append((10 * i + 3, c + 1, shifted))
@@ -193,9 +195,9 @@ def test_empty_result_file_is_ap_0(tmp_path):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_weights_are_exactly_physical_repetition(tmp_path, seed):
-    """Scores of one digit tie inside an image, those of three do not."""
+    """Scores of one digit tie inside an image, those of six do not."""
     rng = np.random.default_rng(100 + seed)
-    annotations, results = problem(rng, images=8, classes=3, decimals=1 + 2 * (seed % 2))
+    annotations, results = problem(rng, images=8, classes=3, decimals=6 if seed % 2 else 1)
     a, r = read(tmp_path, annotations, results)
     m = ap.match(a, r)
     assert (m.event_kind == 3).any() == (seed % 2 == 0)  # ties, or none, are what is tested

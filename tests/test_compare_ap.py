@@ -1,15 +1,16 @@
 """The verdict against counted and simulated truths, the command line, and the way to it."""
 
+import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from psbn_mmdet import ap, ap_compare, ap_page, ap_report, coco_files
@@ -520,11 +521,10 @@ class Reproduce:
                 env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
 
-    def kill_when(self, path, seconds=300):
-        """The whole process group, as soon as the path exists."""
+    def kill_when(self, path, seconds=400):
+        """Kill everything that it started, as soon as the path exists."""
         deadline = time.time() + seconds
         try:
             while not path.exists():
@@ -532,7 +532,11 @@ class Reproduce:
                 assert time.time() < deadline, self.log.read_text()
                 time.sleep(0.02)
         finally:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            # torchrun puts its workers into sessions of their own
+            started = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
+            for process in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.process.wait()
         return self.log.read_text()
 
