@@ -31,13 +31,13 @@ model = dict(
 
 # Minutes instead of days: large decay and learning rate stand in for the many
 # steps in which filters collapse.
-train_cfg = dict(max_epochs=24, val_interval=24)
+train_cfg = dict(max_epochs=16, val_interval=16)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type="CosineAnnealingLR", by_epoch=True, convert_to_iter_based=True, T_max=24),
+    dict(type="CosineAnnealingLR", by_epoch=True, convert_to_iter_based=True, T_max=16),
 ]
 optim_wrapper = dict(
     optimizer=dict(lr=0.02, weight_decay=5e-3), clip_grad=dict(max_norm=10, norm_type=2)
 )
-default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=6))
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=4))
 custom_hooks = [dict(type="SparsityLoggerHook", interval=25)]
