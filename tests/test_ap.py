@@ -36,8 +36,6 @@ def problem(rng, images=12, classes=4, crowd=0.1, decimals=1, boxes=3):
                         iscrowd=int(rng.random() < crowd),
                     )
                 )
-                if rng.random() < 0.2:  # the same box again: equal IoU, in another size class
-                    objects.append(dict(objects[-1], id=len(objects) + 1, area=1000.0))
                 for _ in range(rng.poisson(1.2)):
                     shifted = np.maximum(box + rng.normal(0, 0.08, 4) * box[[2, 3, 2, 3]], 0)
                     found.append((10 * i + 3, c + 1, shifted))
@@ -153,6 +151,24 @@ def test_equal_to_pycocotools_where_an_object_has_id_0(tmp_path):
     for o in annotations["annotations"]:
         o["id"] -= 1
     assert assert_parity(tmp_path, annotations, results) != with_1
+
+
+def test_of_two_objects_with_equal_iou_the_last_is_taken(tmp_path):
+    """The surer box lies half-way between two objects; the other one fits the first object only."""
+    boxes = ([100, 0, 10, 10], [102, 0, 10, 10])
+    annotations = dict(
+        images=[dict(id=1)],
+        categories=[dict(id=1)],
+        annotations=[
+            dict(id=n + 1, image_id=1, category_id=1, bbox=b, area=100, iscrowd=0)
+            for n, b in enumerate(boxes)
+        ],
+    )
+    results = [
+        dict(image_id=1, category_id=1, bbox=[101, 0, 10, 10], score=0.9),
+        dict(image_id=1, category_id=1, bbox=[97, 0, 10, 10], score=0.8),
+    ]
+    assert assert_parity(tmp_path, annotations, results)["AP50"] == 1
 
 
 def test_equal_to_pycocotools_where_nothing_can_be_measured(tmp_path):
