@@ -21,7 +21,7 @@ from .collapse import (
     norm_modules,
 )
 from .norm import _PostShift
-from .trace import TraceError, Writer, read
+from .trace import FILE_NAME, TraceError, Writer, read
 
 
 class SparsityLoggerHook(Hook):
@@ -87,7 +87,7 @@ class SparsityLoggerHook(Hook):
         for warning in [*_decay_warnings(model, runner), *_zero_gamma_warnings(model, runner.iter)]:
             runner.logger.warning(warning)
         report = measure(model, *self.thresholds, self.input_size)
-        self._writer = Writer(Path(runner.work_dir, "collapse.trace"), report, runner.iter)
+        self._writer = Writer(Path(runner.work_dir, FILE_NAME), report, runner.iter)
         if self._writer.moved_to:
             runner.logger.info(
                 f"the trace of another run was moved aside to {self._writer.moved_to}"

@@ -96,7 +96,7 @@ def write_figures(trace: Trace | str | os.PathLike, folder: str | os.PathLike) -
     is left out where no convolution is known in front of any layer.
 
     Args:
-        trace: A run, or its file.
+        trace: A run, its trace file or its work dir.
         folder: Where to; made if need be.
 
     Raises:
@@ -279,7 +279,7 @@ def write_page(
     that they fit into :data:`PATH_BYTES`, and the page says how many.
 
     Args:
-        runs: Name -> a run or its trace file, in the order of display.
+        runs: Name -> a run, its trace file or its work dir, in the order of display.
         out: The file, replaced if it is there.
         title: Heading of the page.
 

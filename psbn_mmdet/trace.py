@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from .collapse import INACTIVE_BELOW, THRESHOLD, Layer, Report
 
+FILE_NAME = "collapse.trace"
 MAGIC = b"psbn-trace 1\n"
 _RECORD = struct.Struct("<4sBqII")
 _MARK = b"REC\n"
@@ -217,12 +218,17 @@ def _free_name(path: Path) -> Path:
 
 
 def read(path: str | os.PathLike) -> Trace:
-    """Read a trace file; a record that was cut off, and what follows it, is left out.
+    """Read a run; a record that was cut off, and what follows it, is left out.
+
+    Args:
+        path: The trace file, or the work dir that it is in.
 
     Raises:
         TraceError: The file is missing, empty, no trace, or has no whole record.
     """
     path = Path(path)
+    if path.is_dir():
+        path /= FILE_NAME
     if not path.is_file():
         raise TraceError(f"{path}: no such file")
     content = path.read_bytes()

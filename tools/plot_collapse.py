@@ -22,9 +22,8 @@ def load(arguments: list[str]) -> dict[str, Trace]:
     for argument in arguments:
         name, equals, place = argument.partition("=")
         path = Path(place if equals else argument)
-        if path.is_dir():
-            path /= "collapse.trace"
-        name = name if equals else path.resolve().parent.name
+        if not equals:
+            name = path.resolve().name if path.is_dir() else path.resolve().parent.name
         unique, number = name, 2
         while unique in runs:
             unique, number = f"{name} ({number})", number + 1
