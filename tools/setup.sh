@@ -5,8 +5,7 @@
 #     tools/setup.sh            PYTHON=python3.11 tools/setup.sh
 #
 # Where $PYTHON (python3 unless set) already imports torch and mmcv's operators,
-# .venv is laid over it and what is there is used. Otherwise torch is installed
-# and mmcv compiled from its sdist.
+# these are used. Otherwise torch is installed and mmcv compiled from its sdist.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -75,19 +74,20 @@ trap 'rm -rf "$work"' EXIT
 if [ ! -x $py ]; then
     "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' ||
         die "needs Python 3.10 to 3.13, and $PYTHON is $("$PYTHON" --version 2>&1 || true): set PYTHON"
+    say "creating $venv"
+    "$PYTHON" -m venv $venv
     if has_mmcv_ops "$PYTHON"; then
-        say "$PYTHON has torch and mmcv: laying $venv over it"
-        "$PYTHON" -m venv --system-site-packages $venv
-    else
-        say "creating $venv"
-        "$PYTHON" -m venv $venv
+        say "$PYTHON has torch and mmcv: using them"
+        # Not --system-site-packages, which passes over a virtual environment.
+        "$PYTHON" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+            >"$($py -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/around.pth"
     fi
 fi
 requirements=requirements.txt
 if has_mmcv_ops $py; then
-    # What is there is used, whatever its version; only the rest is pinned.
+    # What is there is used, whatever its version; only what is missing is installed.
     requirements=$work/requirements.txt
-    grep -v '^torch==' requirements.txt >"$requirements"
+    sed 's/==.*//' requirements.txt >"$requirements"
 fi
 say 'installing the packages of requirements.txt'
 quietly packages $py -m pip install -r "$requirements"
