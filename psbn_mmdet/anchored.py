@@ -260,22 +260,23 @@ class AnchoredBiases:
                 pack.to_bias()
             self._stepping = False
 
-    def state_dict(self) -> dict[str, Any]:
-        """alpha and, under the name of each bias that has been stepped, its beta."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """The betas, under the names of the biases; empty before the first step."""
         self.settle()
-        beta = {name: value for pack in self._packs for name, value in pack.betas()}
-        return {"alpha": self.alpha, "beta": beta}
+        return {name: beta for pack in self._packs for name, beta in pack.betas()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from saved betas. Load the model's own state dict, too, in either order.
 
-        A saved beta counts only where `beta + alpha` is the bias, to the bit. So one that belongs
-        to other weights does no harm, and with another alpha all are taken anew from the biases.
+        A saved beta counts only where `beta + alpha` is the bias, to the bit; elsewhere (weights or
+        alpha are others) and where none is saved it is taken anew from the bias.
+
+        Raises:
+            ValueError: a beta has another shape than its bias.
         """
         self.settle()
-        if state["alpha"] == self.alpha:
-            for pack in self._packs:
-                pack.load(state["beta"])
+        for pack in self._packs:
+            pack.load(state)
 
     def remove(self) -> None:
         """Leave the biases as they are and let them decay toward 0 again."""

@@ -292,8 +292,8 @@ def simulate_drift(
     shape = scale.shape if from_distribution else np.broadcast_shapes(scale.shape, np.shape(beta))
     fixed = None if from_distribution else _numbers("beta", beta)
     rng = np.random.default_rng(seed)
-    count, mean, squares = 0, np.zeros(shape), np.zeros(shape)
-    chunk = max(2, int(2e6 // max(1, np.prod(shape))))
+    count, total, squares = 0, np.zeros(shape), np.zeros(shape)
+    chunk = max(2, int(2e6 // max(1, np.prod(shape))))  # draws need not stay in memory
     while count < samples:
         n = min(chunk, samples - count)
         b = beta.sample(rng, (n, *shape)) if from_distribution else fixed
@@ -303,12 +303,12 @@ def simulate_drift(
         if antithetic:
             change = (change + special.ndtr((b + g) / np.abs(scale + g * x))) / 2
         change -= special.ndtr(b / scale)
-        # Chan's update of mean and sum of squares: draws need not stay in memory.
-        delta = change.mean(0) - mean
-        squares += change.var(0) * n + delta**2 * (count * n / (count + n))
-        mean += delta * (n / (count + n))
+        total += change.sum(0)
+        squares += np.square(change).sum(0)
         count += n
-    return Estimate(mean, np.sqrt(squares / (samples - 1) / samples))
+    mean = total / samples
+    variance = (squares - samples * np.square(mean)) / (samples - 1)
+    return Estimate(mean, np.sqrt(np.maximum(variance, 0) / samples))
 
 
 def C(gamma: ArrayLike, beta: ArrayLike, alpha: float) -> NDArray:
@@ -492,16 +492,17 @@ def _first_below(
     now = np.array([1 - rate, 0.0]) - momentum * buffer if nesterov else np.array([1, 0]) - buffer
     step = np.stack([now, buffer])
     roots = np.linalg.eigvals(step)
-    if np.iscomplexobj(roots) or np.isclose(*roots, rtol=1e-6):
-        # Decay so strong that s_t swings through 0, within half a period: count it out.
+    share_slow = 0.0
+    if np.isrealobj(roots) and not np.isclose(*roots, rtol=1e-6):
+        slow, fast = roots.max(), roots.min()
+        share_slow = ((step @ first)[0] - fast * first[0]) / (slow - fast)
+    if share_slow <= 0:
+        # The decay, or its first step, is so strong that s_t soon swings through 0: count it out.
         values, state = [1.0], first
         while values[-1] > wanted.min():
             values.append(state[0])
             state = step @ state
         return np.searchsorted(-np.minimum.accumulate(values), -wanted).astype(np.float64)
-    slow, fast = roots.max(), roots.min()
-    at_second = (step @ first)[0]
-    share_slow = (at_second - fast * first[0]) / (slow - fast)
     share_fast = first[0] - share_slow
 
     def factor(t: NDArray) -> NDArray:

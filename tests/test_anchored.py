@@ -262,20 +262,20 @@ class TestTrainsAsPsbn:
         assert train(bn, optimizer)[0] == train(psbn, OPTIMIZERS["momentum"](psbn.parameters()))[0]
 
     def test_small_steps_are_not_lost_to_the_larger_number(self):
-        """beta = 1e-6 decays by 1e-8 a step; half a unit in the last place of 0.1 is 4e-9.
+        """beta = 1e-9 decays by 1e-11 a step; half a unit in the last place of 0.1 is 4e-9.
 
-        100 steps take it to 1e-6 * 0.99^100 = 3.66e-7, to 100 roundings of 2^-24.
+        100 steps take it to 1e-9 * 0.99^100, with one rounding of 2^-24 in each.
         """
         layer = nn.Sequential(nn.BatchNorm1d(1), nn.ReLU())
         nn.init.constant_(layer[0].bias, ALPHA)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.01, weight_decay=1.0)
         anchored = anchor_bias_decay(layer, optimizer, ALPHA, log=None)
-        anchored.load_state_dict({"alpha": ALPHA, "beta": {"0.bias": torch.tensor([1e-9])}})
+        anchored.load_state_dict({"0.bias": torch.tensor([1e-9])})
         for _ in range(100):
             layer[0].bias.grad = torch.zeros(1)
             optimizer.step()
-        beta = anchored.state_dict()["beta"]["0.bias"]
-        assert_close(beta, torch.tensor([1e-9 * 0.99**100]), rtol=100 * 2.0**-24, atol=0)
+        beta = anchored.state_dict()["0.bias"]
+        assert_close(beta, torch.tensor([1e-9 * 0.99**100]), rtol=2 * 100 * 2.0**-24, atol=0)
 
 
 class TestIsBnPulledTowardAlpha:
@@ -365,12 +365,14 @@ class TestState:
         bn, psbn = pair()
         optimizer = OPTIMIZERS["SGD"](bn.parameters())
         anchored = anchor_bias_decay(bn, optimizer, ALPHA, log=None)
-        wrong = {name: torch.full((8,), 7.0) for name in anchored.names}
-        anchored.load_state_dict({"alpha": ALPHA, "beta": wrong})
+        anchored.load_state_dict({name: torch.full((8,), 7.0) for name in anchored.names})
         assert train(bn, optimizer)[0] == train(psbn, OPTIMIZERS["SGD"](psbn.parameters()))[0]
-        anchored.load_state_dict({"alpha": 0.2, "beta": {"gone": torch.zeros(1)}})
+
+    def test_betas_of_another_shape_are_refused(self):
+        bn, _ = pair()
+        anchored = anchor_bias_decay(bn, OPTIMIZERS["SGD"](bn.parameters()), ALPHA, log=None)
         with pytest.raises(ValueError, match=r"beta of 1.bias has shape \(3,\): wanted \(8,\)"):
-            anchored.load_state_dict({"alpha": ALPHA, "beta": {"1.bias": torch.zeros(3)}})
+            anchored.load_state_dict({"1.bias": torch.zeros(3)})
 
     def test_weights_loaded_between_steps_count(self):
         bn, psbn = pair()

@@ -89,6 +89,20 @@ class TestRectified:
 
         assert rectified(nn.Sequential(nn.BatchNorm2d(4), Own())) == {"0.bias": None}
 
+    def test_a_functional_layer_counts_where_it_is_traced(self):
+        class Functional(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = nn.BatchNorm2d(4)
+                self.mean, self.var = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.ones(4))
+                self.gain, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+            def forward(self, x):
+                x = F.batch_norm(self.norm(x), self.mean, self.var, self.gain, self.shift)
+                return torch.relu_(x)
+
+        assert rectified(Functional()) == {"norm.bias": False, "shift": True}
+
     def test_a_layer_used_twice_is_rectified_if_one_use_is(self):
         shared = nn.BatchNorm2d(4)
         model = nn.Sequential(shared, nn.Conv2d(4, 4, 1), shared, nn.ReLU())

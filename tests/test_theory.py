@@ -297,6 +297,22 @@ class TestForecast:
         assert (steps < horizon).all()
         assert steps.tolist() == self.brute(lr, 1.0, options, active_C).tolist()
 
+    def test_closed_form_for_any_momentum_and_dampening(self):
+        """Also where the buffer makes the first step larger than those after it."""
+        rng = np.random.default_rng(0)
+        for _ in range(200):
+            momentum, dampening = rng.uniform(0.01, 0.97), rng.uniform(0, 0.99)
+            nesterov = rng.random() < 0.3
+            rate = 10 ** rng.uniform(-2.5, -0.2)
+            gamma, beta = rng.uniform(0.01, 1, 20), rng.uniform(-4, 0, 20)
+            options = dict(
+                momentum=momentum, dampening=0 if nesterov else dampening, nesterov=nesterov
+            )
+            steps = theory.steps_until_active(gamma, beta, 0.1, rate, 1.0, **options)
+            lr = np.full(int(steps.max()) + 2, rate)
+            path = theory.C(*theory.decay_path(gamma, beta, lr, 1.0, **options), 0.1)
+            assert steps.tolist() == (path >= -3).argmax(0).tolist()
+
     @pytest.mark.parametrize("options", SGD)
     def test_under_a_schedule(self, options):
         lr = sgd_schedule(100)
