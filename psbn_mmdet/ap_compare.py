@@ -7,6 +7,7 @@ the seed of the training; ``compare`` carries both.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 
@@ -154,7 +155,7 @@ def _estimate(
     stretch = stdtrit(np.clip(freedom, 1, 1e6), 1 - tail) / ndtri(1 - tail)
     draws = value + stretch * (draws - centre)
     low, high = np.nanquantile(draws, [tail, 1 - tail], axis=0)
-    above = np.nanmean((draws > 0) + 0.5 * (draws == 0), 0)
+    above = np.nanmean(np.where(np.isnan(draws), np.nan, (np.sign(draws) + 1) / 2), 0)
     return low, high, above
 
 
@@ -201,25 +202,28 @@ def compare(
     richest = max(arms, key=lambda a: len(arms[a]))
     donor = {a: a if len(runs) > 1 else richest for a, runs in arms.items()}
     rng = np.random.default_rng(seed)
-    parts = {a: _arm(measured, runs, donor[a], arms[donor[a]], rng) for a, runs in arms.items()}
 
     def estimate(value, images, seeds, of):
         lent = {p.donor: len(arms[p.donor]) for p in of}
         return _estimate(value, images, seeds, of, confidence, lent)
 
-    estimates = {
-        a: Estimate(p.mean, *estimate(p.mean, p.images, p.seeds, [p])) for a, p in parts.items()
-    }
-    differences = []
-    for arm, baseline in pairs:
-        a, b = parts[arm], parts[baseline]
-        value = a.mean - b.mean
-        low, high, above = estimate(value, a.images - b.images, a.seeds - b.seeds, [a, b])
-        verdict = BETTER if low[0] > 0 else WORSE if high[0] < 0 else NOT_SHOWN
-        further, reason = _what_would_show(a, b, verdict, confidence)
-        differences.append(
-            Difference(value, low, high, above, arm, baseline, verdict, further, reason)
-        )
+    with catch_warnings():
+        # a class without objects is NaN throughout, and is to come out as NaN
+        simplefilter("ignore", RuntimeWarning)
+        parts = {a: _arm(measured, runs, donor[a], arms[donor[a]], rng) for a, runs in arms.items()}
+        estimates = {
+            a: Estimate(p.mean, *estimate(p.mean, p.images, p.seeds, [p])) for a, p in parts.items()
+        }
+        differences = []
+        for arm, baseline in pairs:
+            a, b = parts[arm], parts[baseline]
+            value = a.mean - b.mean
+            low, high, above = estimate(value, a.images - b.images, a.seeds - b.seeds, [a, b])
+            verdict = BETTER if low[0] > 0 else WORSE if high[0] < 0 else NOT_SHOWN
+            further, reason = _what_would_show(a, b, verdict, confidence)
+            differences.append(
+                Difference(value, low, high, above, arm, baseline, verdict, further, reason)
+            )
     return Comparison(measured, estimates, arms, differences, confidence, list(warnings))
 
 

@@ -274,7 +274,7 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fbfaf8; margin: 0 auto;
-  max-width: 980px; padding: 12px 16px 60px; }}
+  max-width: 1120px; padding: 12px 16px 60px; }}
 h2 {{ margin: 1.6em 0 .2em; }}
 h3 {{ margin: 1.8em 0 .2em; }}
 .big {{ font-size: 1.35em; margin: .2em 0; }}

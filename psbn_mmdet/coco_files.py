@@ -260,7 +260,7 @@ def _read_config(path: Path) -> tuple[str | None, int | None]:
     from mmengine.config import Config  # takes seconds, and result files do without
 
     try:
-        config = Config.fromfile(path)
+        config = Config.fromfile(path, import_custom_modules=False)
     except Exception as e:
         raise InputError(f"{path}: cannot be read as a config ({e!s:.200})") from None
     evaluators = config.get("test_evaluator") or []

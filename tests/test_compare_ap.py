@@ -315,6 +315,21 @@ def test_bad_results_end_in_one_line(tmp_path, capsys, change):
     assert err.count("\n") == 1 and message in err and err.startswith("compare_ap.py: ")
 
 
+def test_class_without_objects_is_left_out_without_a_word(tmp_path, capsys, recwarn):
+    annotations, named = dataset(tmp_path, images=20)
+    annotations["categories"].append(dict(id=9, name="unicorn"))
+    (tmp_path / "ann.json").write_text(json.dumps(annotations))
+    args = ("--ann", tmp_path / "ann.json", *named, "--resamples", 100)
+    assert main(*args, "--json", tmp_path / "o.json") == 0
+    assert "unicorn" not in capsys.readouterr().out
+    assert [w for w in recwarn if issubclass(w.category, RuntimeWarning)] == []
+    (d,) = json.loads((tmp_path / "o.json").read_text())["differences"]
+    assert set(d["classes"]["unicorn"].values()) == {None}
+    assert d["AP"]["value"] == pytest.approx(
+        np.mean([v["value"] for k, v in d["classes"].items() if k != "unicorn"])
+    )
+
+
 def test_images_without_a_box_can_be_said_to_be_empty(tmp_path, capsys):
     _, named = dataset(tmp_path)
     path = tmp_path / "psbn_0.bbox.json"

@@ -84,7 +84,9 @@ def _run(args: argparse.Namespace) -> int:
         coco_files.read_results(run.results, annotations) for run in bar(runs, "reading", len(runs))
     ]
     warnings = [w for run in runs for w in run.warnings]
-    warnings += coco_files.check_same_images(annotations, results, args.missing_is_empty)
+    # a work dir's config says on which images its model was run, a bare result file does not
+    said = args.missing_is_empty or (not args.ann and all(run.annotations for run in runs))
+    warnings += coco_files.check_same_images(annotations, results, said)
     measured = ap_compare.measure(
         annotations, results, args.resamples, args.seed, args.sizes, args.threads, bar
     )
