@@ -50,6 +50,7 @@ setup(
         "hotcoco>=1.3,<2",
         "pycocotools",
         "safetensors",
+        "tqdm",
         "setuptools<81",  # mmengine imports pkg_resources
     ],
 )
