@@ -114,9 +114,8 @@ def _bias_of(node: fx.Node, root: nn.Module) -> nn.Parameter | None:
         return _trained_bias(root.get_submodule(node.target))
     if node.op != "call_function" or _name(node) not in _NORMALIZE:
         return None
-    # F.batch_norm(x, mean, var, weight, bias), aten.batch_norm(x, weight, bias, mean, var)
-    place = 4 if getattr(node.target, "__module__", None) == "torch.nn.functional" else 2
-    source = node.kwargs.get("bias", node.args[place] if len(node.args) > place else None)
+    # torch.nn.functional hands it on as a keyword; aten.batch_norm(x, weight, bias, mean, var, ...)
+    source = node.kwargs.get("bias", node.args[2] if len(node.args) > 2 else None)
     if not isinstance(source, fx.Node) or source.op != "get_attr":
         return None
     path, _, name = source.target.rpartition(".")
