@@ -135,6 +135,17 @@ def test_further_seeds_are_as_many_as_a_t_test_needs():
     assert "14 further seeds per arm" in d.reason
 
 
+def test_image_noise_of_single_runs_is_averaged_out_by_seeds():
+    """Standardised difference 0.5 / sqrt(0.32) = 0.88: the t-test needs 21 or 22 per arm."""
+    observed = np.array([36.0, 36.8, 36.5, 37.3])  # variance 0.32 in both arms
+    noise = np.random.default_rng(0).normal(0, 0.3, (4000, 4))
+    d = ap_compare.compare(
+        measured(observed, observed + noise), {"bn": [0, 1], "psbn": [2, 3]}
+    ).differences[0]
+    # taken for what all runs of an arm share, this noise alone would rule the difference out
+    assert 18 <= d.further_seeds <= 22
+
+
 def test_no_number_of_seeds_helps_where_the_images_are_the_limit():
     rng = np.random.default_rng(0)
     observed = np.array([36.0, 36.01, 36.1, 36.11])
