@@ -121,6 +121,16 @@ def test_interval_covers_the_true_difference_of_seeds_and_images(runs, seed_sd, 
     assert np.mean([d.high[0] - d.low[0] for d in draws]) < 2 * sd * t.ppf(0.975, runs - 1) * 1.15
 
 
+def test_image_noise_of_single_runs_is_not_counted_twice():
+    """Eight runs per arm that differ by nothing but the images: the images' interval, no more."""
+    rng = np.random.default_rng(0)
+    draws = [two_arms(rng, 8, 0.5, 0.0, 0.3, 0.0, 300) for _ in range(200)]
+    ideal = 2 * 1.96 * np.sqrt(2 * 0.3**2 / 8)
+    # counted twice it would be sqrt(2) times as wide
+    assert 0.95 < np.mean([d.high[0] - d.low[0] for d in draws]) / ideal < 1.25
+    assert np.mean([d.low[0] <= 0.5 <= d.high[0] for d in draws]) >= 0.93
+
+
 def test_further_seeds_are_as_many_as_a_t_test_needs():
     """No image noise, runs with a spread of 1 in both arms, difference d: a two-sample t-test.
 
