@@ -302,6 +302,7 @@ class TestWriter:
     def test_records_after_the_resumed_iteration_are_dropped_and_none_is_doubled(self, tmp_path):
         path = self.fill(tmp_path / "a.trace", [0, 10, 20, 30])
         writer = trace.Writer(path, self.report, 20)
+        assert trace.read(path).iterations.tolist() == [0, 10, 20]
         for i in (20, 30, 40):
             writer.write(i, *self.values(i + 1))
         got = trace.read(path)
