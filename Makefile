@@ -15,7 +15,8 @@ lint: setup
 	.venv/bin/ruff format --check
 
 benchmark: setup  ## the ratios that stand in README.md
-	.venv/bin/python tools/benchmark.py all
+	.venv/bin/python tools/benchmark.py
+	.venv/bin/python tools/benchmark_ap.py speed
 
 setup:
 	@tools/setup.sh

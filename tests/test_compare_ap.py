@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from psbn_mmdet import ap, ap_compare, ap_page, ap_report, coco_files
-from psbn_mmdet.ap_compare import BETTER, NOT_SHOWN, WORSE, Measured
+from psbn_mmdet.ap import coco_files, compare, evaluate, page, report
+from psbn_mmdet.ap.compare import BETTER, NOT_SHOWN, WORSE, Measured
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,14 +48,14 @@ def two_arms(rng, runs, difference, seed_sd, own_sd, shared_sd, resamples=2000):
     b = crossed(rng, 36.0 + difference, seed_sd, own_sd, shared_sd, runs, resamples)
     m = measured(np.append(a[0], b[0]), np.hstack([a[1], b[1]]))
     arms = {"bn": list(range(runs)), "psbn": list(range(runs, 2 * runs))}
-    return ap_compare.compare(m, arms).differences[0]
+    return compare.compare(m, arms).differences[0]
 
 
 def test_one_run_per_arm_is_the_paired_percentile_interval():
     draws = np.random.default_rng(0).normal(0, 1, (4000, 2))
     draws -= draws.mean(0)
     m = measured([36.0, 36.5], np.add([36.0, 36.5], draws))
-    d = ap_compare.compare(m, {"bn": [0], "psbn": [1]}).differences[0]
+    d = compare.compare(m, {"bn": [0], "psbn": [1]}).differences[0]
     low, high = np.quantile(draws[:, 1] - draws[:, 0], [0.025, 0.975])
     assert d.value[0] == pytest.approx(0.5)
     assert d.low[0] == pytest.approx(0.5 + low, abs=1e-4)
@@ -69,7 +69,7 @@ def test_one_run_per_arm_is_the_paired_percentile_interval():
 def test_pairing_takes_the_common_part_out():
     shift = np.random.default_rng(0).normal(0, 3, (500, 1))
     m = measured([36.0, 36.5], np.add([36.0, 36.5], shift))
-    c = ap_compare.compare(m, {"bn": [0], "psbn": [1]})
+    c = compare.compare(m, {"bn": [0], "psbn": [1]})
     assert c.arms["bn"].high[0] - c.arms["bn"].low[0] > 10
     assert c.differences[0].low[0] == pytest.approx(0.5)
     assert c.differences[0].verdict == BETTER
@@ -87,7 +87,7 @@ def test_verdict(difference, verdict):
 def test_same_results_in_both_arms_show_no_difference():
     draws = np.random.default_rng(0).normal(36, 1, (200, 1))
     m = measured([36.0, 36.0], np.hstack([draws, draws]))
-    d = ap_compare.compare(m, {"bn": [0], "psbn": [1]}).differences[0]
+    d = compare.compare(m, {"bn": [0], "psbn": [1]}).differences[0]
     assert (d.value[0], d.low[0], d.high[0], d.positive[0]) == (0, 0, 0, 0.5)
     assert d.verdict == NOT_SHOWN
 
@@ -98,7 +98,7 @@ def test_seeds_alone_give_welchs_interval():
 
     a, b = np.array([36.0, 36.4, 35.7]), np.array([36.9, 36.5, 37.0])
     m = measured(np.append(a, b), np.tile(np.append(a, b), (20000, 1)))
-    d = ap_compare.compare(m, {"bn": [0, 1, 2], "psbn": [3, 4, 5]}).differences[0]
+    d = compare.compare(m, {"bn": [0, 1, 2], "psbn": [3, 4, 5]}).differences[0]
     low, high = ttest_ind(b, a, equal_var=False).confidence_interval()
     assert d.value[0] == pytest.approx(b.mean() - a.mean())
     assert d.low[0] == pytest.approx(low, abs=0.02 * (high - low))
@@ -139,7 +139,7 @@ def test_further_seeds_are_as_many_as_a_t_test_needs():
     spread = np.array([-1.0, 0, 1])  # variance 1
     observed = np.append(36 + spread, 37 + spread)
     m = measured(observed, np.tile(observed, (200, 1)))
-    d = ap_compare.compare(m, {"bn": [0, 1, 2], "psbn": [3, 4, 5]}).differences[0]
+    d = compare.compare(m, {"bn": [0, 1, 2], "psbn": [3, 4, 5]}).differences[0]
     assert d.verdict == NOT_SHOWN
     assert d.further_seeds == 14
     assert "14 further seeds per arm" in d.reason
@@ -149,7 +149,7 @@ def test_image_noise_of_single_runs_is_averaged_out_by_seeds():
     """Standardised difference 0.5 / sqrt(0.32) = 0.88: the t-test needs 21 or 22 per arm."""
     observed = np.array([36.0, 36.8, 36.5, 37.3])  # variance 0.32 in both arms
     noise = np.random.default_rng(0).normal(0, 0.3, (4000, 4))
-    d = ap_compare.compare(
+    d = compare.compare(
         measured(observed, observed + noise), {"bn": [0, 1], "psbn": [2, 3]}
     ).differences[0]
     # taken for what all runs of an arm share, this noise alone would rule the difference out
@@ -160,7 +160,7 @@ def test_no_number_of_seeds_helps_where_the_images_are_the_limit():
     rng = np.random.default_rng(0)
     observed = np.array([36.0, 36.01, 36.1, 36.11])
     shared = rng.normal(0, 1, (1000, 2))[:, [0, 0, 1, 1]]
-    d = ap_compare.compare(
+    d = compare.compare(
         measured(observed, observed + shared), {"bn": [0, 1], "psbn": [2, 3]}
     ).differences[0]
     assert d.further_seeds is None
@@ -170,7 +170,7 @@ def test_no_number_of_seeds_helps_where_the_images_are_the_limit():
 def test_an_arm_with_one_run_takes_the_spread_of_the_other():
     observed = np.array([36.0, 36.6, 36.3, 36.3])
     m = measured(observed, np.tile(observed, (20000, 1)))
-    c = ap_compare.compare(m, {"bn": [0, 1, 2], "psbn": [3]})
+    c = compare.compare(m, {"bn": [0, 1, 2], "psbn": [3]})
     one, three = (c.arms[a].high[0] - c.arms[a].low[0] for a in ("psbn", "bn"))
     assert one == pytest.approx(3**0.5 * three, rel=0.03)  # s against s / sqrt(3)
 
@@ -254,7 +254,9 @@ def test_command_line_from_files_to_verdict(tmp_path):
     assert set(d["classes"]) == {"class 1", "class 2", "class 3"}
     assert d["APs"]["value"] is None  # areas are 2000: there is no small object
     ann = coco_files.read_annotations(tmp_path / "ann.json")
-    a, b = (ap.evaluate(ann, coco_files.read_results(n.partition("=")[2], ann))[0] for n in named)
+    a, b = (
+        evaluate.evaluate(ann, coco_files.read_results(n.partition("=")[2], ann))[0] for n in named
+    )
     for key in ("AP", "AP50", "AP75", "APm"):
         assert d[key]["value"] == pytest.approx(100 * (b[key] - a[key]))
     runs = {r["arm"]: r["AP"] for r in data["runs"]}
@@ -481,11 +483,11 @@ def test_page_names_the_image_that_weighs_most(tmp_path):
     Path(b).write_text(json.dumps([r for r in found if r["image_id"] != 11]))
     ann = coco_files.read_annotations(tmp_path / "ann.json")
     results = [coco_files.read_results(p, ann) for p in (a, b)]
-    m = ap_compare.measure(ann, results, 100)
-    c = ap_compare.compare(m, {"bn": [0], "psbn": [1]})
+    m = compare.measure(ann, results, 100)
+    c = compare.compare(m, {"bn": [0], "psbn": [1]})
     runs = [coco_files.RunFiles("bn", a), coco_files.RunFiles("psbn", b)]
-    page = ap_page.page(c, runs, ann, results)
-    data = json.loads(page.split("showImages(0, ")[1].split(");</script>")[0])
+    html = page.page(c, runs, ann, results)
+    data = json.loads(html.split("showImages(0, ")[1].split(");</script>")[0])
     assert data["id"][0] == 11 and data["file"][0] == "000000000011.jpg"
     assert data["objects"][0] == 3 and [f[0] for f in data["found"]] == [3, 0]
     # without that image both arms are perfect, so it carries the whole difference
@@ -494,8 +496,8 @@ def test_page_names_the_image_that_weighs_most(tmp_path):
 
 
 def test_expectations_know_arms_with_a_dash():
-    assert ap_report.parse_expectation("ps-bn-bn >= 0.3", ["bn", "ps-bn"]) == (
+    assert report.parse_expectation("ps-bn-bn >= 0.3", ["bn", "ps-bn"]) == (
         "ps-bn", "bn", ">=", 0.3,
     )  # fmt: skip
     with pytest.raises(coco_files.InputError, match="wanted ARM-BASELINE"):
-        ap_report.parse_expectation("ps-bn>=0.3", ["bn", "ps-bn"])
+        report.parse_expectation("ps-bn>=0.3", ["bn", "ps-bn"])
