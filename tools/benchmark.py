@@ -122,6 +122,7 @@ def training_step(model: nn.Module) -> tuple[Callable[[], None], torch.optim.Opt
     def step() -> None:
         loss, _ = model.parse_losses(model(**data, mode="loss"))
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10)  # or random weights run away to NaN
         optimizer.step()
         optimizer.zero_grad()
 
