@@ -16,11 +16,13 @@ Everything random in an iteration follows from the seed and its number, so a run
 that was killed goes on exactly, to the bit, from its last checkpoint.
 """
 
+import fcntl
 import json
 import math
 import os
+import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,16 @@ from ..checkpoint import load as load_checkpoint
 from ..checkpoint import mismatch
 from ..collapse import THRESHOLD, measure
 from ..hooks import SparsityLoggerHook
-from .data import Batches, Split, balanced_subset, fingerprint, load, normalise, random_labels
+from .data import (
+    Batches,
+    DataError,
+    Split,
+    balanced_subset,
+    fingerprint,
+    load,
+    normalise,
+    random_labels,
+)
 from .networks import NETWORKS, build_network
 
 NORMS = {
@@ -160,12 +171,6 @@ class Settings:
         return build_network(
             self.network, norm_cfg, ACTIVATIONS[self.act], self.width, self.gamma_init
         )
-
-
-def settings_from(content: dict[str, Any]) -> Settings:
-    """From what :func:`dataclasses.asdict` made of them."""
-    known = {field.name for field in fields(Settings)}
-    return Settings(**{k: v for k, v in content.items() if k in known})
 
 
 class Classifier(BaseModel):
@@ -536,9 +541,25 @@ def train_run(
         "data_crc32": crc,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
         "rounds": hook.rounds,
     }
     if settings.ensemble:
         result["ensemble_accuracy"] = ensemble_accuracy(settings, folder, test)
     write_json(result_path, result)
     return result
+
+
+def main() -> None:
+    """``FOLDER DATA_ROOT``: do the run whose settings stand in its folder; the engine's worker."""
+    folder, data_root = Path(sys.argv[1]), sys.argv[2]
+    settings = Settings(**json.loads((folder / "settings.json").read_text()))
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            sys.exit(f"{folder}: another process is doing this run")
+        try:
+            train_run(settings, folder, data_root)
+        except (RunError, DataError) as error:
+            sys.exit(str(error))
