@@ -130,7 +130,7 @@ def time_steps(settings: Settings, steps: int = 2) -> float:
         optimizer.zero_grad()
         F.cross_entropy(network(x.contiguous(memory_format=torch.channels_last)), labels).backward()
         optimizer.step()
-        float(network.fc.weight.sum())  # waits for the device
+        network.fc.weight.sum().item()  # waits for the device
     return (time.perf_counter() - started) / steps
 
 

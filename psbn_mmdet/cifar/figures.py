@@ -352,6 +352,9 @@ def _draw_pruning(figure: Figure, summary: dict[str, Any], *_: Any) -> None:
         for row in entry["rounds"]:
             left = 100 * size * (1 - row["sparsity"]["mean"] / 100)
             points.setdefault(entry["line"], []).append((left, row["pruned_accuracy"]["mean"]))
+    for line in ("larger lr", "uniform filter ablation"):
+        if line in points and "retrain" in points:
+            points[line].insert(0, points["retrain"][0])
     summary["flops_left_percent_and_accuracy"] = points
     figure.set_size_inches(6.5, 4.5)
     axes = figure.subplots()
