@@ -132,8 +132,8 @@ def test_experiment_end_to_end(name, root, tmp_path):
               "fig4": "flops_left_percent_and_accuracy", "recovery": "recovery"}  # fmt: skip
     assert wanted.get(name, "arms") in summary
     if name == "table1":  # the paper's numbers beside ours
-        assert "| lr 0.2, BN, the paper | 92.23 | 93.51 | 94.63 |" in text
-        assert "| lr 0.1, psBN, the paper | 0.2 | 0.2 |" in text
+        assert "| lr 0.2, BN, the paper (ResNet-110) | 92.23 | 93.51 | 94.63 |" in text
+        assert "| lr 0.1, psBN, the paper (ResNet-110) | 0.2 | 0.2 |" in text
     if name == "linear":
         assert "The paper on BN, no activation: sparsity < 1%" in text
 
@@ -165,6 +165,12 @@ def test_mean_and_deviation_are_over_seeds(tmp_path):
     other = build("shuffled", "reduced", dict(TOY, lr=0.5), seeds=3)
     with pytest.raises(RunError, match="result of other settings"):
         figures.summarise(other, tmp_path)
+
+
+def test_norms_near_zero_are_told_from_the_large_ones():
+    norms = torch.cat([torch.full((60,), 0.04), torch.full((40,), 1.0)]).numpy()
+    assert figures.near_zero_percent(norms) == pytest.approx(60)
+    assert figures.near_zero_percent(norms + 0.02) == 0
 
 
 def test_recovery_counts_those_that_had_collapsed():
@@ -281,7 +287,7 @@ def test_failed_run_is_reported_and_its_children_left(root, tmp_path):
 def test_command_is_killed_goes_on_and_ends_as_if_it_had_not(root, tmp_path):
     """SIGINT in the middle of the runs; the same command again; a second one that has no cut."""
     common = ["linear", "--preset", "reduced", "--data-root", root, "--seeds", 1, "--workers", 2]
-    options = [f"{k}={v}" for k, v in {**TOY, "epochs": 40}.items()]
+    options = [f"{k}={v}" for k, v in {**TOY, "epochs": 20}.items()]
     cut = [*common, "--out", tmp_path / "cut", "--set", *options]
     first = tool(*cut, start_new_session=True)
     runs = tmp_path / "cut" / "linear"
@@ -296,7 +302,7 @@ def test_command_is_killed_goes_on_and_ends_as_if_it_had_not(root, tmp_path):
     output, error = second.communicate(timeout=200)
     assert second.returncode == 0, error
     assert "linear.png" in output
-    experiment = build("linear", "reduced", {**TOY, "epochs": 40}, seeds=1)
+    experiment = build("linear", "reduced", {**TOY, "epochs": 20}, seeds=1)
     do_here(experiment, tmp_path / "whole", root)
     for run in experiment.runs:
         a, b = (engine.result_of(experiment, run, tmp_path / n) for n in ("cut", "whole"))

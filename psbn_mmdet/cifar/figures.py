@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..collapse import THRESHOLD, filter_l1
+from ..collapse import filter_l1
 from ..report import non_trainable
 from ..trace import Trace, read
 from .engine import _macs, folder_of, result_of
@@ -94,6 +94,7 @@ def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "")
             rounds.append({m: spread(row[m] for row in rows) for m in shown})
             rounds[-1]["epoch_losses"] = np.mean([r["epoch_losses"] for r in rows], 0).tolist()
         settings = {k: v for k, v in asdict(members[0][0].settings).items() if k != "seed"}
+        settings["parent"] = settings["parent"] and settings["parent"].partition("-seed")[0]
         entry: dict[str, Any] = {
             "line": members[0][0].line,
             "x": members[0][0].x,
@@ -139,7 +140,7 @@ def _processor() -> str:
 
 
 def _cell(value: dict[str, Any]) -> str:
-    digits = 2 if abs(value["mean"]) >= 0.1 else 3
+    digits = 3 if 0 < abs(value["mean"]) < 0.1 else 2
     if not math.isfinite(value["mean"]):
         return "not finite"
     text = f"{value['mean']:.{digits}f}"
@@ -176,10 +177,15 @@ def markdown(summary: dict[str, Any]) -> str:
                 cells = [f"{v:g}" for v in printed[metric][:count]]
                 cells += ["-"] * (count - len(cells))
                 cells += [f"{printed['ensemble']:g}"] if ensemble else []
-                lines.append(f"| {arm}, the paper | {' | '.join(cells)} |")
+                lines.append(f"| {arm}, the paper (ResNet-110) | {' | '.join(cells)} |")
     for arm, printed in paper.items():
         if isinstance(printed, str):
             lines += ["", f"The paper on {arm}: {printed}."]
+    if "filters_near_zero_percent" in summary:
+        lines += ["", f"## Filters of {summary['layer']} with an L1 norm near 0 (%)", ""]
+        lines += ["| | |", "|---|---|"]
+        near_zero = summary["filters_near_zero_percent"].items()
+        lines += [f"| {arm} | {_cell(value)} |" for arm, value in near_zero]
     if "recovery" in summary:
         lines += ["", *_recovery_table(summary["recovery"])]
     lines += ["", "## Settings", "", "| | " + " | ".join(_differing(arms)) + " |"]
@@ -214,11 +220,11 @@ def _recovery_table(recovery: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
     ]
     for arm, entry in recovery.items():
-        half = entry["half_back"]
+        half, still = entry["half_back"], entry["still_collapsed_percent"]
         shown = "/".join("-" if v is None else str(v) for v in half)
         lines.append(
             f"| {arm} | {'/'.join(map(str, entry['collapsed_before']))} "
-            f"| {_cell(spread(entry['still_collapsed_percent']))} | {shown} |"
+            f"| {_cell(spread(still)) if still else '-'} | {shown} |"
         )
     return lines
 
@@ -275,6 +281,14 @@ def conv_norms(settings: Settings, folder: Path) -> dict[str, np.ndarray]:
     }
 
 
+def near_zero_percent(norms: np.ndarray) -> float:
+    """Share of a layer's filters with less than a 20th of the L1 norm of its large ones.
+
+    Large is the 90th percentile: the median would be near 0 itself where half collapsed.
+    """
+    return 100 * float((norms < np.quantile(norms, 0.9) / 20).mean())
+
+
 def _draw_histograms(
     figure: Figure, summary: dict[str, Any], experiment: Experiment, out: Path
 ) -> None:
@@ -285,12 +299,10 @@ def _draw_histograms(
         for arm, members in arms.items()
     }
     first = next(iter(norms.values()))[0]
-    near_zero = {k: float((v < 0.05 * np.median(v)).mean()) for k, v in first.items()}
-    layer = max(near_zero, key=near_zero.get)
+    layer = max(first, key=lambda k: near_zero_percent(first[k]))
     summary["layer"] = layer
     summary["filters_near_zero_percent"] = {
-        arm: spread(100 * float((n[layer] < THRESHOLD).mean()) for n in members)
-        for arm, members in norms.items()
+        arm: spread(near_zero_percent(n[layer]) for n in members) for arm, members in norms.items()
     }
     figure.set_size_inches(7, 4)
     axes = figure.subplots()
@@ -446,7 +458,9 @@ def _draw_recovery(
             )
         summary["recovery"][arm] = {
             "collapsed_before": [c["collapsed_before"] for c in curves],
-            "still_collapsed_percent": [c["still_collapsed_percent"][-1] for c in curves],
+            "still_collapsed_percent": [
+                c["still_collapsed_percent"][-1] for c in curves if c["collapsed_before"]
+            ],
             "half_back": [c["half_back"] for c in curves],
         }
     left.set(xlabel="iteration", ylabel="of those collapsed before: still collapsed (%)")
