@@ -19,7 +19,7 @@ REDUCED = Settings(images=10_000, batch_size=32, lr=0.2, weight_decay=2e-3, roun
 What decay takes from a filter without a gradient in a round of cosine annealing
 is a factor of about exp(-s), s = steps * lr / 2 * decay / (1 - momentum): 9.75
 in the paper, which brings a gamma of 1 well below the threshold of 1e-3 within
-a round, and 0.2 if only the steps were fewer. lr * decay is 8 times the paper's,
+a round, and 0.5 if only the steps were fewer. lr * decay is 8 times the paper's,
 so that s is 4.4. The batch is smaller so that there are more, and noisier, steps
 in the same time: noise is what Theorem 1 says drives filters out.
 """
