@@ -11,6 +11,7 @@ runs are finished, whoever did them.
 
 import argparse
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the workers end too
     try:
         run(args)
     except (RunError, data.DataError) as error:
