@@ -11,11 +11,12 @@ quick: setup  ## the tests of daily use
 	.venv/bin/python -m pytest
 
 lint: setup
-	.venv/bin/ruff check
-	.venv/bin/ruff format --check
+	.venv/bin/python -m ruff check
+	.venv/bin/python -m ruff format --check
 
 benchmark: setup  ## the ratios that stand in README.md
-	.venv/bin/python tools/benchmark.py all
+	.venv/bin/python tools/benchmark.py
+	.venv/bin/python tools/benchmark_ap.py speed
 
 setup:
 	@tools/setup.sh

@@ -50,7 +50,6 @@ for _name in __all__:
             _registry.register_module(_name, force=True, module=getattr(norm, _name))
 
 
-
 def _on_use(module: str, name: str) -> Callable[..., Any]:
     """A builder that imports its hook when a config names it: mmengine.hooks takes a second."""
 

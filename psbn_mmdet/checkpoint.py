@@ -10,6 +10,7 @@ import codecs
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -110,7 +111,10 @@ def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
     if path.suffix == ".safetensors":
         return _load_safetensors(path, map_location)
     try:
-        return _torch_load(path, map_location)
+        with warnings.catch_warnings():
+            # torch speaks of a pickle protocol where it is about to refuse a plain pickle.
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            return _torch_load(path, map_location)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
@@ -119,7 +123,7 @@ def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
                 "plain value (nothing in it was run); save the model's state_dict() instead"
             ) from None
         raise CheckpointError(f"{text}: is no checkpoint of torch") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         if "TorchScript" in str(error):
             reason = "is a TorchScript archive; save the model's state_dict() instead"
         elif not is_whole(path):

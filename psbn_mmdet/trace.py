@@ -204,7 +204,7 @@ def _records(content: bytes, start: int):
         mark, kind, iteration, length, crc = _RECORD.unpack_from(content, start)
         start += _RECORD.size
         payload = content[start : start + length]
-        if mark != _MARK or len(payload) < length or zlib.crc32(payload) != crc:
+        if mark != _MARK or zlib.crc32(payload) != crc:
             return
         start += length
         yield kind, iteration, payload, start

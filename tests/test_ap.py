@@ -9,8 +9,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from psbn_mmdet import ap
-from psbn_mmdet.coco_files import InputError, load_json, read_annotations, read_results
+from psbn_mmdet.ap import evaluate
+from psbn_mmdet.ap.coco_files import InputError, load_json, read_annotations, read_results
 
 STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
@@ -109,12 +109,12 @@ def read(tmp_path, annotations, results):
 def assert_parity(tmp_path, annotations, results):
     want, want_class, precision = by_pycocotools(annotations, results)
     a, r = read(tmp_path, annotations, results)
-    got, got_class = ap.evaluate(a, r)
+    got, got_class = evaluate.evaluate(a, r)
     assert list(got) == STATS
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=0, atol=1e-12)
     np.testing.assert_allclose(got_class, want_class[:, 0], rtol=0, atol=1e-12)
-    m = ap.match(a, r)
-    per_class, curve = ap.weighted_ap(m, np.ones((1, m.images), int))
+    m = evaluate.match(a, r)
+    per_class, curve = evaluate.weighted_ap(m, np.ones((1, m.images), int))
     np.testing.assert_allclose(np.nan_to_num(per_class[0], nan=-1), want_class, rtol=0, atol=1e-12)
     if (want_class >= 0).any():
         shown = precision[:, :, want_class[:, 0] >= 0]
@@ -196,7 +196,7 @@ def test_equal_to_hotcoco_on_real_annotations(tmp_path, shared_data):
     gt = hotcoco.COCO(str(path))
     e = hotcoco.COCOeval(gt, gt.load_res(str(tmp_path / "r.json")), "bbox")
     e.run()
-    got, _ = ap.evaluate(annotations, read_results(tmp_path / "r.json", annotations))
+    got, _ = evaluate.evaluate(annotations, read_results(tmp_path / "r.json", annotations))
     want = e.get_results()
     assert got == pytest.approx({k: want[k] for k in STATS}, rel=0, abs=1e-12)
 
@@ -204,7 +204,7 @@ def test_equal_to_hotcoco_on_real_annotations(tmp_path, shared_data):
 def test_empty_result_file_is_ap_0(tmp_path):
     annotations, _ = problem(np.random.default_rng(0))
     a, r = read(tmp_path, annotations, [])
-    stats, per_class = ap.evaluate(a, r)
+    stats, per_class = evaluate.evaluate(a, r)
     assert set(stats.values()) == {0.0}
     assert set(per_class) == {0.0, -1.0}
 
@@ -215,11 +215,11 @@ def test_weights_are_exactly_physical_repetition(tmp_path, seed):
     rng = np.random.default_rng(100 + seed)
     annotations, results = problem(rng, images=8, classes=3, decimals=6 if seed % 2 else 1)
     a, r = read(tmp_path, annotations, results)
-    m = ap.match(a, r)
+    m = evaluate.match(a, r)
     assert (m.event_kind == 3).any() == (seed % 2 == 0)  # ties, or none, are what is tested
-    weights = ap.draw_images(m.images, 6, rng)
+    weights = evaluate.draw_images(m.images, 6, rng)
     assert weights.max() > 2
-    got, _ = ap.weighted_ap(m, weights)
+    got, _ = evaluate.weighted_ap(m, weights)
     for w, g in zip(weights, got, strict=True):
         _, want, _ = by_pycocotools(*repeated(annotations, results, w))
         np.testing.assert_allclose(np.nan_to_num(g, nan=-1), want, rtol=0, atol=1e-12)
@@ -230,9 +230,9 @@ def test_weights_are_exactly_physical_repetition_in_size_classes(tmp_path, area)
     rng = np.random.default_rng(7)
     annotations, results = problem(rng, images=8, classes=3)
     a, r = read(tmp_path, annotations, results)
-    m = ap.match(a, r, area)
-    weights = ap.draw_images(m.images, 4, rng)
-    got = ap.mean_over_classes(ap.weighted_ap(m, weights)[0][..., 0])
+    m = evaluate.match(a, r, area)
+    weights = evaluate.draw_images(m.images, 4, rng)
+    got = evaluate.mean_over_classes(evaluate.weighted_ap(m, weights)[0][..., 0])
     want = [by_pycocotools(*repeated(annotations, results, w))[0][f"AP{area}"] for w in weights]
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
 
@@ -241,9 +241,9 @@ def test_resampling_is_paired_and_does_not_depend_on_threads(tmp_path):
     rng = np.random.default_rng(3)
     annotations, results = problem(rng)
     a, r = read(tmp_path, annotations, results)
-    runs = [ap.match(a, r), ap.match(a, r)]
-    one, _ = ap.resample(runs, 40, seed=1, threads=1)
-    two, _ = ap.resample(runs, 40, seed=1, threads=3)
+    runs = [evaluate.match(a, r), evaluate.match(a, r)]
+    one, _ = evaluate.resample(runs, 40, seed=1, threads=1)
+    two, _ = evaluate.resample(runs, 40, seed=1, threads=3)
     np.testing.assert_array_equal(one, two)
     np.testing.assert_array_equal(one[:, 0], one[:, 1])  # the same model on the same images
     assert np.nanstd(one[:, 0, 0, 0]) > 0
@@ -252,7 +252,7 @@ def test_resampling_is_paired_and_does_not_depend_on_threads(tmp_path):
 def test_leave_one_out_is_ap_without_that_image(tmp_path):
     annotations, results = problem(np.random.default_rng(4), images=7)
     a, r = read(tmp_path, annotations, results)
-    got = ap.leave_one_out(ap.match(a, r))
+    got = evaluate.leave_one_out(evaluate.match(a, r))
     for i, id_ in enumerate(a.image_ids):
         rest = [
             [x for x in xs if x["image_id"] != id_] for xs in (annotations["annotations"], results)
@@ -263,14 +263,14 @@ def test_leave_one_out_is_ap_without_that_image(tmp_path):
 
 def test_weights_that_are_no_counts_are_refused(tmp_path):
     a, r = read(tmp_path, *problem(np.random.default_rng(4)))
-    m = ap.match(a, r)
+    m = evaluate.match(a, r)
     for weights in (np.ones((1, m.images)), np.ones((1, 3), int), -np.ones((1, m.images), int)):
         with pytest.raises(ValueError, match="weights: got"):
-            ap.weighted_ap(m, weights)
+            evaluate.weighted_ap(m, weights)
 
 
 def test_draws_are_as_many_images_as_there_are():
-    draws = ap.draw_images(50, 200, np.random.default_rng(0))
+    draws = evaluate.draw_images(50, 200, np.random.default_rng(0))
     assert draws.shape == (200, 50) and (draws.sum(1) == 50).all()
     # each image comes up Binomial(50, 1/50) times: mean 1, variance 0.98
     assert draws.var() == pytest.approx(0.98, abs=0.05)

@@ -77,6 +77,9 @@ def bad_file(kind, tmp_path, state_dict):
     elif kind == "cut_off":
         torch.save(state_dict, path)
         path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "cut_off_early":
+        torch.save(state_dict, path)
+        path.write_bytes(path.read_bytes()[:5])
     elif kind == "code":
         torch.save({"state_dict": state_dict, "x": Malicious(tmp_path / "ran")}, path)
     elif kind == "legacy_code":
@@ -104,6 +107,7 @@ def bad_file(kind, tmp_path, state_dict):
         ("text", "is no checkpoint of torch"),
         ("empty", "is cut off or damaged"),
         ("cut_off", "is cut off or damaged"),
+        ("cut_off_early", "is cut off or damaged"),
         ("code", r"refused, since it carries posix.mkdir.*nothing in it was run"),
         ("legacy_code", r"refused, since it carries posix.mkdir"),
         ("plain_pickle", r"refused|is no checkpoint"),

@@ -208,6 +208,33 @@ def test_the_stem_of_several_convolutions_is_paired_with_its_last():
     assert pairs == {"conv1.1": "conv1.0", "bn1": "conv1.3"}
 
 
+def test_a_convolution_is_given_away_once_and_only_to_as_many_channels():
+    again = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+    assert [row["conv"] for row in measure(again).rows] == ["0", None]
+    shuffled = nn.Sequential(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.BatchNorm2d(4))
+    assert [row["conv"] for row in measure(shuffled).rows] == [None]
+
+
+def test_inverted_residuals_are_paired_in_the_order_of_their_keys():
+    # timm's names; the squeeze convolutions have as many channels as the layers around.
+    def conv(*shape):
+        return {"weight": torch.ones(shape)}
+
+    def bn(channels):
+        keys = ("weight", "bias", "running_mean", "running_var")
+        return {key: torch.ones(channels) for key in keys}
+
+    block = {
+        "conv_pw": conv(8, 4, 1, 1), "bn1": bn(8), "conv_dw": conv(8, 1, 3, 3), "bn2": bn(8),
+        "se.conv_reduce": conv(4, 8, 1, 1), "se.conv_expand": conv(8, 4, 1, 1),
+        "conv_pwl": conv(4, 8, 1, 1), "bn3": bn(4),
+    }  # fmt: skip
+    state_dict = {f"blocks.0.{m}.{k}": v for m, group in block.items() for k, v in group.items()}
+    rows = measure(state_dict).rows
+    assert [row["conv"] for row in rows] == [f"blocks.0.conv_{x}" for x in ("pw", "dw", "pwl")]
+    assert [row["filter_l1_median"] for row in rows] == [4, 9, 8]
+
+
 def test_shared_layers_count_once_and_shared_convolutions_are_found():
     conv, bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
     assert measure(nn.Sequential(conv, bn, nn.Conv2d(4, 4, 1), bn)).totals["filters"] == 4
@@ -334,6 +361,18 @@ class TestFlops:
             for bn in (model[0][1], model[1][1]):
                 bn.bias.fill_(-50.0)
         assert self.remaining(model)[1].sparsity == 0
+
+    def test_a_constant_other_than_zero_is_no_signal_at_a_padded_border_either(self):
+        model = nn.Sequential(*conv_bn(3, 4)[:2], nn.Sigmoid(), conv_bn(4, 5), nn.Conv2d(5, 2, 1))
+        kill(model[1], 0, 1, 2, 3)
+        rows, _ = self.remaining(model)
+        assert rows == {"0": 0, "3.0": 0, "4": 0}
+
+    def test_convolutions_without_a_norm_layer_keep_all_filters_whatever_their_bias(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+        nn.init.constant_(model[0].bias, -100.0)  # ReLU is silent on any input of the probe
+        rows, _ = self.remaining(model)
+        assert rows == {"0": 3 * 4 * 9 * 64, "2": 4 * 2 * 64}
 
     def test_stride_and_plane(self):
         model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8))

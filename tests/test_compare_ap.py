@@ -1,6 +1,5 @@
 """The verdict against counted and simulated truths, the command line, and the way to it."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -10,11 +9,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
-from psbn_mmdet import ap, ap_compare, ap_page, ap_report, coco_files
-from psbn_mmdet.ap_compare import BETTER, NOT_SHOWN, WORSE, Measured
+from psbn_mmdet.ap import coco_files, compare, evaluate, page, report
+from psbn_mmdet.ap.compare import BETTER, NOT_SHOWN, WORSE, Measured
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,14 +48,14 @@ def two_arms(rng, runs, difference, seed_sd, own_sd, shared_sd, resamples=2000):
     b = crossed(rng, 36.0 + difference, seed_sd, own_sd, shared_sd, runs, resamples)
     m = measured(np.append(a[0], b[0]), np.hstack([a[1], b[1]]))
     arms = {"bn": list(range(runs)), "psbn": list(range(runs, 2 * runs))}
-    return ap_compare.compare(m, arms).differences[0]
+    return compare.compare(m, arms).differences[0]
 
 
 def test_one_run_per_arm_is_the_paired_percentile_interval():
     draws = np.random.default_rng(0).normal(0, 1, (4000, 2))
     draws -= draws.mean(0)
     m = measured([36.0, 36.5], np.add([36.0, 36.5], draws))
-    d = ap_compare.compare(m, {"bn": [0], "psbn": [1]}).differences[0]
+    d = compare.compare(m, {"bn": [0], "psbn": [1]}).differences[0]
     low, high = np.quantile(draws[:, 1] - draws[:, 0], [0.025, 0.975])
     assert d.value[0] == pytest.approx(0.5)
     assert d.low[0] == pytest.approx(0.5 + low, abs=1e-4)
@@ -71,7 +69,7 @@ def test_one_run_per_arm_is_the_paired_percentile_interval():
 def test_pairing_takes_the_common_part_out():
     shift = np.random.default_rng(0).normal(0, 3, (500, 1))
     m = measured([36.0, 36.5], np.add([36.0, 36.5], shift))
-    c = ap_compare.compare(m, {"bn": [0], "psbn": [1]})
+    c = compare.compare(m, {"bn": [0], "psbn": [1]})
     assert c.arms["bn"].high[0] - c.arms["bn"].low[0] > 10
     assert c.differences[0].low[0] == pytest.approx(0.5)
     assert c.differences[0].verdict == BETTER
@@ -89,7 +87,7 @@ def test_verdict(difference, verdict):
 def test_same_results_in_both_arms_show_no_difference():
     draws = np.random.default_rng(0).normal(36, 1, (200, 1))
     m = measured([36.0, 36.0], np.hstack([draws, draws]))
-    d = ap_compare.compare(m, {"bn": [0], "psbn": [1]}).differences[0]
+    d = compare.compare(m, {"bn": [0], "psbn": [1]}).differences[0]
     assert (d.value[0], d.low[0], d.high[0], d.positive[0]) == (0, 0, 0, 0.5)
     assert d.verdict == NOT_SHOWN
 
@@ -100,7 +98,7 @@ def test_seeds_alone_give_welchs_interval():
 
     a, b = np.array([36.0, 36.4, 35.7]), np.array([36.9, 36.5, 37.0])
     m = measured(np.append(a, b), np.tile(np.append(a, b), (20000, 1)))
-    d = ap_compare.compare(m, {"bn": [0, 1, 2], "psbn": [3, 4, 5]}).differences[0]
+    d = compare.compare(m, {"bn": [0, 1, 2], "psbn": [3, 4, 5]}).differences[0]
     low, high = ttest_ind(b, a, equal_var=False).confidence_interval()
     assert d.value[0] == pytest.approx(b.mean() - a.mean())
     assert d.low[0] == pytest.approx(low, abs=0.02 * (high - low))
@@ -123,6 +121,16 @@ def test_interval_covers_the_true_difference_of_seeds_and_images(runs, seed_sd, 
     assert np.mean([d.high[0] - d.low[0] for d in draws]) < 2 * sd * t.ppf(0.975, runs - 1) * 1.15
 
 
+def test_image_noise_of_single_runs_is_not_counted_twice():
+    """Eight runs per arm that differ by nothing but the images: the images' interval, no more."""
+    rng = np.random.default_rng(0)
+    draws = [two_arms(rng, 8, 0.5, 0.0, 0.3, 0.0, 300) for _ in range(200)]
+    ideal = 2 * 1.96 * np.sqrt(2 * 0.3**2 / 8)
+    # counted twice it would be sqrt(2) times as wide
+    assert 0.95 < np.mean([d.high[0] - d.low[0] for d in draws]) / ideal < 1.25
+    assert np.mean([d.low[0] <= 0.5 <= d.high[0] for d in draws]) >= 0.93
+
+
 def test_further_seeds_are_as_many_as_a_t_test_needs():
     """No image noise, runs with a spread of 1 in both arms, difference d: a two-sample t-test.
 
@@ -131,17 +139,28 @@ def test_further_seeds_are_as_many_as_a_t_test_needs():
     spread = np.array([-1.0, 0, 1])  # variance 1
     observed = np.append(36 + spread, 37 + spread)
     m = measured(observed, np.tile(observed, (200, 1)))
-    d = ap_compare.compare(m, {"bn": [0, 1, 2], "psbn": [3, 4, 5]}).differences[0]
+    d = compare.compare(m, {"bn": [0, 1, 2], "psbn": [3, 4, 5]}).differences[0]
     assert d.verdict == NOT_SHOWN
     assert d.further_seeds == 14
     assert "14 further seeds per arm" in d.reason
+
+
+def test_image_noise_of_single_runs_is_averaged_out_by_seeds():
+    """Standardised difference 0.5 / sqrt(0.32) = 0.88: the t-test needs 21 or 22 per arm."""
+    observed = np.array([36.0, 36.8, 36.5, 37.3])  # variance 0.32 in both arms
+    noise = np.random.default_rng(0).normal(0, 0.3, (4000, 4))
+    d = compare.compare(
+        measured(observed, observed + noise), {"bn": [0, 1], "psbn": [2, 3]}
+    ).differences[0]
+    # taken for what all runs of an arm share, this noise alone would rule the difference out
+    assert 18 <= d.further_seeds <= 22
 
 
 def test_no_number_of_seeds_helps_where_the_images_are_the_limit():
     rng = np.random.default_rng(0)
     observed = np.array([36.0, 36.01, 36.1, 36.11])
     shared = rng.normal(0, 1, (1000, 2))[:, [0, 0, 1, 1]]
-    d = ap_compare.compare(
+    d = compare.compare(
         measured(observed, observed + shared), {"bn": [0, 1], "psbn": [2, 3]}
     ).differences[0]
     assert d.further_seeds is None
@@ -151,7 +170,7 @@ def test_no_number_of_seeds_helps_where_the_images_are_the_limit():
 def test_an_arm_with_one_run_takes_the_spread_of_the_other():
     observed = np.array([36.0, 36.6, 36.3, 36.3])
     m = measured(observed, np.tile(observed, (20000, 1)))
-    c = ap_compare.compare(m, {"bn": [0, 1, 2], "psbn": [3]})
+    c = compare.compare(m, {"bn": [0, 1, 2], "psbn": [3]})
     one, three = (c.arms[a].high[0] - c.arms[a].low[0] for a in ("psbn", "bn"))
     assert one == pytest.approx(3**0.5 * three, rel=0.03)  # s against s / sqrt(3)
 
@@ -235,7 +254,9 @@ def test_command_line_from_files_to_verdict(tmp_path):
     assert set(d["classes"]) == {"class 1", "class 2", "class 3"}
     assert d["APs"]["value"] is None  # areas are 2000: there is no small object
     ann = coco_files.read_annotations(tmp_path / "ann.json")
-    a, b = (ap.evaluate(ann, coco_files.read_results(n.partition("=")[2], ann))[0] for n in named)
+    a, b = (
+        evaluate.evaluate(ann, coco_files.read_results(n.partition("=")[2], ann))[0] for n in named
+    )
     for key in ("AP", "AP50", "AP75", "APm"):
         assert d[key]["value"] == pytest.approx(100 * (b[key] - a[key]))
     runs = {r["arm"]: r["AP"] for r in data["runs"]}
@@ -462,11 +483,11 @@ def test_page_names_the_image_that_weighs_most(tmp_path):
     Path(b).write_text(json.dumps([r for r in found if r["image_id"] != 11]))
     ann = coco_files.read_annotations(tmp_path / "ann.json")
     results = [coco_files.read_results(p, ann) for p in (a, b)]
-    m = ap_compare.measure(ann, results, 100)
-    c = ap_compare.compare(m, {"bn": [0], "psbn": [1]})
+    m = compare.measure(ann, results, 100)
+    c = compare.compare(m, {"bn": [0], "psbn": [1]})
     runs = [coco_files.RunFiles("bn", a), coco_files.RunFiles("psbn", b)]
-    page = ap_page.page(c, runs, ann, results)
-    data = json.loads(page.split("showImages(0, ")[1].split(");</script>")[0])
+    html = page.page(c, runs, ann, results)
+    data = json.loads(html.split("showImages(0, ")[1].split(");</script>")[0])
     assert data["id"][0] == 11 and data["file"][0] == "000000000011.jpg"
     assert data["objects"][0] == 3 and [f[0] for f in data["found"]] == [3, 0]
     # without that image both arms are perfect, so it carries the whole difference
@@ -475,215 +496,8 @@ def test_page_names_the_image_that_weighs_most(tmp_path):
 
 
 def test_expectations_know_arms_with_a_dash():
-    assert ap_report.parse_expectation("ps-bn-bn >= 0.3", ["bn", "ps-bn"]) == (
+    assert report.parse_expectation("ps-bn-bn >= 0.3", ["bn", "ps-bn"]) == (
         "ps-bn", "bn", ">=", 0.3,
     )  # fmt: skip
     with pytest.raises(coco_files.InputError, match="wanted ARM-BASELINE"):
-        ap_report.parse_expectation("ps-bn>=0.3", ["bn", "ps-bn"])
-
-
-# ---- from training to the page, for real
-
-
-def toy_coco(folder, shared_data, images=4):
-    """A COCO of the first images of coco128, in COCO's own layout."""
-    for split in ("train", "val"):
-        data = json.loads(
-            (shared_data / f"coco128/annotations/instances_{split}2017.json").read_text()
-        )
-        kept = [
-            i for i in data["images"] if any(o["image_id"] == i["id"] for o in data["annotations"])
-        ]
-        data["images"] = kept[:images]
-        ids = {i["id"] for i in data["images"]}
-        data["annotations"] = [o for o in data["annotations"] if o["image_id"] in ids]
-        (folder / "annotations").mkdir(parents=True, exist_ok=True)
-        (folder / f"annotations/instances_{split}2017.json").write_text(json.dumps(data))
-        (folder / f"{split}2017").symlink_to(shared_data / f"coco128/{split}2017")
-
-
-TOY = [
-    "model.backbone.depth=18",
-    "model.backbone.init_cfg=None",
-    "model.neck.in_channels=[64,128,256,512]",
-    "model.neck.out_channels=32",
-    "model.bbox_head.in_channels=32",
-    "model.bbox_head.feat_channels=32",
-    "model.bbox_head.stacked_convs=1",
-    "model.test_cfg.score_thr=0.0",
-    "train_dataloader.batch_size=1",
-    "train_dataloader.num_workers=0",
-    "train_dataloader.persistent_workers=False",
-    "train_dataloader.dataset.pipeline.2.scale=(128,96)",
-    "test_dataloader.num_workers=0",
-    "test_dataloader.persistent_workers=False",
-    "test_dataloader.dataset.pipeline.1.scale=(128,96)",
-    "train_cfg.max_epochs=2",
-    "train_cfg.val_interval=5",
-    "custom_hooks=[]",
-]
-
-
-class Reproduce:
-    """A started tools/reproduce_table2.sh; its output goes to a file, so that it never waits."""
-
-    def __init__(self, log, *arguments):
-        self.log = log
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                ["bash", "tools/reproduce_table2.sh", *map(str, arguments)],
-                cwd=ROOT,
-                env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-
-    def kill_when(self, path, seconds=400):
-        """Kill everything that it started, as soon as the path exists."""
-        deadline = time.time() + seconds
-        try:
-            while not path.exists():
-                assert self.process.poll() is None, self.log.read_text()
-                assert time.time() < deadline, self.log.read_text()
-                time.sleep(0.02)
-        finally:
-            # torchrun puts its workers into sessions of their own
-            started = [self.process, *psutil.Process(self.process.pid).children(recursive=True)]
-            for process in started:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            self.process.wait()
-        return self.log.read_text()
-
-    def end(self, status=0):
-        assert self.process.wait(600) == status, self.log.read_text()
-        return self.log.read_text()
-
-
-@pytest.mark.slow
-def test_table2_at_toy_size_two_processes_one_run_killed_half_way(tmp_path, shared_data):
-    """dist_train.sh, dist_test.sh and compare_ap.py for both norms and two seeds."""
-    toy_coco(tmp_path / "coco", shared_data)
-    work = tmp_path / "table2"
-    arguments = (
-        "--gpus", 2, "--seeds", 2, "--arms", "bn_500 psbn_500", "--work-dir", work,
-        "--data-root", tmp_path / "coco", "--cfg-options", *TOY,
-    )  # fmt: skip
-    # the first run ends; the second has saved its first epoch when the kill comes
-    killed = Reproduce(tmp_path / "1.log", *arguments).kill_when(
-        work / "psbn_500_s0/last_checkpoint"
-    )
-    assert not (work / "psbn_500_s0/trained.txt").exists(), "the kill came too late"
-    assert "nothing to resume: starting anew" in killed
-    finished = (work / "bn_500_s0/results.bbox.json").stat().st_mtime_ns
-
-    plan = Reproduce(tmp_path / "2.log", "--dry-run", *arguments).end()
-    assert "# 3 of 4 runs to do" in plan and f"# {work}/bn_500_s0: finished" in plan
-
-    said = Reproduce(tmp_path / "3.log", *arguments).end()
-    assert f"# {work}/bn_500_s0: finished" in said
-    assert f"resuming from {work}/psbn_500_s0/epoch_1.pth" in said
-    assert (work / "bn_500_s0/results.bbox.json").stat().st_mtime_ns == finished
-    assert "| 500 |" in said and "## psbn_500 against bn_500:" in said
-    data = json.loads((work / "table2.json").read_text())
-    assert [(r["arm"], r["seed"]) for r in data["runs"]] == [
-        ("bn_500", 0), ("psbn_500", 0), ("bn_500", 1), ("psbn_500", 1),
-    ]  # fmt: skip
-    for r in data["runs"]:
-        assert r["checkpoint"].endswith("epoch_2.pth")
-        assert len({x["image_id"] for x in json.loads(Path(r["results"]).read_text())}) == 4
-    assert (work / "table2.html").stat().st_size > 1e6
-
-
-def pretend_finished(folder):
-    folder.mkdir(parents=True)
-    (folder / "results.bbox.json").write_text("[]")
-    (folder / "metrics.json").write_text("{}")
-
-
-def test_table2_plan_names_every_command_and_the_gpu_hours(tmp_path):
-    pretend_finished(tmp_path / "bn_500_s0")
-    plan = Reproduce(
-        tmp_path / "log", "--dry-run", "--gpus", 4, "--seeds", 2, "--work-dir", tmp_path,
-        "--ms-per-image", 100, "--cfg-options", "a.b=x y",
-    ).end()  # fmt: skip
-    lines = plan.splitlines()
-    trained = [line for line in lines if "dist_train.sh" in line]
-    tested = [line for line in lines if "dist_test.sh" in line]
-    assert len(trained) == len(tested) == 7 and len([x for x in lines if "compare_ap" in x]) == 1
-    assert f"{tmp_path}/psbn_800_s1 --resume" in trained[-1]
-    assert "retinanet_psbn_800.py 4" in trained[-1]
-    for override in ("randomness.seed=1", "train_dataloader.batch_size=4", "a.b=x\\ y"):
-        assert override in trained[-1]  # 16 images per step on 4 GPUs
-    # 12 epochs of 118287 images at 100 ms and 5000 at a third: 39.98 h; times 0.3906 at 500
-    assert "about 40.0 GPU hours" in plan and "about 15.6 GPU hours" in plan
-    assert "# 7 of 8 runs to do, about 206.8 GPU hours" in plan  # 4 * 40.0 + 3 * 15.6
-    assert not (tmp_path / "psbn_800_s1").exists()
-
-
-def test_table2_as_slurm_array(tmp_path):
-    """A stub in place of sbatch: the array has the unfinished runs, the report waits for it."""
-    stub = tmp_path / "sbatch"
-    stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >> "$0.log"; echo "--" >> "$0.log"; echo 77\n')
-    stub.chmod(0o755)
-    python = tmp_path / "python"  # checks pass
-    python.write_text("#!/bin/sh\nexit 0\n")
-    python.chmod(0o755)
-    pretend_finished(tmp_path / "w/bn_500_s0")
-    done = subprocess.run(
-        ["bash", "tools/reproduce_table2.sh", "--slurm", "gpu", "--seeds", "1", "--work-dir",
-         tmp_path / "w"],
-        cwd=ROOT,
-        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(python)},
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    array, report, _ = (tmp_path / "sbatch.log").read_text().split("--\n")
-    array, report = array.splitlines(), report.splitlines()
-    assert array[array.index("--array") + 1] == "1,2,3"
-    assert array[array.index("--gres") + 1] == "gpu:8"
-    assert "--run $SLURM_ARRAY_TASK_ID" in array[-1] and "--slurm gpu" in array[-1]
-    assert report[report.index("--dependency") + 1] == "afterok:77"
-    assert "--report" in report[-1]
-
-
-def test_table2_refuses_before_anything_is_run(tmp_path):
-    for args, message in [
-        ((), "no GPU on this machine"),
-        (("--gpus", 3), "--gpus 3: wanted 1, 2, 4, 8 or 16"),
-        (("--seeds", 0), "--seeds 0"),
-        (("--arms", "gn_500"), "no arm gn_500"),
-        (("--what", 1), "--what: no such option"),
-    ]:
-        if not args and shutil.which("nvidia-smi"):
-            continue  # this machine has GPUs and would begin
-        said = Reproduce(tmp_path / "log", *args, "--work-dir", tmp_path / "w")
-        text = said.log.read_text() if said.process.wait(120) else "it ended well"
-        assert message in text and text.count("\n") == 1
-    assert [p.name for p in tmp_path.glob("w/*")] == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("where", [(), ("--slurm", "gpu")])
-def test_table2_looks_for_the_data_first(tmp_path, where):
-    said = Reproduce(
-        tmp_path / "log", "--gpus", 2, *where, "--data-root", tmp_path / "no", "--work-dir",
-        tmp_path / "w", "--cfg-options", "model.backbone.init_cfg=None",
-    )  # fmt: skip
-    assert said.process.wait(120) > 0
-    text = said.log.read_text()
-    assert "no such annotation file" in text and text.count("\n") == 1
-    assert [p.name for p in tmp_path.glob("w/*")] == []
-
-
-@pytest.mark.slow
-def test_table2_does_not_mix_settings_in_a_work_dir(tmp_path, shared_data):
-    toy_coco(tmp_path / "coco", shared_data)
-    (tmp_path / "w/bn_500_s0").mkdir(parents=True)
-    (tmp_path / "w/bn_500_s0/settings.txt").write_text("arm bn_500, seed 0, 8 processes,\n")
-    said = Reproduce(
-        tmp_path / "log", "--gpus", 2, "--work-dir", tmp_path / "w", "--data-root",
-        tmp_path / "coco", "--cfg-options", "model.backbone.init_cfg=None",
-    ).end(status=2)  # fmt: skip
-    assert "was begun with other settings (arm bn_500, seed 0, 8 processes,)" in said
+        report.parse_expectation("ps-bn>=0.3", ["bn", "ps-bn"])

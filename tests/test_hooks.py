@@ -166,6 +166,19 @@ class TestTraining:
         final = measure(make_runner(tmp_path / "b", [], iterations=1).model)
         assert [layer.name for layer in final.layers] == [name for name, _, _ in got.layers]
 
+    def test_a_log_line_shows_what_was_measured_in_its_own_iteration(self, tmp_path):
+        class Collapse(Hook):
+            priority = "VERY_HIGH"
+
+            def after_train_iter(self, runner, *args, **kwargs):
+                runner.model.net.bn1.weight.data[: runner.iter + 1] = 0  # one more each
+
+        net = norm.to_psbn(Net())
+        hook_list = [SparsityLoggerHook(1, figures=False), Collapse()]
+        make_runner(tmp_path, hook_list, net, iterations=4).train()
+        line = next(x for x in log_of(tmp_path).splitlines() if "Iter(train) [4/4]" in x)
+        assert "collapsed_percent: 14.2857" in line  # 4 of 28
+
     def test_by_epoch(self, tmp_path):
         make_runner(
             tmp_path, [SparsityLoggerHook(2, by_epoch=True, figures=False)], epochs=5
@@ -289,6 +302,7 @@ class TestWriter:
     def test_records_after_the_resumed_iteration_are_dropped_and_none_is_doubled(self, tmp_path):
         path = self.fill(tmp_path / "a.trace", [0, 10, 20, 30])
         writer = trace.Writer(path, self.report, 20)
+        assert trace.read(path).iterations.tolist() == [0, 10, 20]
         for i in (20, 30, 40):
             writer.write(i, *self.values(i + 1))
         got = trace.read(path)
@@ -411,9 +425,10 @@ class TestWarnings:
         frozen = norm.to_psbn(Net())
         for parameter in frozen.parameters():
             parameter.requires_grad_(parameter is frozen.bn1.beta)
-        optimizer = torch.optim.SGD([frozen.bn1.beta], 0.1)
+        optimizer = torch.optim.SGD(frozen.parameters(), 0.1)  # as mmengine's, frozen ones too
         assert undecayed_betas(frozen, optimizer) == ["bn1.beta"]
-        assert undecayed_betas(Net(), optimizer) == []
+        bn = Net()
+        assert undecayed_betas(bn, torch.optim.SGD(bn.parameters(), 0.1)) == []
 
     def test_the_longest_custom_key_rules_as_in_mmengine(self):
         keys = {"bn": {"decay_mult": 0}, "block.bn1": {"decay_mult": 0}}

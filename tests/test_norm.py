@@ -244,6 +244,7 @@ def test_shift_reading_of_a_bn_model():
     x = torch.randn(2, 3, 4, 4)
     y = model(x)
     assert_close(to_psbn(model, alpha=0.2, load_bn="shift")(x), y + 0.2)
+    assert model[0].load_bn == "shift"  # also for what is loaded later
 
 
 def test_conversion_of_a_converted_model_rebases():

@@ -96,6 +96,28 @@ def test_refusals_and_modes(tmp_path):
     run(refusals_and_modes, 2, tmp_path)
 
 
+def step_in_a_group(rank, state_dict, batches, weights):
+    group = dist.new_group([0, 1])
+    if rank == 2:
+        return None
+    layer = psSyncBN(6, process_group=group)
+    layer.load_state_dict(state_dict)
+    return one_step(layer, batches[rank], weights[rank])
+
+
+def test_synchronises_within_its_group_alone(tmp_path):
+    reference = psBN2d(6)
+    whole, weights = torch.randn(4, 6, 3, 3), torch.randn(4, 6, 3, 3)
+    state_dict = {k: v.clone() for k, v in reference.state_dict().items()}
+    expected = one_step(reference, whole, weights)
+    parts = [*whole.split(2), whole], [*weights.split(2), weights]
+    results = run(step_in_a_group, 3, tmp_path, state_dict, *parts)[:2]
+    assert_close(torch.cat([r["y"] for r in results]), expected["y"], rtol=1e-5, atol=1e-5)
+    assert_close(
+        torch.cat([r["x.grad"] for r in results]), expected["x.grad"], rtol=1e-5, atol=1e-5
+    )
+
+
 def ddp_training(rank, state_dict, batches):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), psSyncBN(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
     model.load_state_dict(state_dict)

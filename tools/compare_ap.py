@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from psbn_mmdet import ap_compare, ap_report, coco_files
+from psbn_mmdet.ap import coco_files, compare, report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,9 +68,9 @@ def _run(args: argparse.Namespace) -> int:
         arms.setdefault(arm, []).append(len(runs))
         runs.append(coco_files.find_run(arm, path))
     _check(args, runs, arms)
-    expected = [ap_report.parse_expectation(e, list(arms)) for e in args.expect]
+    expected = [report.parse_expectation(e, list(arms)) for e in args.expect]
     pairs = (
-        ap_report.table2_pairs(list(arms))
+        report.table2_pairs(list(arms))
         if args.table2
         else [(arm, next(iter(arms))) for arm in list(arms)[1:]]
     )
@@ -87,27 +87,25 @@ def _run(args: argparse.Namespace) -> int:
     # a work dir's config says on which images its model was run, a bare result file does not
     said = args.missing_is_empty or (not args.ann and all(run.annotations for run in runs))
     warnings += coco_files.check_same_images(annotations, results, said)
-    measured = ap_compare.measure(
+    measured = compare.measure(
         annotations, results, args.resamples, args.seed, args.sizes, args.threads, bar
     )
-    c = ap_compare.compare(measured, arms, pairs, args.confidence, args.seed, warnings)
+    c = compare.compare(measured, arms, pairs, args.confidence, args.seed, warnings)
 
-    print(ap_report.markdown(c, runs, len(annotations.image_ids), args.table2))
+    print(report.markdown(c, runs, len(annotations.image_ids), args.table2))
     held = {
-        text: ap_report.holds(
-            next(d for d in c.differences if (d.arm, d.baseline) == e[:2]), *e[2:]
-        )
+        text: report.holds(next(d for d in c.differences if (d.arm, d.baseline) == e[:2]), *e[2:])
         for text, e in zip(args.expect, expected, strict=True)
     }
     if args.json:
         settings = {"annotations": annotations.path, "images": len(annotations.image_ids)}
         settings |= {"resamples": args.resamples, "seed": args.seed}
-        data = ap_report.as_json(c, runs, settings, held)
+        data = report.as_json(c, runs, settings, held)
         _write(args.json, json.dumps(data, indent=1, allow_nan=False) + "\n")
     if args.html:
-        from psbn_mmdet import ap_page
+        from psbn_mmdet.ap import page
 
-        _write(args.html, ap_page.page(c, runs, annotations, results, args.table2, args.threads))
+        _write(args.html, page.page(c, runs, annotations, results, args.table2, args.threads))
     for text, held_so in held.items():
         print(f"expected {text}: {'holds' if held_so else 'DOES NOT HOLD'}", file=sys.stderr)
     return 0 if all(held.values()) else 1

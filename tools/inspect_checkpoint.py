@@ -73,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps({"checkpoints": found}, indent=1) + "\n")
     if args.html:
         from psbn_mmdet.report import write_page
-
         from psbn_mmdet.trace import from_reports
 
         labels = [Path(name).name for name in args.checkpoints]

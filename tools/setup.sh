@@ -46,6 +46,8 @@ install_mmcv() {
     local flags=(-O2 -DNDEBUG -fwrapv -g0 -w) pip compiled
     if "$py" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         flags=()  # nvcc takes part: the plain build
+    elif [ $# -eq 0 ] && "$py" -m pip cache list mmcv 2>/dev/null | grep -q "^ - mmcv-"; then
+        :  # a wheel that pip has kept: nothing to compile
     else
         say "precompiling torch's headers for mmcv"
         if precompile_header; then
@@ -56,7 +58,8 @@ install_mmcv() {
     fi
     say "$MMCV: compiling its operators, unless pip has kept them"
     mkdir -p "$work/tmp"
-    CFLAGS="${flags[*]-}" MAX_JOBS=$(nproc) TMPDIR=$work/tmp "$py" -m pip install \
+    # Empty CFLAGS would take Python's own away, optimisation with them.
+    env ${flags[@]+CFLAGS="${flags[*]}"} MAX_JOBS="$(nproc)" TMPDIR="$work/tmp" "$py" -m pip install \
         --no-build-isolation --no-binary mmcv "$@" $MMCV >"$work/mmcv.log" 2>&1 &
     pip=$!
     while sleep 5; kill -0 $pip 2>/dev/null; do

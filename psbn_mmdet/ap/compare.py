@@ -11,8 +11,8 @@ from warnings import catch_warnings, simplefilter
 
 import numpy as np
 
-from .ap import match, mean_over_classes, resample, weighted_ap
 from .coco_files import Annotations, Results
+from .evaluate import match, mean_over_classes, resample, weighted_ap
 
 BETTER, WORSE, NOT_SHOWN = "better", "worse", "no difference shown"
 POWER = 0.8

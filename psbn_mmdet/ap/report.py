@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .ap_compare import NOT_SHOWN, Comparison, Difference, Estimate
 from .coco_files import InputError, RunFiles
+from .compare import NOT_SHOWN, Comparison, Difference, Estimate
 
 # arXiv 2001.11216, Table 2: AP on COCO-2017, one run each as far as the paper says
 PAPER = {500: (32.7, 33.4), 800: (35.8, 36.4)}

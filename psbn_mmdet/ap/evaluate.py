@@ -399,21 +399,20 @@ def resample(
     images = runs[0].images
     if any(m.images != images for m in runs):
         raise ValueError(f"runs on {sorted({m.images for m in runs})} images cannot be paired")
-    rng = np.random.default_rng(seed)
     classes = len(runs[0].class_start) - 1
     ap = np.empty((resamples, len(runs), classes, 3))
     curve = np.empty((resamples, len(runs), 3, len(RECALL)))
 
-    def one(b: int, weights: np.ndarray) -> None:
+    def one(b: int) -> None:
+        # a generator per resample: the result does not depend on the number of threads
+        weights = draw_images(images, 1, np.random.default_rng([seed, b]))
         for m, run in enumerate(runs):
             a, c = weighted_ap(run, weights)
             ap[b, m], curve[b, m] = a[0], c[0]
 
     with ThreadPoolExecutor(threads) as pool:  # the compiled code releases the GIL
-        # drawn here, in order, so that the result does not depend on the number of threads
-        jobs = [pool.submit(one, b, draw_images(images, 1, rng)) for b in range(resamples)]
-        for job in progress(iter(jobs)):
-            job.result()
+        for _ in progress(pool.map(one, range(resamples))):
+            pass
     return ap, curve
 
 
@@ -428,13 +427,9 @@ def leave_one_out(matches: Matches, threads: int = 2) -> np.ndarray:
     base = weighted_ap(matches, np.ones((1, n), np.int32))[0][0, :, 0]
     out = np.empty(n)
     bounds = np.linspace(0, n, 8 * threads + 1).astype(int)
+    shared = _arrays(matches), RECALL, touched % k, start, base, out
     with ThreadPoolExecutor(threads) as pool:
-        jobs = [
-            pool.submit(_leave_out, a, b, _arrays(matches), RECALL, touched % k, start, base, out)
-            for a, b in itertools.pairwise(bounds)
-        ]
-        for job in jobs:
-            job.result()
+        list(pool.map(lambda part: _leave_out(*part, *shared), itertools.pairwise(bounds)))
     return out
 
 
