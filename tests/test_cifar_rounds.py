@@ -32,15 +32,16 @@ def weights(folder, number):
 
 
 class Watch(Hook):
-    """Learning rate, momentum's norm and loss at each iteration; stops the process at one."""
+    """Learning rate, loss and number of momenta at each iteration; stops the run at one."""
 
     priority = "LOWEST"
 
     def __init__(self, stop_after=None):
-        self.stop_after, self.lr, self.loss = stop_after, [], []
+        self.stop_after, self.lr, self.loss, self.momenta = stop_after, [], [], []
 
     def before_train_iter(self, runner, *args, **kwargs):
         self.lr.append(runner.optim_wrapper.get_lr()["lr"][0])
+        self.momenta.append(len(runner.optim_wrapper.optimizer.state))
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.loss.append(outputs["loss"].item())
@@ -178,6 +179,16 @@ def test_shuffle_keeps_the_entries_of_each_tensor():
     for name, parameter in network.named_parameters():
         assert torch.equal(parameter.flatten().sort().values, before[name].flatten().sort().values)
     assert not torch.equal(network.conv1.weight, before["conv1.weight"])
+
+
+def test_momentum_is_kept_over_a_restart_but_not_over_a_shuffle(root, tmp_path):
+    kept, _ = train(TOY, root, tmp_path / "kept")
+    shuffled, _ = train(replace(TOY, shuffle_before=2), root, tmp_path / "shuffled")
+    parameters = len(list(TOY.network_module().parameters()))
+    assert kept.momenta == [0] + [parameters] * 9
+    assert shuffled.momenta == [0] + [parameters] * 4 + [0] + [parameters] * 4
+    assert shuffled.loss[:5] == kept.loss[:5]
+    assert shuffled.loss[5] != kept.loss[5]
 
 
 @pytest.mark.slow

@@ -245,7 +245,7 @@ def test_durations_read_well():
     }
 
 
-def test_progress_speeds_up_nothing_that_is_not_there():
+def test_no_workers_is_one_line():
     with pytest.raises(RunError, match="--workers must be at least 1"):
         engine.plan(build("fig3", "reduced", TOY), "nowhere", workers=0)
 
