@@ -283,7 +283,15 @@ def test_failed_run_is_reported_and_its_children_left(root, tmp_path):
     )
 
 
+@pytest.fixture
+def _threads_as_before():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_threads_as_before")
 def test_command_is_killed_goes_on_and_ends_as_if_it_had_not(root, tmp_path):
     """SIGINT in the middle of the runs; the same command again; a second one that has no cut."""
     common = ["linear", "--preset", "reduced", "--data-root", root, "--seeds", 1, "--workers", 2]
@@ -302,6 +310,7 @@ def test_command_is_killed_goes_on_and_ends_as_if_it_had_not(root, tmp_path):
     output, error = second.communicate(timeout=200)
     assert second.returncode == 0, error
     assert "linear.png" in output
+    torch.set_num_threads(1)  # as the workers above: equal to the bit with as many threads only
     experiment = build("linear", "reduced", {**TOY, "epochs": 20}, seeds=1)
     do_here(experiment, tmp_path / "whole", root)
     for run in experiment.runs:
