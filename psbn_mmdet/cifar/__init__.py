@@ -1,0 +1,11 @@
+"""The CIFAR-10 study of the psBN paper (arXiv 2001.11216, sections 3 to 5.2).
+
+- :mod:`.data`: CIFAR-10 in its binary version, on the device
+- :mod:`.networks`: ResNet-20/56/110 and VGG11/16 with any normalization
+- :mod:`.rounds`: one run: rounds of cosine-annealed SGD on mmengine's Runner
+- :mod:`.experiments`: which runs make up each figure and table
+- :mod:`.engine`: does the runs of an experiment, here or as a share of a cluster
+- :mod:`.figures`: PNG, JSON and Markdown from finished runs
+
+``tools/cifar_study.py`` is the command line; ``studies/cifar/README.md`` the manual.
+"""
