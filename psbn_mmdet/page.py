@@ -1,7 +1,7 @@
 # ruff: noqa: E501 (lines of HTML and JavaScript)
 """The HTML page of :func:`psbn_mmdet.report.write_page`: its frame, style and script.
 
-``{{title}}``, ``{{plotly}}`` and ``{{data}}`` are filled in there. Every choice is
+``{{title}}``, ``{{pictures}}``, ``{{plotly}}`` and ``{{data}}`` are filled in there. Every choice is
 made with a native form element, so the keyboard does all that the mouse does.
 """
 
@@ -156,7 +156,7 @@ dt { font-weight: 600; } dd { margin: 0; }
   <p class="soft">Filters collapsed, in brackets inactive.</p>
   <div class="card scroll" tabindex="0" role="region" aria-label="Table of all layers"><table id="table"></table></div>
 </section>
-
+{{pictures}}
 <script>{{plotly}}</script>
 <script type="application/json" id="data">{{data}}</script>
 <script>

@@ -271,6 +271,7 @@ def write_page(
     runs: Mapping[str, Trace | str | os.PathLike],
     out: str | os.PathLike,
     title: str = "Collapsed filters",
+    pictures: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write one self-contained HTML page with one or more runs side by side.
 
@@ -282,6 +283,8 @@ def write_page(
         runs: Name -> a run, its trace file or its work dir, in the order of display.
         out: The file, replaced if it is there.
         title: Heading of the page.
+        pictures: Caption -> PNG file, put at the end of the page, as those of the
+            theory.
 
     Raises:
         ValueError: There is no run.
@@ -295,12 +298,31 @@ def write_page(
     data = [_page_data(n, t, PATH_BYTES // len(traces)) for n, t in traces.items()]
     # In JSON a "<" can only stand in a string, where its escape means the same.
     packed = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    fill = {"title": html.escape(title), "data": packed, "plotly": get_plotlyjs()}
+    fill = {
+        "title": html.escape(title),
+        "pictures": _picture_section(pictures or {}),
+        "data": packed,
+        "plotly": get_plotlyjs(),
+    }
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: fill[found[1]], TEMPLATE)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     return out
+
+
+def _picture_section(pictures: Mapping[str, Path]) -> str:
+    if not pictures:
+        return ""
+    figures = []
+    for caption, path in pictures.items():
+        text, png = html.escape(caption), base64.b64encode(path.read_bytes()).decode()
+        figures.append(
+            f'<figure class="card"><img src="data:image/png;base64,{png}" alt="{text}" '
+            f'style="width:100%;height:auto"><figcaption class="soft">{text}</figcaption></figure>'
+        )
+    body = "\n".join(figures)
+    return f'<section aria-labelledby="h-pictures"><h2 id="h-pictures">Theory</h2>{body}</section>'
 
 
 def _page_data(name: str, trace: Trace, path_bytes: int) -> dict[str, Any]:

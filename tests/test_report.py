@@ -1,5 +1,6 @@
 """Figures and the page, the latter in a real browser, against the truth made by hand."""
 
+import base64
 import json
 import re
 import subprocess
@@ -123,6 +124,17 @@ class TestPageFile:
         path = report.write_page({name: run}, tmp_path / "a.html", title="a < b")
         assert [d["name"] for d in self.data(path)] == [name]
         assert "<title>a &lt; b</title>" in path.read_text()
+
+    def test_pictures_are_in_the_page_itself(self, tmp_path):
+        png = tmp_path / "a.png"
+        png.write_bytes(b"\x89PNG not really")
+        run = random_run(1, 2, 2)
+        text = report.write_page(
+            {"a": run}, tmp_path / "a.html", pictures={"a < b": png}
+        ).read_text()
+        encoded = base64.b64encode(png.read_bytes()).decode()
+        assert f'src="data:image/png;base64,{encoded}" alt="a &lt; b"' in text
+        assert "h-pictures" not in report.write_page({"a": run}, tmp_path / "b.html").read_text()
 
     def test_no_run_and_a_file_that_is_no_trace(self, tmp_path):
         with pytest.raises(ValueError, match="at least one run"):
