@@ -47,7 +47,6 @@ setup(
         "matplotlib",
         "plotly",
         "numba",
-        "hotcoco>=1.3,<2",
         "pycocotools",
         "safetensors",
         "tqdm",
