@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from psbn_mmdet.checkpoint import CheckpointError, load, state_dict_of
+from psbn_mmdet.checkpoint import CheckpointError, is_whole, load, state_dict_of
 from psbn_mmdet.collapse import Report, measure
 from psbn_mmdet.report import write_page
 from psbn_mmdet.shapes import write_shapes
@@ -58,7 +58,7 @@ def train(
 ) -> Path:
     """Train by a config of the demo; returns the last checkpoint."""
     checkpoint = work_dir / f"epoch_{EPOCHS}.pth"
-    if not checkpoint.exists():
+    if not is_whole(checkpoint):
         work_dir.mkdir(parents=True, exist_ok=True)
         command = [f"{TOOLS}/dist_train.sh", f"{CONFIGS}/{config}.py", str(processes), "--resume"]
         command += ["--work-dir", str(work_dir), "--data-root", str(data)]
