@@ -195,6 +195,12 @@ def _psbn_prefixes(state_dict: Mapping[str, Tensor]) -> Iterator[str]:
                 yield prefix
 
 
+def _split(key: str) -> tuple[str, str]:
+    """``layer.bn1.bias`` -> ``layer.bn1.``, ``bias``."""
+    name = key.rpartition(".")[2]
+    return key.removesuffix(name), name
+
+
 def psbn_state_dict(
     state_dict: Mapping[str, Tensor], alpha: float = 0.1, load_bn: str = "preserve"
 ) -> dict[str, Tensor]:
@@ -215,8 +221,7 @@ def psbn_state_dict(
         raise CheckpointError("the state dict holds no BatchNorm layer")
     converted = {}
     for key, value in state_dict.items():
-        prefix, _, name = key.rpartition(".")
-        prefix += "." if prefix else ""
+        prefix, name = _split(key)
         if prefix in bn and name == "bias":
             new = torch.tensor(alpha, dtype=value.dtype, device=value.device)
             converted[prefix + "beta"] = value - new if load_bn == "preserve" else value
@@ -242,8 +247,7 @@ def bn_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise CheckpointError("the state dict holds no psBN layer (beta and alpha)")
     converted = {}
     for key, value in state_dict.items():
-        prefix, _, name = key.rpartition(".")
-        prefix += "." if prefix else ""
+        prefix, name = _split(key)
         if prefix in psbn and name == "beta":
             converted[prefix + "bias"] = value + state_dict[prefix + "alpha"]
         elif not (prefix in psbn and name == "alpha"):

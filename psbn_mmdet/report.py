@@ -32,7 +32,7 @@ PATH_BYTES = 8_000_000
 _BYTES_PER_VALUE = 5  # gamma and bias as half floats, the state as a byte
 _STATES = ("live", "inactive", "dead", "constant")
 _COLORS = {"live": "#8195a8", "inactive": "#e69f00", "dead": "#c1121f", "constant": "#7b2cbf"}
-_STYLE = {
+FIGURE_STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -110,7 +110,7 @@ def write_figures(trace: Trace | str | os.PathLike, folder: str | os.PathLike) -
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(FIGURE_STYLE):
         for name, draw in [
             ("collapse", _draw_course),
             ("layers", _draw_heat_map),

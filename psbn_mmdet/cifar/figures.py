@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..collapse import filter_l1
-from ..report import non_trainable
+from ..report import FIGURE_STYLE, non_trainable
 from ..trace import Trace, read
 from .engine import _macs, folder_of, result_of
 from .experiments import Experiment, Run
@@ -28,16 +28,6 @@ METRICS = {
     "accuracy": "accuracy (%)",
     "pruned_accuracy": "accuracy without the collapsed filters (%)",
     "train_loss": "training loss, mean of the last epoch",
-}
-_STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "font.size": 10,
-    "figure.dpi": 150,
-    "savefig.bbox": "tight",
 }
 _COLORS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#66a61e", "#a6761d")
 Outcome = tuple[Run, dict[str, Any]]
@@ -501,7 +491,7 @@ def write_results(
     folder = Path(folder) if folder else Path(out, experiment.name)
     folder.mkdir(parents=True, exist_ok=True)
     png, table, content = (folder / f"{experiment.name}.{end}" for end in ("png", "md", "json"))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(FIGURE_STYLE):
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
         _DRAW[experiment.figure](figure, summary, experiment, Path(out))
