@@ -402,6 +402,40 @@ def test_real_images_in_two_processes(shared_data, imagenet, tmp_path):
     assert len({r["image_id"] for r in results}) == 8
 
 
+RUN_AND_LIST_THREADS = """
+import runpy, sys
+from pathlib import Path
+
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    threads = [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")]
+    print("left behind:", [name for name in threads if "gloo" in name], flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists threads as Linux does")
+def test_no_thread_of_gloo_is_left_that_could_abort_a_finished_job(shapes, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(RUN_AND_LIST_THREADS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", "2", program]
+    options = ["--work-dir", tmp_path / "w", "--data-root", shapes, "--launcher", "pytorch"]
+    options += ["--cfg-options", *TINY, "train_cfg.max_epochs=1", "model.test_cfg.score_thr=0.0"]
+    config = ROOT / "configs/demo/demo_psbn_finetune.py"
+    for tool in (["train.py", config], ["test.py", config, tmp_path / "w/epoch_1.pth"]):
+        result = subprocess.run(
+            [*torchrun, ROOT / "tools" / tool[0], *tool[1:], *options],
+            env=environment(PYTHONPATH=str(ROOT)),
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stdout.count("left behind: []") == 2, result.stdout[-3000:]
+
+
 FAKE_SRUN = """#!/usr/bin/env bash
 while [[ $1 == -* ]]; do
     [[ $1 != --ntasks ]] || tasks=$2
