@@ -6,7 +6,7 @@ from torch import nn
 
 from psbn_mmdet import psBN, psIN
 from psbn_mmdet.cifar.networks import build_network
-from psbn_mmdet.cifar.rounds import ACTIVATIONS, NORMS, Settings
+from psbn_mmdet.cifar.settings import ACTIVATIONS, NORMS, Settings
 from psbn_mmdet.collapse import measure
 from psbn_mmdet.flops import probe
 

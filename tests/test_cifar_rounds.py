@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from psbn_mmdet.cifar import data, rounds
 from psbn_mmdet.cifar.data import Batches
-from psbn_mmdet.cifar.rounds import RunError, Settings, make_runner, study_data, train_run
+from psbn_mmdet.cifar.rounds import make_runner, study_data, train_run
+from psbn_mmdet.cifar.settings import RunError, Settings
 from psbn_mmdet.flops import probe
 from psbn_mmdet.trace import read
 

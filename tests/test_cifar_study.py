@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from cifar_files import write_cifar
@@ -18,7 +18,8 @@ from conftest import ROOT
 
 from psbn_mmdet.cifar import engine, experiments, figures
 from psbn_mmdet.cifar.experiments import Run, build
-from psbn_mmdet.cifar.rounds import RunError, Settings, train_run
+from psbn_mmdet.cifar.rounds import train_run
+from psbn_mmdet.cifar.settings import RunError, Settings
 
 TOY = dict(width=0.1, images=40, test_images=20, batch_size=20, epochs=1, rounds=2)
 
@@ -28,14 +29,13 @@ def root(tmp_path_factory):
     return write_cifar(tmp_path_factory.mktemp("cifar"))
 
 
-def tool(*arguments, **options):
+def tool(*arguments):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "cifar_study.py"), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
-        **options,
     )
 
 
@@ -293,17 +293,20 @@ def _threads_as_before():
 @pytest.mark.slow
 @pytest.mark.usefixtures("_threads_as_before")
 def test_command_is_killed_goes_on_and_ends_as_if_it_had_not(root, tmp_path):
-    """SIGINT in the middle of the runs; the same command again; a second one that has no cut."""
+    """SIGKILL in the middle of the runs; the same command again; a second one that has no cut."""
     common = ["linear", "--preset", "reduced", "--data-root", root, "--seeds", 1, "--workers", 2]
     options = [f"{k}={v}" for k, v in {**TOY, "epochs": 20}.items()]
     cut = [*common, "--out", tmp_path / "cut", "--set", *options]
-    first = tool(*cut, start_new_session=True)
+    first = tool(*cut)
     runs = tmp_path / "cut" / "linear"
     deadline = time.monotonic() + 120
     while not list(runs.glob("*/round_1.pth")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)  # the workers too, without a word
+    workers = psutil.Process(first.pid).children(recursive=True)
+    first.kill()  # without a word, which the workers must notice
     first.communicate()
+    assert len(workers) == 2
+    assert not psutil.wait_procs(workers, timeout=60)[1]
     assert list(runs.glob("*/round_1.pth"))
     assert len(list(runs.glob("*/result.json"))) < 2
     second = tool(*cut)

@@ -16,7 +16,8 @@ from mmengine.hooks import Hook
 from torch.nn import functional as F
 
 from psbn_mmdet.cifar.data import Batches, Split
-from psbn_mmdet.cifar.rounds import Settings, make_runner, study_data
+from psbn_mmdet.cifar.rounds import make_runner, study_data
+from psbn_mmdet.cifar.settings import Settings
 
 STEPS = 4
 

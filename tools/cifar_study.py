@@ -18,7 +18,7 @@ from pathlib import Path
 from mmengine.config import DictAction
 
 from psbn_mmdet.cifar import data, engine, experiments, figures
-from psbn_mmdet.cifar.rounds import RunError
+from psbn_mmdet.cifar.settings import RunError
 
 
 def parse() -> argparse.Namespace:

@@ -27,7 +27,7 @@ from ..flops import probe
 from . import data
 from .experiments import Experiment, Run
 from .networks import build_network
-from .rounds import RunError, Settings, check_settings
+from .settings import RunError, Settings, check_settings
 
 POLL_SECONDS = 60.0
 """Between two lines of progress."""
@@ -284,8 +284,13 @@ def execute(
             command = [sys.executable, "-c", code, str(folder), str(data_root)]
             with open(folder / "output.txt", "a") as log:
                 env = _environment(slot, clock.threads)
-                alive[run.name] = subprocess.Popen(command, stdout=log, stderr=log, env=env)
-                status = alive[run.name].wait()
+                # The pipe closes when this process ends, however it ends, and the worker with it.
+                worker = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env
+                )
+                with worker.stdin:
+                    alive[run.name] = worker
+                    status = worker.wait()
             if status and not stop.is_set():
                 lines = (folder / "output.txt").read_text().strip().splitlines()
                 reason = lines[-1] if lines else f"exit status {status}"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .rounds import RunError, Settings
+from .settings import RunError, Settings
 
 PAPER = Settings()
 """Section 3.1: all images, batch 128, lr 0.1, decay 5e-4, 9 rounds of 100 epochs."""

@@ -19,7 +19,8 @@ from ..report import FIGURE_STYLE, non_trainable
 from ..trace import Trace, read
 from .engine import _macs, folder_of, result_of
 from .experiments import Experiment, Run
-from .rounds import RunError, Settings, _network_state, write_json
+from .rounds import network_state
+from .settings import RunError, Settings, write_json
 
 METRICS = {
     "sparsity": "sparsity (% of FLOPs)",
@@ -265,7 +266,7 @@ def _draw_random_labels(figure: Figure, summary: dict[str, Any], *_: Any) -> Non
 
 def conv_norms(settings: Settings, folder: Path) -> dict[str, np.ndarray]:
     """L1 norms of the filters of each convolution at the end of the last round."""
-    state = _network_state(folder / f"round_{settings.rounds}.pth")
+    state = network_state(folder / f"round_{settings.rounds}.pth")
     return {
         k.removesuffix(".weight"): filter_l1(v).numpy() for k, v in state.items() if v.dim() == 4
     }

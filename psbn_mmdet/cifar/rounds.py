@@ -20,9 +20,11 @@ import fcntl
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,128 +51,13 @@ from .data import (
     normalise,
     random_labels,
 )
-from .networks import NETWORKS, build_network
+from .settings import RunError, Settings, check_settings, write_json
 
-NORMS = {
-    "BN": dict(type="BN"),
-    "psBN": dict(type="psBN"),
-    "IN": dict(type="IN", affine=True),  # mmcv's has no gamma by default
-    "psIN": dict(type="psIN"),
-    "none": None,
-}
-ACTIVATIONS = {
-    "ReLU": dict(type="ReLU"),
-    "LeakyReLU": dict(type="LeakyReLU", negative_slope=0.01),
-    "none": None,
-}
 DATA_SEED = 0
 """Of the subset of images and the random labels, for all runs alike."""
 
 CHECKPOINT_SECONDS = 120.0
 """How much work a kill may cost; writing takes some milliseconds."""
-
-
-class RunError(ValueError):
-    """A run cannot be done; the message is one line that says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides the outcome of a run; the defaults are the paper's.
-
-    Args:
-        network: One of :data:`~.networks.NETWORKS`.
-        width: Factor on its channels.
-        norm: One of :data:`NORMS`.
-        alpha: Of psBN and psIN.
-        load_bn: How psBN takes over BN weights of ``parent``: 'preserve' or 'shift'.
-        act: One of :data:`ACTIVATIONS`.
-        gamma_init: Initial gamma (Fig. 5b).
-        images: Number of training images, class-balanced; None for all.
-        test_images: Likewise, of the test set.
-        random_labels: Whether labels are shuffled once (section 3.3).
-        augment: Whether to pad, crop and flip.
-        batch_size: Images of a step.
-        optimizer: 'SGD' with ``momentum`` or 'Adam' (with decay as an L2 term).
-        lr: At the start of each round.
-        momentum: Of SGD.
-        weight_decay: On every parameter.
-        rounds: Number of rounds.
-        epochs: Of each round.
-        seed: Of weights, order and augmentation.
-        shuffle_before: Shuffle the entries of every parameter tensor before
-            this round, if any (section 3.6).
-        parent: Name of the run whose final weights this one starts from, if any.
-        trace_interval: Iterations between records of gamma and beta; 0 for none.
-        ensemble: Also average the softmax of so many last rounds (Table 1); 0 for not.
-        evaluate_pruned: Also evaluate with the collapsed filters removed.
-
-    Raises:
-        RunError: A value that cannot be.
-    """
-
-    network: str = "resnet20"
-    width: float = 1.0
-    norm: str = "BN"
-    alpha: float = 0.1
-    load_bn: str = "preserve"
-    act: str = "ReLU"
-    gamma_init: float = 1.0
-    images: int | None = None
-    test_images: int | None = None
-    random_labels: bool = False
-    augment: bool = True
-    batch_size: int = 128
-    optimizer: str = "SGD"
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    rounds: int = 9
-    epochs: int = 100
-    seed: int = 0
-    shuffle_before: int | None = None
-    parent: str | None = None
-    trace_interval: int = 0
-    ensemble: int = 0
-    evaluate_pruned: bool = False
-
-    def __post_init__(self) -> None:
-        for name, allowed in [
-            ("network", NETWORKS),
-            ("norm", tuple(NORMS)),
-            ("act", tuple(ACTIVATIONS)),
-            ("optimizer", ("SGD", "Adam")),
-        ]:
-            if getattr(self, name) not in allowed:
-                raise RunError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        for name in ("rounds", "epochs", "batch_size", "lr", "width"):
-            if not getattr(self, name) > 0:
-                raise RunError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.ensemble > self.rounds:
-            raise RunError(f"an ensemble of {self.ensemble} needs as many rounds: {self.rounds}")
-
-    @property
-    def iterations_per_round(self) -> int:
-        return self.epochs * self.iterations_per_epoch
-
-    @property
-    def iterations_per_epoch(self) -> int:
-        return (self.images or 50_000) // self.batch_size
-
-    @property
-    def iterations(self) -> int:
-        return self.rounds * self.iterations_per_round
-
-    def network_module(self) -> nn.Module:
-        """The network with weights from torch's global generator."""
-        norm_cfg = NORMS[self.norm]
-        if self.norm.startswith("ps"):
-            norm_cfg = dict(norm_cfg, alpha=self.alpha, load_bn=self.load_bn)
-        return build_network(
-            self.network, norm_cfg, ACTIVATIONS[self.act], self.width, self.gamma_init
-        )
 
 
 class Classifier(BaseModel):
@@ -362,21 +249,15 @@ def ensemble_accuracy(settings: Settings, folder: Path, test: Split) -> float:
     network = settings.network_module().to(get_device())
     scores = torch.zeros(len(test), 10)
     for number in range(settings.rounds - settings.ensemble + 1, settings.rounds + 1):
-        network.load_state_dict(_network_state(folder / f"round_{number}.pth"))
+        network.load_state_dict(network_state(folder / f"round_{number}.pth"))
         scores += probabilities(network, test)
     return _percent_right(scores, test.labels)
 
 
-def _network_state(path: Path) -> dict[str, Tensor]:
+def network_state(path: Path) -> dict[str, Tensor]:
+    """The state dict of the network in a checkpoint of a run."""
     state = load_checkpoint(path)["state_dict"]
     return {k.removeprefix("network."): v for k, v in state.items()}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Written beside and renamed: never half a file."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(content, indent=1, allow_nan=True) + "\n")
-    os.replace(new, path)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -468,7 +349,7 @@ def make_runner(
 def _start_from_parent(network: nn.Module, parent: Path) -> None:
     if not (parent / "result.json").exists():
         raise RunError(f"{parent}: is not finished, and this run starts from its weights")
-    state = _network_state(latest_checkpoint(parent))
+    state = network_state(latest_checkpoint(parent))
     wrong = mismatch(network, state, strict=True)
     if wrong:
         raise RunError(f"{parent}: {wrong}")
@@ -486,29 +367,6 @@ def study_data(settings: Settings, root: str | os.PathLike) -> tuple[Split, Spli
     if settings.random_labels:
         train = random_labels(train, DATA_SEED)
     return train, test
-
-
-def check_settings(settings: Settings, folder: Path) -> None:
-    """Write ``settings.json``, or refuse a folder that holds another run.
-
-    Raises:
-        RunError: It was made with other settings.
-    """
-    path, wanted = folder / "settings.json", asdict(settings)
-    if path.exists():
-        found = json.loads(path.read_text())
-        differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-        if differing:
-            k = differing[0]
-            raise RunError(
-                f"{folder}: holds a run with other settings ({len(differing)} differ, as {k}: "
-                f"{found.get(k)} there, {wanted.get(k)} now); name another --out"
-            )
-        return
-    if any((folder / name).exists() for name in ("result.json", "last.pth", "round_1.pth")):
-        raise RunError(f"{folder}: holds a run but no settings.json; name another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, wanted)
 
 
 def train_run(
@@ -550,8 +408,22 @@ def train_run(
     return result
 
 
+def _end_with_parent() -> None:
+    """End this process when its standard input is closed, as it is when the parent is gone."""
+
+    def wait() -> None:
+        os.read(0, 1)  # sys.stdin has a lock, on which the interpreter would fail to end
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> None:
-    """``FOLDER DATA_ROOT``: do the run whose settings stand in its folder; the engine's worker."""
+    """``FOLDER DATA_ROOT``: do the run whose settings stand in its folder; the engine's worker.
+
+    Its standard input is a pipe that the engine holds open.
+    """
+    _end_with_parent()
     folder, data_root = Path(sys.argv[1]), sys.argv[2]
     settings = Settings(**json.loads((folder / "settings.json").read_text()))
     with open(folder / "lock", "w") as lock:
