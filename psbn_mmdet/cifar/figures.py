@@ -193,7 +193,8 @@ def markdown(summary: dict[str, Any]) -> str:
         "",
         f"`{summary['command']}` on {', '.join(machine['device'])} ({machine['processor']}, "
         f"{machine['cores']} cores, threads per run: "
-        f"{'/'.join(map(str, machine['threads_of_a_run']))}), torch {machine['torch']}; CRC-32 of the data {summary['data_crc32']}.",
+        f"{'/'.join(map(str, machine['threads_of_a_run']))}), torch {machine['torch']}; "
+        f"CRC-32 of the data {summary['data_crc32']}.",
     ]
     return "\n".join(lines) + "\n"
 
