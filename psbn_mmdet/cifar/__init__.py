@@ -2,6 +2,7 @@
 
 - :mod:`.data`: CIFAR-10 in its binary version, on the device
 - :mod:`.networks`: ResNet-20/56/110 and VGG11/16 with any normalization
+- :mod:`.settings`: all that decides the outcome of a run
 - :mod:`.rounds`: one run: rounds of cosine-annealed SGD on mmengine's Runner
 - :mod:`.experiments`: which runs make up each figure and table
 - :mod:`.engine`: does the runs of an experiment, here or as a share of a cluster
