@@ -143,10 +143,14 @@ def markdown(summary: dict[str, Any]) -> str:
     arms, paper = summary["arms"], summary["paper"] or {}
     machine = summary["machine"]
     lines = [f"# {summary['title']}", ""]
-    seeds = {len(entry["seeds"]) for entry in arms.values()}
+    seeds = sorted({len(entry["seeds"]) for entry in arms.values()})
+    spread_over = (
+        "One seed"
+        if seeds == [1]
+        else (f"Mean ± standard deviation over {'/'.join(map(str, seeds))} seeds")
+    )
     lines.append(
-        f"Mean ± standard deviation over {'/'.join(map(str, sorted(seeds)))} seeds; "
-        f"{summary['runs_finished']} of {summary['runs_planned']} runs finished."
+        f"{spread_over}; {summary['runs_finished']} of {summary['runs_planned']} runs finished."
     )
     for metric, title in METRICS.items():
         rows = {a: e for a, e in arms.items() if any(metric in r for r in e["rounds"])}
@@ -298,9 +302,10 @@ def _draw_histograms(
     }
     figure.set_size_inches(7, 4)
     axes = figure.subplots()
-    for color, (arm, members) in zip(_COLORS, norms.items(), strict=False):
-        values = np.concatenate([n[layer] for n in members])
-        axes.hist(values, bins=60, color=color, alpha=0.6, label=arm)
+    values = {arm: np.concatenate([n[layer] for n in members]) for arm, members in norms.items()}
+    bins = np.linspace(0, max(v.max() for v in values.values()), 41)
+    for color, (arm, of_arm) in zip(_COLORS, values.items(), strict=False):
+        axes.hist(of_arm, bins, color=color, alpha=0.6, label=arm)
     axes.set(
         xlabel=f"L1 norm of a filter of {layer}",
         ylabel="filters",
