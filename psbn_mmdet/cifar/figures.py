@@ -144,14 +144,9 @@ def markdown(summary: dict[str, Any]) -> str:
     machine = summary["machine"]
     lines = [f"# {summary['title']}", ""]
     seeds = sorted({len(entry["seeds"]) for entry in arms.values()})
-    spread_over = (
-        "One seed"
-        if seeds == [1]
-        else (f"Mean ± standard deviation over {'/'.join(map(str, seeds))} seeds")
-    )
-    lines.append(
-        f"{spread_over}; {summary['runs_finished']} of {summary['runs_planned']} runs finished."
-    )
+    over = f"Mean ± standard deviation over {'/'.join(map(str, seeds))} seeds"
+    of = f"{summary['runs_finished']} of {summary['runs_planned']} runs finished"
+    lines.append(f"{'One seed' if seeds == [1] else over}; {of}.")
     for metric, title in METRICS.items():
         rows = {a: e for a, e in arms.items() if any(metric in r for r in e["rounds"])}
         if not rows:
