@@ -339,9 +339,11 @@ def _draw_paths(figure: Figure, summary: dict[str, Any], experiment: Experiment,
     half, bottom = np.abs(axes.get_xlim()).max(), axes.get_ylim()[0]
     corners = non_trainable(trace, half, bottom)
     if corners:
-        axes.fill(*zip(*corners, strict=True), color="#e69f00", alpha=0.15, lw=0)
+        region = dict(color="#e69f00", alpha=0.15, lw=0, label="non-trainable region")
+        axes.fill(*zip(*corners, strict=True), **region)
     axes.plot([], [], color="#c1121f", label="collapsed in this round")
     axes.plot([], [], color="#8195a8", label="others")
+    axes.plot([], [], "o", color="black", ms=3, label="where they began")
     axes.set(xlabel="γ", ylabel="β", title=f"{name.removeprefix('network.')}, second round")
     axes.legend(fontsize=8)
 
