@@ -16,7 +16,7 @@ import torch
 from cifar_files import write_cifar
 from conftest import ROOT
 
-from psbn_mmdet.cifar import engine, experiments, figures
+from psbn_mmdet.cifar import engine, experiments, figures, results
 from psbn_mmdet.cifar.experiments import Run, build
 from psbn_mmdet.cifar.rounds import train_run
 from psbn_mmdet.cifar.settings import RunError, Settings
@@ -154,17 +154,17 @@ def test_mean_and_deviation_are_over_seeds(tmp_path):
             dict(settings=vars(run.settings), rounds=rows, device="cpu", threads=1, torch="2",
                  data_crc32="0"),
         )  # fmt: skip
-    summary = figures.summarise(experiment, tmp_path)
+    summary = results.summarise(experiment, tmp_path)
     for arm, expected in values.items():
         found = summary["arms"][arm]["rounds"][1]["accuracy"]
         assert found["mean"] == pytest.approx(sum(expected) / 3)
         variance = sum((v - sum(expected) / 3) ** 2 for v in expected) / 2
         assert found["std"] == pytest.approx(variance**0.5)
-        assert f"{found['mean']:.2f} ± {found['std']:.2f}" in figures.markdown(summary)
+        assert f"{found['mean']:.2f} ± {found['std']:.2f}" in results.markdown(summary)
     # A result of other settings is never mixed in.
     other = build("shuffled", "reduced", dict(TOY, lr=0.5), seeds=3)
     with pytest.raises(RunError, match="result of other settings"):
-        figures.summarise(other, tmp_path)
+        results.summarise(other, tmp_path)
 
 
 def test_norms_near_zero_are_told_from_the_large_ones():
@@ -359,5 +359,5 @@ def test_other_copy_of_the_data_is_refused(root, tmp_path):
 
 
 def test_spread_is_the_sample_deviation():
-    assert figures.spread([1, 2, 4])["std"] == pytest.approx(statistics.stdev([1, 2, 4]))
-    assert figures.spread([5])["std"] is None
+    assert results.spread([1, 2, 4])["std"] == pytest.approx(statistics.stdev([1, 2, 4]))
+    assert results.spread([5])["std"] is None

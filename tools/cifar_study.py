@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from psbn_mmdet.cifar import data, engine, experiments, figures
+from psbn_mmdet.cifar import data, engine, experiments, figures, results
 from psbn_mmdet.cifar.settings import RunError
 
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         failed = engine.execute(experiment, out, args.data_root, args.workers, args.shard)
         if failed:
             raise RunError(f"{len(failed)} runs failed, as {failed[0]}")
-    done = len(figures.finished(experiment, out))
+    done = len(results.finished(experiment, out))
     if done == len(experiment.runs) or args.draw:
         for path in figures.write_results(experiment, out, args.results, command):
             print(path)

@@ -6,7 +6,8 @@
 - :mod:`.rounds`: one run: rounds of cosine-annealed SGD on mmengine's Runner
 - :mod:`.experiments`: which runs make up each figure and table
 - :mod:`.engine`: does the runs of an experiment, here or as a share of a cluster
-- :mod:`.figures`: PNG, JSON and Markdown from finished runs
+- :mod:`.results`: finished runs in numbers and tables
+- :mod:`.figures`: and in pictures
 
 ``tools/cifar_study.py`` is the command line; ``studies/cifar/README.md`` the manual.
 """

@@ -99,7 +99,8 @@ def prepare(experiment: Experiment, out: str | os.PathLike, data_root: str | os.
 
 
 @lru_cache
-def _macs(network: str, width: float) -> int:
+def macs(network: str, width: float) -> int:
+    """Multiply-accumulates of one image, forward."""
     with torch.random.fork_rng(devices=[]):
         return probe(build_network(network, dict(type="BN"), None, width), {}, (3, 32, 32)).total
 
@@ -112,7 +113,7 @@ def work(settings: Settings, iterations: int | None = None) -> float:
     steps = settings.iterations if iterations is None else iterations
     tests = (settings.test_images or data.RECORDS) * (1 + settings.evaluate_pruned)
     images = 3 * settings.batch_size * steps + tests * steps / settings.iterations_per_round
-    return images * _macs(settings.network, settings.width)
+    return images * macs(settings.network, settings.width)
 
 
 def time_steps(settings: Settings, steps: int = 2) -> float:

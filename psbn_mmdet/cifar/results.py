@@ -1,0 +1,209 @@
+"""Finished runs in numbers: mean and deviation over seeds, and a Markdown table of them."""
+
+import math
+import os
+import platform
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .engine import folder_of, result_of
+from .experiments import Experiment, Run
+from .settings import RunError
+
+METRICS = {
+    "sparsity": "sparsity (% of FLOPs)",
+    "collapsed": "collapsed filters (%)",
+    "inactive": "inactive filters (%)",
+    "accuracy": "accuracy (%)",
+    "pruned_accuracy": "accuracy without the collapsed filters (%)",
+    "train_loss": "training loss, mean of the last epoch",
+}
+Outcome = tuple[Run, dict[str, Any]]
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """``mean``, sample standard deviation ``std`` (None for one value), the values themselves."""
+    values = [float(v) for v in values]
+    std = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+    return {"mean": statistics.fmean(values), "std": std, "values": values}
+
+
+def finished(experiment: Experiment, out: str | os.PathLike) -> list[Outcome]:
+    """Runs that are done, with their results.
+
+    Raises:
+        RunError: A result is of other settings.
+    """
+    found = []
+    for run in experiment.runs:
+        result = result_of(experiment, run, out)
+        if result is None:
+            continue
+        if result["settings"] != asdict(run.settings):
+            raise RunError(
+                f"{folder_of(experiment, run, out)}: holds a result of other settings; "
+                "name another --out"
+            )
+        found.append((run, result))
+    return found
+
+
+def by_arm(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    arms: dict[str, list[Outcome]] = {}
+    for run, result in outcomes:
+        arms.setdefault(run.arm, []).append((run, result))
+    return arms
+
+
+def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "") -> dict[str, Any]:
+    """All that a figure and a table show, ready for JSON.
+
+    Raises:
+        RunError: No run is finished, or one is of other settings.
+    """
+    outcomes = finished(experiment, out)
+    if not outcomes:
+        raise RunError(f"{Path(out, experiment.name)}: no run is finished, so nothing to draw")
+    arms = {}
+    for arm, members in by_arm(outcomes).items():
+        rounds = []
+        for rows in zip(*(result["rounds"] for _, result in members), strict=True):
+            shown = [m for m in METRICS if m in rows[0]]
+            rounds.append({m: spread(row[m] for row in rows) for m in shown})
+            rounds[-1]["epoch_losses"] = np.mean([r["epoch_losses"] for r in rows], 0).tolist()
+        settings = {k: v for k, v in asdict(members[0][0].settings).items() if k != "seed"}
+        settings["parent"] = settings["parent"] and settings["parent"].partition("-seed")[0]
+        entry: dict[str, Any] = {
+            "line": members[0][0].line,
+            "x": members[0][0].x,
+            "seeds": [run.settings.seed for run, _ in members],
+            "settings": settings,
+            "rounds": rounds,
+        }
+        if settings["ensemble"]:
+            entry["ensemble"] = spread(result["ensemble_accuracy"] for _, result in members)
+        arms[arm] = entry
+    first = outcomes[0][1]
+    return {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "command": command,
+        "machine": {
+            "device": sorted({result["device"] for _, result in outcomes}),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads_of_a_run": sorted({result["threads"] for _, result in outcomes}),
+            "torch": first["torch"],
+        },
+        "data_crc32": first["data_crc32"],
+        "runs_finished": len(outcomes),
+        "runs_planned": len(experiment.runs),
+        "choices": list(experiment.choices),
+        "arms": arms,
+        "paper": experiment.paper,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cell(value: dict[str, Any]) -> str:
+    digits = 3 if 0 < abs(value["mean"]) < 0.1 else 2
+    if not math.isfinite(value["mean"]):
+        return "not finite"
+    text = f"{value['mean']:.{digits}f}"
+    return text if value["std"] is None else f"{text} ± {value['std']:.{digits}f}"
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """Tables of arms by rounds, one for each measure, with what the paper prints."""
+    arms, paper = summary["arms"], summary["paper"] or {}
+    machine = summary["machine"]
+    lines = [f"# {summary['title']}", ""]
+    seeds = sorted({len(entry["seeds"]) for entry in arms.values()})
+    over = f"Mean ± standard deviation over {'/'.join(map(str, seeds))} seeds"
+    of = f"{summary['runs_finished']} of {summary['runs_planned']} runs finished"
+    lines.append(f"{'One seed' if seeds == [1] else over}; {of}.")
+    for metric, title in METRICS.items():
+        rows = {a: e for a, e in arms.items() if any(metric in r for r in e["rounds"])}
+        if not rows:
+            continue
+        count = max(len(e["rounds"]) for e in rows.values())
+        heads = [f"round {i + 1}" for i in range(count)]
+        ensemble = metric == "accuracy" and any("ensemble" in e for e in rows.values())
+        heads += ["ensemble"] if ensemble else []
+        lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
+        lines += [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+        for arm, entry in rows.items():
+            cells = [_cell(r[metric]) if metric in r else "-" for r in entry["rounds"]]
+            cells += ["-"] * (count - len(cells))
+            cells += [_cell(entry["ensemble"])] if ensemble else []
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+            printed = paper.get(arm)
+            if isinstance(printed, dict) and metric in printed:
+                cells = [f"{v:g}" for v in printed[metric][:count]]
+                cells += ["-"] * (count - len(cells))
+                cells += [f"{printed['ensemble']:g}"] if ensemble else []
+                lines.append(f"| {arm}, the paper (ResNet-110) | {' | '.join(cells)} |")
+    for arm, printed in paper.items():
+        if isinstance(printed, str):
+            lines += ["", f"The paper on {arm}: {printed}."]
+    if "filters_near_zero_percent" in summary:
+        lines += ["", f"## Filters of {summary['layer']} with an L1 norm near 0 (%)", ""]
+        lines += ["| | |", "|---|---|"]
+        near_zero = summary["filters_near_zero_percent"].items()
+        lines += [f"| {arm} | {_cell(value)} |" for arm, value in near_zero]
+    if "recovery" in summary:
+        lines += ["", *_recovery_table(summary["recovery"])]
+    lines += ["", "## Settings", "", "| | " + " | ".join(_differing(arms)) + " |"]
+    lines.append("|---|" + "---|" * len(_differing(arms)))
+    for arm, entry in arms.items():
+        lines.append(
+            f"| {arm} | " + " | ".join(str(entry["settings"][k]) for k in _differing(arms)) + " |"
+        )
+    first = next(iter(arms.values()))["settings"]
+    same = ", ".join(f"{k} {v}" for k, v in first.items() if k not in _differing(arms))
+    lines += ["", f"All: {same}.", ""]
+    lines += [f"- {choice}" for choice in summary["choices"]]
+    lines += [
+        "",
+        f"`{summary['command']}` on {', '.join(machine['device'])} ({machine['processor']}, "
+        f"{machine['cores']} cores, threads per run: "
+        f"{'/'.join(map(str, machine['threads_of_a_run']))}), torch {machine['torch']}; "
+        f"CRC-32 of the data {summary['data_crc32']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _differing(arms: dict[str, Any]) -> list[str]:
+    all_settings = [entry["settings"] for entry in arms.values()]
+    return [k for k in all_settings[0] if any(s[k] != all_settings[0][k] for s in all_settings)]
+
+
+def _recovery_table(recovery: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Filters that had collapsed before",
+        "",
+        "| | there were | still collapsed at the end (%) | iterations until half were back |",
+        "|---|---|---|---|",
+    ]
+    for arm, entry in recovery.items():
+        half, still = entry["half_back"], entry["still_collapsed_percent"]
+        shown = "/".join("-" if v is None else str(v) for v in half)
+        lines.append(
+            f"| {arm} | {'/'.join(map(str, entry['collapsed_before']))} "
+            f"| {_cell(spread(still)) if still else '-'} | {shown} |"
+        )
+    return lines
