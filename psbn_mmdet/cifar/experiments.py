@@ -329,7 +329,7 @@ def _table1(base: Settings, seeds: int, paper: bool) -> Experiment:
     )
 
 
-@_experiment("recovery", seeds=2, rounds=3)
+@_experiment("recovery", seeds=3, rounds=3)
 def _recovery(base: Settings, seeds: int, paper: bool) -> Experiment:
     trunk = replace(base, rounds=3 if paper else base.rounds)
     after = replace(trunk, rounds=min(2, trunk.rounds))
