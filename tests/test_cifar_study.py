@@ -85,6 +85,21 @@ def test_reduced_fig3_is_what_is_asked_of_it():
     assert decay == pytest.approx(3.1, abs=0.05)
 
 
+@pytest.mark.parametrize("path", (ROOT / "studies" / "cifar").glob("*.json"), ids=lambda p: p.stem)
+def test_published_results_are_of_the_reduced_preset_as_it_stands(path):
+    published = json.loads(path.read_text())
+    experiment = build(path.stem, "reduced")
+    assert published["runs_finished"] == published["runs_planned"] == len(experiment.runs)
+    for run in experiment.runs:
+        arm = published["arms"][run.arm]
+        assert run.settings.seed in arm["seeds"]
+        for name, value in arm["settings"].items():
+            wanted = getattr(run.settings, name)
+            if name == "parent" and wanted:
+                wanted = wanted.partition("-seed")[0]
+            assert value == wanted, (run.name, name)
+
+
 @pytest.mark.parametrize("preset", ["paper", "reduced"])
 @pytest.mark.parametrize("name", experiments.names())
 def test_runs_have_names_and_arms_of_their_own(name, preset):
