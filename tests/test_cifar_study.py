@@ -85,7 +85,10 @@ def test_reduced_fig3_is_what_is_asked_of_it():
     assert decay == pytest.approx(3.1, abs=0.05)
 
 
-@pytest.mark.parametrize("path", (ROOT / "studies" / "cifar").glob("*.json"), ids=lambda p: p.stem)
+RESULTS = sorted((ROOT / "studies" / "cifar").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
 def test_published_results_are_of_the_reduced_preset_as_it_stands(path):
     published = json.loads(path.read_text())
     experiment = build(path.stem, "reduced")
