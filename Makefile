@@ -2,7 +2,7 @@
 .PHONY: demo test quick lint benchmark setup
 
 demo: setup  ## BN and psBN finetuned side by side on drawn images
-	.venv/bin/python tools/demo.py
+	.venv/bin/python -m studies.demo
 
 test: setup  ## every test, the slow ones too
 	.venv/bin/python -m pytest -m ""

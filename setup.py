@@ -34,7 +34,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["psbn_mmdet", "psbn_mmdet.*"]),
-    package_data={"psbn_mmdet": ["py.typed"]},
+    package_data={"psbn_mmdet": ["py.typed"], "psbn_mmdet.collapse": ["page.html"]},
     cmdclass={"build_py": BuildWithConfigs},
     python_requires=">=3.10",
     # Not mmcv: it has to be built, or picked by mim, to fit torch (README).
@@ -47,6 +47,7 @@ setup(
         "matplotlib",
         "plotly",
         "numba",
+        "jinja2",
         "pycocotools",
         "safetensors",
         "tqdm",

@@ -60,8 +60,8 @@ def _on_use(module: str, name: str) -> Callable[..., Any]:
 
 
 for _module, _name in [
-    ("psbn_mmdet.hooks", "SparsityLoggerHook"),
-    ("psbn_mmdet.anchored", "AnchoredBiasDecay"),
+    ("psbn_mmdet.collapse.hook", "SparsityLoggerHook"),
+    ("psbn_mmdet.decay.hook", "AnchoredBiasDecay"),
 ]:
     for _registry in (HOOKS, MMENGINE_HOOKS):
         _registry.register_module(_name, force=True, module=_on_use(_module, _name))

@@ -26,8 +26,8 @@ from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.utils import is_installed
 
-from .checkpoint import CheckpointError, is_whole, latest_whole
-from .loading import CheckpointGuard, require_fit
+from .checkpoint import CheckpointError, is_whole, latest_whole, require_fit
+from .checkpoint.loaders import CheckpointGuard
 
 
 class UsageError(Exception):

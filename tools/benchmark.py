@@ -170,7 +170,7 @@ def bench_step(rounds: int = 20) -> str:
 def bench_hook(rounds: int = 30) -> str:
     from mmengine.logging import MessageHub
 
-    from psbn_mmdet.hooks import SparsityLoggerHook
+    from psbn_mmdet.collapse.hook import SparsityLoggerHook
 
     model = retinanet("bn")
     step, optimizer = training_step(model)
@@ -210,7 +210,7 @@ def share(alone: list[float], step: list[float]) -> str:
 
 
 def bench_anchored(rounds: int = 30) -> str:
-    from psbn_mmdet.anchored import anchor_bias_decay
+    from psbn_mmdet.decay import anchor_bias_decay
 
     # One model and one optimizer, so that memory lies the same.
     model = retinanet("bn")

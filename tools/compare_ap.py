@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from psbn_mmdet.ap import coco_files, compare, report
+from psbn_mmdet.ap import coco_files, compare, tables
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,9 +68,9 @@ def _run(args: argparse.Namespace) -> int:
         arms.setdefault(arm, []).append(len(runs))
         runs.append(coco_files.find_run(arm, path))
     _check(args, runs, arms)
-    expected = [report.parse_expectation(e, list(arms)) for e in args.expect]
+    expected = [tables.parse_expectation(e, list(arms)) for e in args.expect]
     pairs = (
-        report.table2_pairs(list(arms))
+        tables.table2_pairs(list(arms))
         if args.table2
         else [(arm, next(iter(arms))) for arm in list(arms)[1:]]
     )
@@ -92,15 +92,15 @@ def _run(args: argparse.Namespace) -> int:
     )
     c = compare.compare(measured, arms, pairs, args.confidence, args.seed, warnings)
 
-    print(report.markdown(c, runs, len(annotations.image_ids), args.table2))
+    print(tables.markdown(c, runs, len(annotations.image_ids), args.table2))
     held = {
-        text: report.holds(next(d for d in c.differences if (d.arm, d.baseline) == e[:2]), *e[2:])
+        text: tables.holds(next(d for d in c.differences if (d.arm, d.baseline) == e[:2]), *e[2:])
         for text, e in zip(args.expect, expected, strict=True)
     }
     if args.json:
         settings = {"annotations": annotations.path, "images": len(annotations.image_ids)}
         settings |= {"resamples": args.resamples, "seed": args.seed}
-        data = report.as_json(c, runs, settings, held)
+        data = tables.as_json(c, runs, settings, held)
         _write(args.json, json.dumps(data, indent=1, allow_nan=False) + "\n")
     if args.html:
         from psbn_mmdet.ap import page

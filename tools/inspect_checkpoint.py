@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
         ]
         args.json.write_text(json.dumps({"checkpoints": found}, indent=1) + "\n")
     if args.html:
-        from psbn_mmdet.report import write_page
-        from psbn_mmdet.trace import from_reports
+        from psbn_mmdet.collapse.page import write_page
+        from psbn_mmdet.collapse.trace import from_reports
 
         labels = [Path(name).name for name in args.checkpoints]
         title = labels[0] if len(labels) == 1 else "checkpoints"

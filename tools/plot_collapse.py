@@ -12,8 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from psbn_mmdet.report import write_figures, write_page
-from psbn_mmdet.trace import Trace, read
+from psbn_mmdet.collapse.figures import write_figures
+from psbn_mmdet.collapse.page import write_page
+from psbn_mmdet.collapse.trace import Trace, read
 
 
 def load(arguments: list[str]) -> dict[str, Trace]:

@@ -7,9 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from psbn_mmdet.report import write_page
-from psbn_mmdet.theory_figures import FIGURES
-from psbn_mmdet.trace import TraceError
+from psbn_mmdet.collapse.page import write_page
+from psbn_mmdet.collapse.trace import TraceError
+from psbn_mmdet.theory.figures import FIGURES
 
 
 def main() -> None:

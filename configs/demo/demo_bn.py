@@ -1,5 +1,5 @@
 # A RetinaNet small enough to learn to find drawn shapes on a CPU in minutes
-# (tools/demo.py draws them). From scratch, with batch statistics.
+# (`make demo` draws them). From scratch, with batch statistics.
 _base_ = "../retinanet/retinanet_bn_800.py"
 
 data_root = "work_dirs/demo/shapes/"

@@ -2,7 +2,7 @@
 _base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 
 # .loading reads torchvision://resnet50 also where torchvision is not installed.
-custom_imports = dict(imports=["psbn_mmdet", "psbn_mmdet.loading"])
+custom_imports = dict(imports=["psbn_mmdet", "psbn_mmdet.checkpoint.loaders"])
 # mmengine draws a new seed per process start otherwise, and a resumed run would
 # go on with another order of images.
 randomness = dict(seed=0)

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from . import report
+from . import tables
 from .coco_files import Annotations, Results, RunFiles
 from .compare import BETTER, WORSE, Comparison, Difference
 from .evaluate import RECALL, Matches, leave_one_out, match
@@ -36,7 +36,7 @@ def page(
     compared = {arm for d in c.differences for arm in (d.arm, d.baseline)}
     matches = {i: match(annotations, results[i]) for arm in compared for i in c.runs[arm]}
     without = {i: 100 * leave_one_out(m, threads) for i, m in matches.items()}
-    text = report.markdown(c, runs, len(annotations.image_ids), table2)
+    text = tables.markdown(c, runs, len(annotations.image_ids), table2)
     body = [
         f"<section id='pair{n}'>{_pair(n, c, d)}"
         f"{_images(n, c, d, annotations, results, matches, without)}</section>"
@@ -54,11 +54,11 @@ def page(
 
 def _pair(n: int, c: Comparison, d: Difference) -> str:
     kind = {BETTER: "gain", WORSE: "loss"}.get(d.verdict, "open")
-    names, classes = c.measured.names, report.class_order(c, d)
+    names, classes = c.measured.names, tables.class_order(c, d)
     overall = np.arange(c.measured.overall)
     rows = "".join(
-        f"<tr><td>{names[i]}<td>{report.cell(c.arms[d.baseline], i)}"
-        f"<td>{report.cell(c.arms[d.arm], i)}<td>{report.cell(d, i, '+')}"
+        f"<tr><td>{names[i]}<td>{tables.cell(c.arms[d.baseline], i)}"
+        f"<td>{tables.cell(c.arms[d.arm], i)}<td>{tables.cell(d, i, '+')}"
         f"<td>{d.positive[i]:.3f}"
         for i in overall
         if not np.isnan(d.value[i])
@@ -66,13 +66,13 @@ def _pair(n: int, c: Comparison, d: Difference) -> str:
     arm, baseline = html.escape(d.arm), html.escape(d.baseline)
     return f"""
 <h2>{arm} against {baseline}: <span class="{kind}">{d.verdict}</span></h2>
-<p class="big">{report.cell(d, 0, "+")} AP, {c.confidence:.0%} interval</p>
+<p class="big">{tables.cell(d, 0, "+")} AP, {c.confidence:.0%} interval</p>
 <p>{html.escape(d.reason)}</p>
 <div class="wide"><table><tr><th><th>{baseline}<th>{arm}<th>difference<th>P(difference &gt; 0)
 {rows}</table></div>
 {_figure(f"overall{n}", _differences(c, d, overall[::-1], "difference, AP points"))}
 <h3>Differences per class, sorted</h3>
-<p>{report.classes_apart(c, d)}. Hover a class for both APs.</p>
+<p>{tables.classes_apart(c, d)}. Hover a class for both APs.</p>
 {_figure(f"classes{n}", _differences(c, d, classes[::-1], "difference, AP points"))}
 <h3>Precision and recall</h3>
 <p>Mean over the classes, with {c.confidence:.0%} bands over the resampled images.</p>

@@ -1,0 +1,47 @@
+"""Collapsed filters: found in a model, a checkpoint or a training run, and shown.
+
+- :mod:`.criteria`: what collapsed, dead, constant and inactive mean
+- :mod:`.layers`: the normalization layers of a model or a state dict
+- :mod:`.report`: ``measure`` and what it returns
+- :mod:`.flops`: how many FLOPs the collapsed filters cost
+- :mod:`.hook`: ``SparsityLoggerHook``, which measures while a model trains
+- :mod:`.trace`: the file it writes
+- :mod:`.course`: the states of filters over a trace
+- :mod:`.figures`, :mod:`.page`: a trace as PNG files and as an HTML page
+"""
+
+from .criteria import (
+    INACTIVE_BELOW,
+    THRESHOLD,
+    activation_probability,
+    check_thresholds,
+    collapsed,
+    constant,
+    count,
+    dead,
+    filter_l1,
+    inactive,
+)
+from .flops import Flops, probe
+from .layers import Layer, gather, norm_modules
+from .report import Report, measure
+
+__all__ = [
+    "INACTIVE_BELOW",
+    "THRESHOLD",
+    "Flops",
+    "Layer",
+    "Report",
+    "activation_probability",
+    "check_thresholds",
+    "collapsed",
+    "constant",
+    "count",
+    "dead",
+    "filter_l1",
+    "gather",
+    "inactive",
+    "measure",
+    "norm_modules",
+    "probe",
+]

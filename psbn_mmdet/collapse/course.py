@@ -1,0 +1,58 @@
+"""What a trace shows: the state of each filter at each moment, summed by layer."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .criteria import activation_probability, collapsed, constant
+from .trace import Trace
+
+STATES = ("live", "inactive", "dead", "constant")
+COLORS = {"live": "#8195a8", "inactive": "#e69f00", "dead": "#c1121f", "constant": "#7b2cbf"}
+
+
+def states(trace: Trace, index: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.uint8]:
+    """0 live, 1 inactive, 2 dead, 3 constant: (moments, F) for a slice of moments.
+
+    A collapsed filter is dead or constant, whether inactive or not.
+    """
+    gamma, bias = torch.tensor(trace.gamma[index]), torch.tensor(trace.bias[index])
+    found = (activation_probability(gamma, bias) < trace.inactive_below).byte()
+    found[collapsed(gamma, trace.threshold)] = 2
+    found[constant(gamma, bias, trace.threshold)] = 3
+    return found.numpy()
+
+
+def evenly(length: int, most: int) -> NDArray[np.int64]:
+    """Indices of at most ``most`` of ``length`` moments, the first and the last among them."""
+    return np.unique(np.linspace(0, length - 1, min(length, max(most, 2))).round().astype(int))
+
+
+def starts(trace: Trace) -> NDArray[np.int64]:
+    return np.cumsum([0, *(filters for _, filters, _ in trace.layers)])
+
+
+def sum_by_layer(trace: Trace, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """(T, F) -> (T, layers)."""
+    return np.add.reduceat(mask, starts(trace)[:-1], axis=1, dtype=np.int64)
+
+
+def non_trainable(trace: Trace, half_width: float, bottom: float) -> list[tuple[float, float]]:
+    """Corners of the non-trainable region within |gamma| <= half_width, bias >= bottom.
+
+    Phi(bias / |gamma|) < p is bias < Phi^-1(p) |gamma|, a wedge below the origin.
+    """
+    p = torch.tensor(trace.inactive_below, dtype=torch.float64)
+    slope = -float(torch.special.ndtri(p))  # 3.09 for p = 1e-3
+    if bottom >= 0 or not np.isfinite(slope) or slope <= 0:
+        return []
+    reach = min(half_width, -bottom / slope)
+    corners = [(-reach, -slope * reach), (0.0, 0.0), (reach, -slope * reach)]
+    if reach == half_width:
+        corners += [(half_width, bottom), (-half_width, bottom)]
+    return corners
+
+
+def inactive_states(trace: Trace) -> NDArray[np.bool_]:
+    probability = activation_probability(torch.tensor(trace.gamma), torch.tensor(trace.bias))
+    return (probability < trace.inactive_below).numpy()

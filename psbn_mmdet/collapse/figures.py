@@ -1,0 +1,197 @@
+"""PNG files of one run.
+
+The share of collapsed filters over training, the same per layer as a heat map, the L1 norms of a
+layer's filters (the paper's Fig. 1a), and their paths in the (gamma, bias) plane with the region in
+which ReLU never fires (Fig. 1b).
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .course import COLORS, STATES, inactive_states, non_trainable, starts, states, sum_by_layer
+from .trace import Trace, read
+
+FIGURE_STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "font.size": 10,
+    "figure.dpi": 150,
+    "savefig.bbox": "tight",
+}
+
+
+def write_figures(trace: Trace | str | os.PathLike, folder: str | os.PathLike) -> list[Path]:
+    """Draw ``collapse.png``, ``layers.png``, ``norms.png`` and ``paths.png``.
+
+    The last two are of the layer with the largest share of dead and inactive filters. ``norms.png``
+    is left out where no convolution is known in front of any layer.
+
+    Args:
+        trace: A run, its trace file or its work dir.
+        folder: Where to; made if need be.
+
+    Raises:
+        TraceError: The file is no trace.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    trace = trace if isinstance(trace, Trace) else read(trace)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with mpl.rc_context(FIGURE_STYLE):
+        for name, draw in [
+            ("collapse", _draw_course),
+            ("layers", _draw_heat_map),
+            ("norms", _draw_norms),
+            ("paths", _draw_paths),
+        ]:
+            figure = Figure(figsize=(7, 4), layout="constrained")
+            FigureCanvasAgg(figure)
+            if draw(figure, trace):
+                figure.savefig(folder / f"{name}.png")
+                written.append(folder / f"{name}.png")
+    return written
+
+
+def _draw_course(figure: Any, trace: Trace) -> bool:
+    axes = figure.add_subplot()
+    found = states(trace)
+    inactive = inactive_states(trace)
+    for label, mask, color in [
+        ("inactive", inactive, COLORS["inactive"]),
+        ("collapsed", found >= 2, COLORS["dead"]),
+        ("of these constant", found == 3, COLORS["constant"]),
+    ]:
+        marker = "o" if len(mask) < 30 else ""
+        axes.plot(trace.iterations, 100 * mask.mean(1), marker=marker, color=color, label=label)
+    axes.set(ylabel="% of the filters", title=trace.report().summary().splitlines()[0])
+    axes.set_ylim(bottom=0)
+    _label_time(axes, trace)
+    axes.legend(frameon=False)
+    return True
+
+
+def _label_time(axes: Any, trace: Trace) -> None:
+    if trace.labels is None:
+        axes.set_xlabel("iteration")
+    else:
+        axes.set_xticks(trace.iterations, trace.labels, rotation=20, ha="right")
+
+
+def _draw_heat_map(figure: Any, trace: Trace) -> bool:
+    sizes = np.diff(starts(trace))
+    percent = 100 * sum_by_layer(trace, states(trace) >= 2) / sizes
+    height = min(max(3.0, 0.14 * len(sizes) + 1), 14.0)
+    figure.set_size_inches(8, height)
+    axes = figure.add_subplot()
+    axes.grid(False)
+    times = trace.iterations.astype(float)
+    middle = (times[1:] + times[:-1]) / 2
+    edges = np.concatenate([times[:1] - (not len(middle)), middle, times[-1:] + (not len(middle))])
+    # What the run comes to sets the scale, not a start with gamma = 0.
+    top = max(float(percent[len(percent) // 2 :].max()), 1.0)
+    image = axes.pcolormesh(
+        edges, np.arange(len(sizes) + 1), percent.T, cmap="YlOrRd", vmin=0, vmax=top
+    )
+    axes.invert_yaxis()
+    step = -(-len(sizes) // 90)
+    names = [name for name, _, _ in trace.layers]
+    axes.set_yticks(np.arange(0, len(names), step) + 0.5, names[::step], fontsize=6)
+    _label_time(axes, trace)
+    axes.set_title("Collapsed filters of each layer")
+    figure.colorbar(image, label="% collapsed", extend="max" if percent.max() > top else "neither")
+    return True
+
+
+def _most_collapsed(trace: Trace, among: NDArray[np.bool_]) -> int | None:
+    """The layer among some with the largest share of dead and inactive filters at the end."""
+    if not among.any():
+        return None
+    last = slice(len(trace.iterations) - 1, None)
+    found = states(trace, last)
+    score = sum_by_layer(trace, found == 2) + sum_by_layer(trace, inactive_states(trace)[last])
+    score = (score + 1e-3 * sum_by_layer(trace, found >= 2))[0] / np.diff(starts(trace))
+    return int(np.where(among, score, -1).argmax())
+
+
+def _draw_norms(figure: Any, trace: Trace) -> bool:
+    paired = np.array([conv is not None for _, _, conv in trace.layers])
+    layer = _most_collapsed(trace, paired) if trace.norms else None
+    if layer is None:
+        return False
+    start, end = starts(trace)[layer : layer + 2]
+    axes = figure.add_subplot()
+    times = sorted(trace.norms)
+    first, last = (_finite(trace.norms[t][start:end]) for t in (times[0], times[-1]))
+    labels = [f"iteration {t}" if trace.labels is None else trace.labels[t] for t in times]
+    top = np.nanmax(np.concatenate([first, last]), initial=1e-12)
+    bins = np.linspace(0, top, 41)
+    if len(times) > 1:
+        axes.hist(first, bins, color="#c9d1d9", label=labels[0])
+    axes.hist(
+        last,
+        bins,
+        histtype="step",
+        lw=1.8,
+        color=COLORS["dead"],
+        label=labels[-1],
+    )
+    axes.set(xlabel="L1 norm of the filter", ylabel="filters", title=trace.layers[layer][2])
+    axes.legend(frameon=False)
+    return True
+
+
+def _finite(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """NaN for what is not finite, which matplotlib leaves out."""
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _draw_paths(figure: Any, trace: Trace) -> bool:
+    layer = _most_collapsed(trace, np.ones(len(trace.layers), bool))
+    start, end = starts(trace)[layer : layer + 2]
+    gamma, bias = _finite(trace.gamma[:, start:end]), _finite(trace.bias[:, start:end])
+    found = states(trace, slice(len(gamma) - 1, None))[0, start:end]
+    axes = figure.add_subplot()
+    figure.set_size_inches(7, 5.5)
+    width = 1.05 * float(np.nanmax(np.abs(gamma), initial=1e-6))
+    low, high = float(np.nanmin(bias, initial=0)), float(np.nanmax(bias, initial=0))
+    pad = 0.06 * max(high - low, 1e-6)
+    low, high = low - pad, high + pad
+    corners = non_trainable(trace, width, low)
+    if corners:
+        label = f"non-trainable: P(ReLU fires) < {trace.inactive_below:g}"
+        axes.fill(*zip(*corners, strict=True), color="#f3d9d6", lw=0, label=label, zorder=0)
+    for code, state in enumerate(STATES):
+        chosen = found == code
+        if chosen.any():
+            axes.plot(
+                gamma[:, chosen], bias[:, chosen], color=COLORS[state], lw=0.7, alpha=0.5, zorder=1
+            )
+            axes.plot(
+                gamma[-1, chosen],
+                bias[-1, chosen],
+                "o",
+                ms=4,
+                color=COLORS[state],
+                label=f"{int(chosen.sum())} {state}",
+                zorder=2,
+            )
+    axes.set(
+        xlim=(-width, width),
+        ylim=(low, high),
+        xlabel="gamma",
+        ylabel="bias (psBN: beta + alpha)",
+        title=f"{trace.layers[layer][0]}, {trace.moment(0)} to {trace.moment(-1)}",
+    )
+    axes.legend(frameon=False, fontsize=8)
+    return True

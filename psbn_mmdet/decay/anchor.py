@@ -1,0 +1,380 @@
+r"""The training of psBN for a model whose BN layers stay: decay their biases toward alpha.
+
+psBN adds `b = beta + alpha` and trains `beta` (arXiv 2001.11216, Eq. 6). **It is BN whose bias
+decays toward alpha instead of 0**, whatever the optimizer: alpha is a constant, so `dL/dbeta =
+dL/db`; an optimizer that takes `beta` to `U(beta, dL/dbeta)`, with its state, its decay and all,
+takes psBN's `b` to
+
+    b' = U(b - alpha, dL/db) + alpha.
+
+For SGD with L2 decay `U(p, g) = p - eta (g + lambda p)`, and that is `b' = b - eta (g + lambda (b -
+alpha))`; momentum, Nesterov and Adam see `g + lambda (b - alpha)` in the place of `g + lambda b`;
+AdamW's own decay becomes `b - eta lambda (b - alpha)`.
+
+So that is what happens here, literally: before a step the biases lose alpha, the optimizer steps on
+`beta` without knowing, and after it they get alpha back. Three things follow that the other way, a
+gradient of `-lambda alpha` on the bias, would not give. It is right for every decay: L2 or
+decoupled, of any group, with any schedule. Gradients are left alone, so clipping by norm,
+accumulation and logging see those of psBN. And where the optimizer does not run (AMP, on overflow),
+nothing happens.
+
+`beta` is kept from step to step, since `b = beta + alpha` is rounded: a step, however small, is not
+lost to the larger number, and the run is psBN's to the bit. Where the bias is no longer the one
+that the last step left (a checkpoint was loaded), `beta` is taken anew from it. A bias that the
+optimizer leaves alone (frozen, no gradient, a skipped step) keeps its bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..norm.rectified import rectified
+
+INIT = ("auto", "keep", "alpha")
+# Their step() reads and writes the parameters in place, and no state of theirs is a parameter.
+_KNOWN = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,
+    torch.optim.Adafactor,
+)
+
+
+def anchor_bias_decay(
+    model: nn.Module,
+    optimizer: Optimizer,
+    alpha: float = 0.1,
+    *,
+    layers: str | Sequence[str] = "relu",
+    init: str = "auto",
+    any_optimizer: bool = False,
+    log: Callable[[str], Any] | None = print,
+) -> AnchoredBiases:
+    """Let weight decay pull the biases of norm layers toward alpha, as psBN does.
+
+    No module, parameter or key of a state dict changes. Call it once, when model and optimizer are
+    made and a checkpoint, if any, is loaded; the training loop stays as it is:
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        anchored = anchor_bias_decay(model, optimizer)
+
+    Args:
+        model: any module with BatchNorm or InstanceNorm layers, subclasses included; also compiled,
+            scripted, exported, or wrapped for distributed data parallel training.
+        optimizer: the optimizer of these biases. Several optimizers: one call for each.
+        alpha: where the biases decay to; 0.1 worked across the paper's tasks.
+        layers: 'relu' takes the biases after whose layer a rectifier follows and those where that
+            cannot be told (`rectified`), 'all' those of all norm layers. Or the names of the
+            biases, as in `model.named_parameters()`.
+        init: 'keep' the biases as they are; set them to 'alpha', where psBN starts; or 'auto':
+            alpha for layers as constructed (all biases 0, no batch seen), the others as loaded.
+        any_optimizer: take also an optimizer that is not known here. It is right if its `step`
+            reads and writes the parameters in place and has neither a copy nor an average of them.
+        log: gets a text that says what was taken; None for silence.
+
+    Returns:
+        A handle: `names` of the biases taken, `remove()`, and a state dict, which a resumed run
+        needs to be the uninterrupted one to the bit (without it, to rounding).
+
+    Raises:
+        TypeError: not an optimizer, or one that cannot be anchored or is not known to.
+        ValueError: a wrong argument; no norm layer with a trained bias, or none of them in the
+            optimizer; no weight decay on any of them; biases that are anchored already.
+    """
+    alpha = _check_alpha(alpha)
+    if init not in INIT:
+        raise ValueError(f"init is {init!r}: wanted one of {INIT}")
+    _check_optimizer(optimizer, any_optimizer)
+    inner = list(_unwrapped(model))[-1]
+    found, left = _choose(inner, layers)
+
+    decay = {id(p): g.get("weight_decay", 0.0) for g in optimizer.param_groups for p in g["params"]}
+    taken = {name: p for name, p in found.items() if id(p) in decay}
+    if not taken:
+        raise ValueError(
+            f"none of the {len(found)} biases of norm layers is in this optimizer: make it from the"
+            " parameters of this model, after the model is wrapped or moved"
+        )
+    without = [name for name, p in taken.items() if not decay[id(p)]]
+    if len(without) == len(taken):
+        raise ValueError(
+            f"the weight decay of all {len(taken)} biases is 0 in this {type(optimizer).__name__}:"
+            " nothing to anchor (in mmengine, look at norm_decay_mult and bias_decay_mult)"
+        )
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        other = getattr(hook, "__self__", None)
+        if isinstance(other, AnchoredBiases) and set(other.ids) & {id(p) for p in taken.values()}:
+            raise ValueError("biases are anchored already: remove() the first handle before")
+
+    started = _set_to_alpha(inner, taken, alpha, init)
+    handle = AnchoredBiases(model, optimizer, taken, alpha)
+    if log is not None:
+        frozen = sum(not p.requires_grad for p in taken.values())
+        facts = [
+            f"biases of {len(taken)} norm layers decay toward {alpha:g}",
+            f"{len(started)} of them start there",
+            f"{frozen} frozen" if frozen else "",
+            f"without weight decay and so without effect: {', '.join(without)}" if without else "",
+            f"in another optimizer: {len(found) - len(taken)}" if len(found) > len(taken) else "",
+            f"left, as no rectifier follows: {', '.join(left)}" if left else "",
+        ]
+        text = "; ".join(fact for fact in facts if fact)
+        log(f"AnchoredBiasDecay: {text}. Taken: {', '.join(taken)}")
+    return handle
+
+
+def _check_alpha(alpha: Any) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
+        raise TypeError(f"alpha is {alpha!r}: wanted a number")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha is {alpha}: wanted a finite number above 0 (the paper uses 0.1)")
+    return float(alpha)
+
+
+def _check_optimizer(optimizer: Any, any_optimizer: bool) -> None:
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{name} is no torch.optim.Optimizer: give the optimizer that it wraps")
+    if isinstance(optimizer, torch.optim.ASGD):
+        raise TypeError(
+            "ASGD keeps an average of the parameters, that of beta then, not of the bias: use"
+            " psBN layers (to_psbn) with it, or another optimizer"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise TypeError(f"{name} has differentiable=True, and shifting a bias has no gradient")
+    if "weight_decay" not in optimizer.defaults:
+        raise TypeError(f"{name} has no weight decay: nothing to anchor")
+    if not any_optimizer and type(optimizer).step not in {known.step for known in _KNOWN}:
+        raise TypeError(
+            f"{name} is not known here, so neither is how it decays: if its step() reads and writes"
+            " the parameters in place and keeps neither a copy nor an average of them, say"
+            " any_optimizer=True; known are " + ", ".join(known.__name__ for known in _KNOWN)
+        )
+
+
+def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model and what it wraps, from the outside in: compiled, (distributed) data parallel."""
+    yield model
+    kinds = {cls.__name__ for cls in type(model).__mro__}
+    if "OptimizedModule" in kinds:
+        yield from _unwrapped(model._orig_mod)
+    elif kinds & {"DistributedDataParallel", "DataParallel", "MMDistributedDataParallel"}:
+        yield from _unwrapped(model.module)
+
+
+def _set_to_alpha(
+    model: nn.Module, taken: dict[str, nn.Parameter], alpha: float, init: str
+) -> list[str]:
+    used = set()  # layers that have seen a batch
+    for module in model.modules():
+        count = getattr(module, "num_batches_tracked", None)
+        if count is not None and count > 0 and getattr(module, "bias", None) is not None:
+            used.add(id(module.bias))
+    started = []
+    for name, bias in taken.items():
+        fresh = id(bias) not in used and not bias.any()
+        if bias.requires_grad and (init == "alpha" or (init == "auto" and fresh)):
+            nn.init.constant_(bias, alpha)
+            started.append(name)
+    return started
+
+
+class AnchoredBiases:
+    """Biases that decay toward alpha; made by `anchor_bias_decay`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        biases: dict[str, nn.Parameter],
+        alpha: float,
+    ) -> None:
+        self.alpha = alpha
+        self.names = list(biases)
+        self.ids = [id(p) for p in biases.values()]
+        kinds: dict[tuple, dict[str, nn.Parameter]] = {}
+        for name, p in biases.items():
+            kinds.setdefault((p.device, p.dtype), {})[name] = p
+        self._packs = [_Pack(group, alpha) for group in kinds.values()]
+        self._stepping = False
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        if isinstance(model, torch.jit.ScriptModule):
+            return  # takes no hooks
+        # A step that raises never gets to the post hook. Then the first look at the model gives the
+        # biases their alpha back.
+        self._hooks.append(model.register_forward_pre_hook(_Settle(self)))
+        for module in _unwrapped(model):
+            self._hooks.append(module.register_state_dict_pre_hook(_Settle(self)))
+            self._hooks.append(module.register_load_state_dict_pre_hook(_Settle(self)))
+
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple | None:
+        self.settle()
+        self._lift()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            return None
+
+        def on_the_biases():
+            self.settle()
+            loss = closure()
+            self._lift()
+            return loss
+
+        return args[:1], {**kwargs, "closure": on_the_biases}
+
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self.settle()
+
+    @torch.no_grad()
+    def _lift(self) -> None:
+        self._stepping = True
+        for pack in self._packs:
+            pack.to_beta()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give the biases alpha back if a step that raised has left them without; else nothing.
+
+        The model's next forward, and reading or loading its state dict, do that by themselves, but
+        for a model that is itself a ScriptModule.
+        """
+        if self._stepping:
+            for pack in self._packs:
+                pack.to_bias()
+            self._stepping = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The betas, under the names of the biases; empty before the first step."""
+        self.settle()
+        return {name: beta for pack in self._packs for name, beta in pack.betas()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from saved betas. Load the model's own state dict, too, in either order.
+
+        A saved beta counts only where `beta + alpha` is the bias, to the bit; elsewhere (weights or
+        alpha are others) and where none is saved it is taken anew from the bias.
+
+        Raises:
+            ValueError: a beta has another shape than its bias.
+        """
+        self.settle()
+        for pack in self._packs:
+            pack.load(state)
+
+    def remove(self) -> None:
+        """Leave the biases as they are and let them decay toward 0 again."""
+        self.settle()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+class _Pack:
+    """Biases of one device and dtype as one flat tensor, so that a step costs a few kernels."""
+
+    def __init__(self, params: dict[str, nn.Parameter], alpha: float) -> None:
+        self.params = params
+        self.alpha = torch.tensor(alpha, dtype=next(iter(params.values())).dtype)  # as psBN has it
+        self.beta: Tensor | None = None
+        self.bias: Tensor | None = None  # during a step: what they were before
+
+    def to_beta(self) -> None:
+        bias = self._read()
+        beta = bias - self.alpha
+        if self.beta is not None:
+            kept = self.beta.to(bias)  # the model may have moved
+            beta = torch.where(kept + self.alpha == bias, kept, beta)
+        self.bias, self.beta = bias, beta
+        self._write(beta)
+
+    def to_bias(self) -> None:
+        stepped = self._read()
+        bias = torch.where(stepped == self.beta, self.bias, stepped + self.alpha)
+        self.bias, self.beta = None, stepped
+        self._write(bias)
+
+    def _read(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self.params.values()])
+
+    def _write(self, flat: Tensor) -> None:
+        params = list(self.params.values())
+        pieces = flat.split([p.numel() for p in params])
+        torch._foreach_copy_(params, [v.view_as(p) for v, p in zip(pieces, params, strict=True)])
+
+    def betas(self) -> Iterator[tuple[str, Tensor]]:
+        if self.beta is not None:
+            pieces = self.beta.split([p.numel() for p in self.params.values()])
+            for (name, p), value in zip(self.params.items(), pieces, strict=True):
+                yield name, value.view_as(p).clone()
+
+    def load(self, betas: dict[str, Tensor]) -> None:
+        pieces = []
+        for name, p in self.params.items():
+            value = betas.get(name, p.detach() - self.alpha)
+            if value.shape != p.shape:
+                raise ValueError(
+                    f"the saved beta of {name} has shape {tuple(value.shape)}: wanted"
+                    f" {tuple(p.shape)}; it belongs to another model"
+                )
+            pieces.append(value.to(p).reshape(-1))
+        self.beta = torch.cat(pieces)
+
+
+class _Settle:
+    """A module hook; in a copy or a pickle of the module, which is in no step, it does nothing."""
+
+    def __init__(self, anchored: AnchoredBiases | None = None) -> None:
+        self.anchored = anchored
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if self.anchored is not None and self.anchored._stepping:
+            self.anchored.settle()
+
+    def __reduce__(self) -> tuple:
+        return _Settle, ()
+
+
+def _choose(
+    model: nn.Module, layers: str | Sequence[str]
+) -> tuple[dict[str, nn.Parameter], list[str]]:
+    """The biases to take and the names of those to leave."""
+    params = dict(model.named_parameters())
+    if not isinstance(layers, str):
+        unknown = [name for name in layers if name not in params]
+        if unknown or not layers:
+            raise ValueError(
+                f"no parameters {unknown} in the model: wanted names of biases as in"
+                " named_parameters(), 'relu' or 'all'"
+            )
+        return {name: params[name] for name in layers}, []
+    if layers not in ("relu", "all"):
+        raise ValueError(f"layers is {layers!r}: wanted 'relu', 'all' or a list of names")
+    verdicts = rectified(model)
+    if not verdicts:
+        raise ValueError(
+            "the model has no BatchNorm or InstanceNorm with a trained bias: nothing to anchor"
+            " (psBN layers need no anchor; give the names of other biases as `layers`)"
+        )
+    left = [name for name, verdict in verdicts.items() if verdict is False and layers == "relu"]
+    if len(left) == len(verdicts):
+        raise ValueError(
+            f"no rectifier follows any of the {len(left)} norm layers: give layers='all' to take"
+            " them nevertheless"
+        )
+    return {name: params[name] for name in verdicts if name not in left}, left

@@ -1,0 +1,66 @@
+"""Anchored bias decay as a hook of mmengine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmengine.hooks import Hook
+
+from .anchor import AnchoredBiases, _check_alpha, anchor_bias_decay
+
+
+class AnchoredBiasDecay(Hook):
+    """`anchor_bias_decay` for mmengine: `custom_hooks=[dict(type='AnchoredBiasDecay', alpha=0.1)]`.
+
+    Starts with the training, when weights are initialised, loaded or resumed, and takes each
+    optimizer of the run. What it logs says which biases. Checkpoints stay those of plain BN; beside
+    the weights they hold the betas (`anchored_bias_decay`), so that a resumed run is exact.
+
+    Args:
+        alpha, layers, init, any_optimizer: see `anchor_bias_decay`. A resumed run keeps its biases
+            whatever `init` says.
+    """
+
+    key = "anchored_bias_decay"
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        layers: str | Sequence[str] = "relu",
+        init: str = "auto",
+        any_optimizer: bool = False,
+    ) -> None:
+        self.alpha = _check_alpha(alpha)
+        self.options = dict(layers=layers, any_optimizer=any_optimizer)
+        self.init = init
+        self.anchored: list[AnchoredBiases] = []
+        self._saved: list[dict] = []
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        self._saved = checkpoint.get(self.key, [])
+
+    def before_train(self, runner: Any) -> None:
+        init = "keep" if runner.iter > 0 else self.init
+        wrapper = runner.optim_wrapper
+        wrappers = wrapper.values() if hasattr(wrapper, "values") else [wrapper]
+        self.anchored = [
+            anchor_bias_decay(
+                runner.model,
+                w.optimizer,
+                self.alpha,
+                init=init,
+                log=runner.logger.info,
+                **self.options,
+            )
+            for w in wrappers
+        ]
+        for anchored, state in zip(self.anchored, self._saved, strict=False):
+            anchored.load_state_dict(state)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        checkpoint[self.key] = [anchored.state_dict() for anchored in self.anchored]
+
+    def after_train(self, runner: Any) -> None:
+        for anchored in self.anchored:
+            anchored.remove()

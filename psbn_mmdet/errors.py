@@ -1,0 +1,58 @@
+"""What a person at the keyboard can put right: one base class, exit codes, one rule for overwriting.
+
+Every error that this package raises on purpose because of what it was given (a file, a config, an
+option) derives from :class:`PsbnError` and carries one line that names what was wrong and what to
+do. Command lines print that line and end with :data:`BAD_INPUT`.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FAILED = 1
+"""Exit status of a command that did its work and found what it was asked to fail for."""
+
+BAD_INPUT = 2
+"""Exit status of a command that could not do what it was asked; argparse's own, too."""
+
+
+class PsbnError(Exception):
+    """Something was given that cannot work; the message is one line that says what to do."""
+
+
+class OutputExistsError(PsbnError, FileExistsError):
+    """A file that was to be written is there already."""
+
+
+def refuse_to_overwrite(*paths: str | os.PathLike | None, overwrite: bool = False) -> None:
+    """Hold a command line to the rule for the files its user names: nothing there is replaced.
+
+    Args:
+        paths: Files that are to be written; None is passed over.
+        overwrite: Whether the user said ``--overwrite``.
+
+    Raises:
+        OutputExistsError: One of them exists.
+        PsbnError: The folder of one does not.
+    """
+    for path in map(Path, filter(None, paths)):
+        if not path.parent.is_dir():
+            raise PsbnError(f"{path}: there is no folder {path.parent}")
+        if path.exists() and not overwrite:
+            raise OutputExistsError(
+                f"{path}: exists already; remove it, name another file or add --overwrite"
+            )
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the program with one line and :data:`BAD_INPUT` for what its user can put right."""
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # mmengine's, many times
+    try:
+        yield
+    except PsbnError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)

@@ -1,0 +1,140 @@
+"""Whole models from plain to post-shifted normalization and back, their function preserved."""
+
+import torch
+import torch.fx
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from .layers import (
+    PostShift,
+    check_alpha,
+    check_load_bn,
+    psBN1d,
+    psBN2d,
+    psBN3d,
+    psIN1d,
+    psIN2d,
+    psIN3d,
+)
+from .sync import psSyncBN
+
+_TO_PS: dict[type[nn.Module], type[PostShift]] = {
+    nn.BatchNorm1d: psBN1d,
+    nn.BatchNorm2d: psBN2d,
+    nn.BatchNorm3d: psBN3d,
+    nn.SyncBatchNorm: psSyncBN,
+    nn.InstanceNorm1d: psIN1d,
+    nn.InstanceNorm2d: psIN2d,
+    nn.InstanceNorm3d: psIN3d,
+}
+_TO_PLAIN = {ps: plain for plain, ps in _TO_PS.items()}
+
+
+def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> nn.Module:
+    """Turn every BatchNorm and InstanceNorm of a model into its post-shifted twin.
+
+    In place: each layer keeps its identity (shared layers stay shared, hooks
+    stay), its ``weight`` and running statistics, ``training`` flag, dtype and
+    device; ``bias`` becomes ``beta = bias - alpha`` with the same
+    ``requires_grad``, so the function is preserved up to one rounding of
+    beta + alpha. Convert before an optimizer or DistributedDataParallel is made,
+    since both hold on to the old biases. Layers without a trained bias
+    (``affine=False``, ``bias=False``) have nothing to shift and stay; layers
+    that are post-shifted already are rebased to ``alpha``.
+
+    Args:
+        model: Any module; may be a normalization layer itself.
+        alpha: The shift, see :class:`psBN2d`.
+        load_bn: ``'preserve'``, or ``'shift'`` for ``beta = bias``. Also what
+            the new layers do when a BN state dict is loaded later.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        TypeError: A layer is a subclass whose own behaviour would be lost, a
+            lazy layer, or the model is scripted or wrapped for distributed
+            training. Nothing has been changed then.
+        ValueError: A wrong ``alpha`` or ``load_bn``, or no layer to convert.
+    """
+    alpha, load_bn = check_alpha(alpha), check_load_bn(load_bn)
+    _refuse_wrapped(model)
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, PostShift) or type(module) in _TO_PS:
+            if module.weight is not None and module.bias is not None:
+                found.append(module)
+        elif isinstance(module, _BatchNorm | _InstanceNorm) and module.bias is not None:
+            raise TypeError(
+                f"{name or 'the model'} is a {type(module).__name__}, a kind of normalization that "
+                "has no post-shifted twin; replace it by torch's own layer (materialised, if lazy) "
+                "before to_psbn"
+            )
+    if not found:
+        raise ValueError("the model has no BatchNorm or InstanceNorm with a trained bias")
+    betas: dict[nn.Parameter, nn.Parameter] = {}  # tied biases become tied betas
+    for module in found:
+        new = torch.tensor(alpha, dtype=module.weight.dtype)  # as the layer will hold it
+        if isinstance(module, PostShift):
+            source, shift = module.beta, float(module.alpha) - float(new)
+        else:
+            source, shift = module._parameters.pop("bias"), -float(new)
+            module.__class__ = _TO_PS[type(module)]
+            if load_bn == "shift":
+                shift = 0.0
+        if source not in betas:
+            betas[source] = nn.Parameter(source.detach() + shift, source.requires_grad)
+        module.beta = betas[source]
+        module.register_buffer("alpha", new.to(module.weight.device))
+        module.initial_alpha = alpha
+        module.load_bn = load_bn
+    return model
+
+
+def to_bn(model: nn.Module) -> nn.Module:
+    """Turn every post-shifted layer of a model into torch's plain one.
+
+    In place, as :func:`to_psbn`; ``bias = beta + alpha``, exactly what the
+    layer added. What remains needs nothing of this package. A model without
+    post-shifted layers is returned as it is.
+
+    Raises:
+        TypeError: A layer is a subclass whose own behaviour would be lost, or
+            the model is scripted or wrapped for distributed training. Nothing
+            has been changed then.
+    """
+    _refuse_wrapped(model)
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, PostShift)]
+    for name, module in found:
+        if type(module) not in _TO_PLAIN:
+            raise TypeError(
+                f"{name or 'the model'} is a {type(module).__name__}, a subclass of a post-shifted "
+                "layer that has no plain twin; replace it by hand before to_bn"
+            )
+    biases: dict[nn.Parameter, nn.Parameter] = {}
+    for _, module in found:
+        bias = module.bias.detach()
+        beta = module._parameters.pop("beta")
+        if beta not in biases:
+            biases[beta] = nn.Parameter(bias, beta.requires_grad)
+        for name in ("initial_alpha", "load_bn"):
+            delattr(module, name)
+        del module._buffers["alpha"]
+        module.__class__ = _TO_PLAIN[type(module)]
+        module.bias = biases[beta]
+    return model
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if "ScriptModule" in kinds:
+            raise TypeError(
+                f"{name or 'the model'} is scripted: convert the model before scripting"
+            )
+        if kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}:
+            raise TypeError(
+                f"{name or 'the model'} is a {type(module).__name__}, which holds on to its "
+                "parameters: convert the model before wrapping it"
+            )

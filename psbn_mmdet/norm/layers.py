@@ -1,0 +1,266 @@
+"""Post-shifted normalization layers.
+
+psBN (Zhou et al., "How Does BN Increase Collapsed Neural Network Filters?",
+arXiv 2001.11216, Eq. 6) is batch normalization plus a constant:
+
+    y = gamma * (x - mean) / sqrt(var + eps) + beta + alpha,    alpha > 0
+
+Its functions are those of BN; what differs is where weight decay pulls. It
+takes beta, not beta + alpha, to zero, so a filter that ReLU has silenced decays
+toward y = alpha > 0 and fires again, where a BN filter decays toward y = 0 and
+is lost.
+
+Much of the ecosystem treats whatever is a ``_BatchNorm`` as
+``(weight, bias, running_mean, running_var, eps)``: it fuses, freezes, exports
+and copies these. ``bias`` is therefore what the layer adds, ``beta + alpha``,
+so that every such reader gets the function that the layer computes; the trained
+parameter is called ``beta``. A state dict holds ``beta`` and ``alpha`` and no
+``bias``, so those of BN and psBN cannot be taken for each other.
+"""
+
+import math
+import sys
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+# torch < 2.3 has none and breaks the graph at the check instead.
+_is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
+
+LOAD_BN = ("preserve", "shift")
+
+
+def check_alpha(alpha: Any) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
+        raise TypeError(f"alpha must be a number, got {alpha!r} ({type(alpha).__name__})")
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha must be finite and not negative (the paper uses 0.1), got {alpha}")
+    return float(alpha)
+
+
+def check_load_bn(load_bn: Any) -> str:
+    if load_bn not in LOAD_BN:
+        raise ValueError(f"load_bn must be one of {LOAD_BN}, got {load_bn!r}")
+    return load_bn
+
+
+class PostShift(nn.Module):
+    """What the layers share: parameters, ``bias``, checkpoints, tracing.
+
+    A mixin in front of one of torch's normalization layers, whose ``forward``
+    reads ``weight`` and ``bias``.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        alpha: float = 0.1,
+        load_bn: str = "preserve",
+    ) -> None:
+        name = type(self).__name__
+        if not affine:
+            raise ValueError(
+                f"{name} needs affine=True: without a trained beta there is nothing for weight "
+                f"decay to pull toward alpha; use the plain layer"
+            )
+        alpha, load_bn = check_alpha(alpha), check_load_bn(load_bn)
+        # Not affine for the base class, which would make `bias` a parameter.
+        super().__init__(
+            num_features, eps, momentum, False, track_running_stats, device=device, dtype=dtype
+        )
+        del self._parameters["bias"]
+        self.affine = True
+        self.initial_alpha = alpha
+        self.load_bn = load_bn
+        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.beta = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.register_buffer("alpha", torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """gamma = 1, beta = 0, alpha as constructed, running statistics of N(0, 1)."""
+        self.reset_running_stats()
+        if self.affine:  # not yet when the base class calls
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.beta)
+            self.alpha.fill_(self.initial_alpha)
+
+    @property
+    def bias(self) -> Tensor:
+        """``beta + alpha``, what the layer adds; a new tensor at each reading."""
+        if not torch.jit.is_scripting():
+            _refuse_sync_conversion()
+        return self.beta + self.alpha
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            return _call_as_leaf(self, input)
+        return super().__call__(input)
+
+    def extra_repr(self) -> str:
+        alpha = self.initial_alpha if self.alpha.is_meta else round(float(self.alpha), 7)
+        return f"{super().extra_repr()}, alpha={alpha}, load_bn={self.load_bn}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Take over a psBN or a plain BN state dict.
+
+        From BN, ``beta = bias - alpha`` (``load_bn='preserve'``: the network
+        computes what it computed) or ``beta = bias`` (``'shift'``: every unit
+        is lifted by alpha). From psBN with another alpha, beta is rebased so
+        that ``beta + alpha`` stays. The layer's own alpha always stays.
+        """
+        name = prefix.rstrip(".") or type(self).__name__
+        bias = state_dict.get(prefix + "bias")
+        beta = state_dict.get(prefix + "beta")
+        saved = state_dict.get(prefix + "alpha")
+        if bias is not None and (beta is not None or saved is not None):
+            raise RuntimeError(
+                f"{name}: the checkpoint holds both a bias (BN) and a beta or alpha (psBN), so "
+                "what it computed is unknown; keep one of the two"
+            )
+        if (beta is None) != (saved is None):
+            raise RuntimeError(
+                f"{name}: the checkpoint holds only one of beta and alpha, so what it computed is "
+                "unknown; save it with state_dict(), which holds both"
+            )
+        alpha = self.alpha
+        if alpha.is_meta:
+            alpha = torch.tensor(self.initial_alpha, dtype=alpha.dtype)
+        if bias is not None:
+            del state_dict[prefix + "bias"]
+            beta = bias if self.load_bn == "shift" else self._rebased(bias, 0, alpha)
+        elif beta is not None:
+            if not torch.isfinite(saved).all():
+                raise RuntimeError(
+                    f"{name}: the checkpoint's alpha is {saved}, not a finite number"
+                )
+            beta = self._rebased(beta, saved, alpha)
+        if beta is not None:
+            state_dict[prefix + "beta"] = beta
+            state_dict[prefix + "alpha"] = alpha
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _rebased(self, beta: Tensor, old: Tensor | float, new: Tensor) -> Tensor:
+        """A beta whose sum with ``new`` is what its sum with ``old`` was, rounded once."""
+        dtype = torch.promote_types(beta.dtype, self.beta.dtype)
+        shift = float(old) - float(new)
+        return beta.to(dtype) + shift if shift else beta
+
+
+def _refuse_sync_conversion() -> None:
+    """Raise if ``bias`` is read in order to build a plain SyncBatchNorm from it.
+
+    torch's and mmengine's ``convert_sync_batchnorm`` would end in a TypeError
+    that speaks of tensors and parameters and says no way out.
+    """
+    if _is_compiling():
+        return
+    if sys._getframe(2).f_code.co_name == "convert_sync_batchnorm":
+        raise TypeError(
+            "a psBN layer cannot become a SyncBatchNorm, which would lose alpha: use psSyncBN "
+            "(norm_cfg=dict(type='psSyncBN') instead of sync_bn=..., or "
+            "to_psbn(nn.SyncBatchNorm.convert_sync_batchnorm(to_bn(model))))"
+        )
+
+
+def _call_as_leaf(module: PostShift, proxy: torch.fx.Proxy) -> torch.fx.Proxy:
+    """Record a call of the module itself, as fx does with torch's own layers.
+
+    Stepping into it would freeze ``self.training`` as it is while tracing, and
+    the traced network would then normalize by batch statistics in eval mode.
+    """
+    target = proxy.tracer.path_of_module(module)
+    return proxy.tracer.create_proxy("call_module", target, (proxy,), {})
+
+
+class psBN1d(PostShift, nn.BatchNorm1d, _BatchNorm):
+    """Post-shifted batch normalization over (N, C) or (N, C, L); see :class:`psBN2d`."""
+
+
+# _BatchNorm stands among the direct bases because mmengine's init_cfg with
+# layer='_BatchNorm' looks at the names of direct bases only.
+class psBN2d(PostShift, nn.BatchNorm2d, _BatchNorm):
+    r"""Post-shifted batch normalization over (N, C, H, W) (arXiv 2001.11216, Eq. 6).
+
+    .. math::
+        y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \alpha
+
+    Parameters ``weight`` (gamma, initially 1) and ``beta`` (initially 0), shape
+    (C,); buffers ``alpha`` (0-dim) and BN's own. ``bias`` is the read-only sum
+    ``beta + alpha``: writing into it in place, as ``nn.init.constant_(m.bias,
+    0)`` does, writes into a temporary and changes nothing.
+
+    Without weight decay on ``beta`` the layer trains as BN does. Rules of
+    mmengine that match the name ``bias`` do not see ``beta``;
+    ``norm_decay_mult`` does.
+
+    Args:
+        num_features: C.
+        eps, momentum, track_running_stats, device, dtype: As in
+            ``nn.BatchNorm2d``.
+        affine: Must be True.
+        alpha: The shift. 0.1 worked across the paper's tasks; 0 is BN.
+        load_bn: What loading a BN state dict means: ``'preserve'`` (beta =
+            bias - alpha, the network computes what it computed) or ``'shift'``
+            (beta = bias, every unit lifted by alpha).
+
+    Raises:
+        TypeError: ``alpha`` is no number.
+        ValueError: ``alpha`` is negative or not finite, ``affine`` is False,
+            or ``load_bn`` is unknown.
+    """
+
+
+psBN = psBN2d
+
+
+class psBN3d(PostShift, nn.BatchNorm3d, _BatchNorm):
+    """Post-shifted batch normalization over (N, C, D, H, W); see :class:`psBN2d`."""
+
+
+class _PostShiftIN(PostShift):
+    """The mixin with InstanceNorm's own default: statistics of the instance at all times."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
+
+
+class psIN1d(_PostShiftIN, nn.InstanceNorm1d, _InstanceNorm):
+    """Post-shifted instance normalization over (N, C, L); see :class:`psIN2d`."""
+
+
+class psIN2d(_PostShiftIN, nn.InstanceNorm2d, _InstanceNorm):
+    """Post-shifted instance normalization over (N, C, H, W).
+
+    Eq. 6 with mean and variance of each sample's plane; the paper's section 3.4
+    finds collapse with instance normalization too. Arguments as in
+    :class:`psBN2d`, but ``track_running_stats`` is False by default as in
+    ``nn.InstanceNorm2d``.
+    """
+
+
+psIN = psIN2d
+
+
+class psIN3d(_PostShiftIN, nn.InstanceNorm3d, _InstanceNorm):
+    """Post-shifted instance normalization over (N, C, D, H, W); see :class:`psIN2d`."""

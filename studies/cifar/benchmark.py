@@ -1,0 +1,128 @@
+"""What the CIFAR-10 study's code costs beside a bare loop of torch calls.
+
+Ratios of blocks of training steps that alternate in one process, on the same batches.
+
+python -m studies.cifar.benchmark --data-root data
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+
+import torch
+from mmengine.hooks import Hook
+from torch.nn import functional as F
+
+from studies.cifar.data import Batches, Split
+from studies.cifar.rounds import make_runner, study_data
+from studies.cifar.settings import Settings
+
+STEPS = 4
+
+
+class Pause(Hook):
+    """Hands over after every block of steps, so that another loop can run in between."""
+
+    priority = "LOWEST"
+
+    def __init__(self, handed_over) -> None:
+        self.handed_over = handed_over
+
+    def before_train_iter(self, runner, *args, **kwargs) -> None:
+        if runner.iter % STEPS == 0:
+            self.handed_over(runner.iter // STEPS)
+
+
+class BareLoop:
+    """Forward, loss, backward, step; nothing else."""
+
+    def __init__(self, settings: Settings, memory_format: torch.memory_format) -> None:
+        torch.manual_seed(settings.seed)
+        self.format = memory_format
+        self.network = settings.network_module().to(memory_format=memory_format)
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            settings.lr,
+            settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+
+    def steps(self, batches: Iterator[dict[str, torch.Tensor]]) -> float:
+        started = time.perf_counter()
+        for batch in batches:
+            x = batch["inputs"].contiguous(memory_format=self.format)
+            loss = F.cross_entropy(self.network(x), batch["labels"])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return time.perf_counter() - started
+
+
+def bench_step(
+    settings: Settings, train: Split, test: Split, blocks: int
+) -> dict[str, list[float]]:
+    """Seconds per step: this package on mmengine's Runner, and two bare loops; data loading."""
+    loops = {
+        "bare loop, channels last": BareLoop(settings, torch.channels_last),
+        "bare loop": BareLoop(settings, torch.contiguous_format),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ("this package", *loops, "batches")}
+    batches = Batches(train, settings.batch_size, settings.iterations, settings.seed)
+    began = [0.0]
+
+    def hand_over(block: int) -> None:
+        if block > 1:  # the first block warms up
+            seconds["this package"].append((time.perf_counter() - began[0]) / STEPS)
+        started = time.perf_counter()
+        same = [batches[block * STEPS + i] for i in range(STEPS)]
+        loading = (time.perf_counter() - started) / STEPS
+        names = list(loops) if block % 2 else list(loops)[::-1]
+        for name in names:
+            taken = loops[name].steps(iter(same)) / STEPS
+            if block > 0:
+                seconds[name].append(taken)
+        if block > 0:
+            seconds["batches"].append(loading)
+        began[0] = time.perf_counter()
+
+    with tempfile.TemporaryDirectory() as folder:
+        runner = make_runner(settings, train, test, folder, hooks=(Pause(hand_over),))
+        runner.logger.setLevel("ERROR")
+        runner.train()
+    count = len(seconds["this package"])
+    return {name: values[:count] for name, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=15, help=f"of {STEPS} steps each")
+    args = parser.parse_args()
+    settings = Settings(
+        images=args.batch_size * STEPS * 5,
+        test_images=10,
+        batch_size=args.batch_size,
+        rounds=1,
+        epochs=-(-(args.blocks + 2) // 5),
+    )
+    found = bench_step(settings, *study_data(settings, args.data_root), args.blocks)
+    print(f"ResNet-20, batch {args.batch_size}, {torch.get_num_threads()} threads")
+    print("| | ms a step | this package / it, median of pairs (quartiles) |\n|---|---|---|")
+    ours = found["this package"]
+    for name, values in found.items():
+        low, middle, high = statistics.quantiles(
+            [a / b for a, b in zip(ours, values, strict=True)], n=4
+        )
+        print(
+            f"| {name} | {1000 * statistics.median(values):.1f} | {middle:.3f} "
+            f"({low:.3f} to {high:.3f}) |"
+        )
+    share = statistics.median(a / b for a, b in zip(found["batches"], ours, strict=True))
+    print(f"Making the batches is {100 * share:.2f}% of a step.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,438 @@
+"""One run of the study: rounds of SGD with restarted cosine annealing, on mmengine's Runner.
+
+The paper (section 3.1) trains with momentum 0.9, batch 128, weight decay 5e-4
+and a learning rate that falls from 0.1 to 0 along a cosine within each round of
+100 epochs. What it leaves open, and what is done here:
+
+- the learning rate falls at every iteration, and momentum is kept over a
+  restart, as in SGDR, which it cites;
+- weight decay is on every parameter, gamma and beta included: it is what takes
+  non-trainable filters to 0 (section 4.3);
+- a last batch that is not full is dropped;
+- the subset of images and random labels are the same for all seeds of an
+  experiment; a seed decides the initial weights, the order and the augmentation.
+
+Everything random in an iteration follows from the seed and its number, so a run
+that was killed goes on exactly, to the bit, from its last checkpoint.
+"""
+
+import fcntl
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.device import get_device
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.runner import IterBasedTrainLoop, Runner
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from psbn_mmdet.checkpoint import load as load_checkpoint
+from psbn_mmdet.checkpoint import mismatch
+from psbn_mmdet.collapse import THRESHOLD, measure
+from psbn_mmdet.collapse.hook import SparsityLoggerHook
+
+from .data import (
+    Batches,
+    DataError,
+    Split,
+    balanced_subset,
+    fingerprint,
+    load,
+    normalise,
+    random_labels,
+)
+from .settings import RunError, Settings, check_settings, write_json
+
+DATA_SEED = 0
+"""Of the subset of images and the random labels, for all runs alike."""
+
+CHECKPOINT_SECONDS = 120.0
+"""How much work a kill may cost; writing takes some milliseconds."""
+
+
+class Classifier(BaseModel):
+    """A network and its cross-entropy, as mmengine's Runner wants them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        # Channels last: ResNet-20 steps are a sixth faster so on a CPU.
+        self.network = network.to(memory_format=torch.channels_last)
+
+    def forward(
+        self, inputs: Tensor, labels: Tensor | None = None, mode: str = "tensor"
+    ) -> Tensor | dict[str, Tensor]:
+        """(N, 3, 32, 32) -> logits (N, 10), or ``{'loss': ...}`` for ``mode='loss'``."""
+        logits = self.network(inputs.contiguous(memory_format=torch.channels_last))
+        return {"loss": F.cross_entropy(logits, labels)} if mode == "loss" else logits
+
+
+class RoundsTrainLoop(IterBasedTrainLoop):
+    """Takes batch i for iteration i.
+
+    mmengine's own loop draws all batches anew that a resumed run has seen.
+    """
+
+    def run(self) -> nn.Module:
+        self.runner.call_hook("before_train")
+        self.runner.call_hook("before_train_epoch")
+        self.runner.model.train()
+        while self._iter < self._max_iters:
+            self.run_iter(self.dataloader.dataset[self._iter])
+        self.runner.call_hook("after_train_epoch")
+        self.runner.call_hook("after_train")
+        return self.runner.model
+
+
+class RoundsHook(Hook):
+    """Measures and keeps a checkpoint at the end of each round; writes progress and the last state.
+
+    ``WORK_DIR/round_K.pth`` stay, ``last.pth`` is replaced every
+    ``checkpoint_seconds``. What was measured so far travels in the checkpoints.
+    """
+
+    priority = "VERY_LOW"  # behind the scheduler: a checkpoint holds the next iteration's lr
+
+    def __init__(self, settings: Settings, test: Split, checkpoint_seconds: float) -> None:
+        self.settings, self.test = settings, test
+        self.checkpoint_seconds = checkpoint_seconds
+        self.rounds: list[dict[str, Any]] = []
+        self.epoch_losses: list[float] = []
+        self.loss_sum: Tensor | float = 0.0
+
+    def before_train(self, runner: Runner) -> None:
+        self._saved = self._told = time.monotonic()
+        self._started_at = runner.iter
+        self._began = time.monotonic()
+
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        s = self.settings
+        if s.shuffle_before and runner.iter == (s.shuffle_before - 1) * s.iterations_per_round:
+            shuffle_parameters(runner.model, s.seed)
+            runner.optim_wrapper.optimizer.state.clear()  # momentum of other weights
+            runner.logger.info("the entries of every parameter tensor were shuffled")
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        s, done = self.settings, runner.iter + 1
+        # On the device, so that nothing waits for it.
+        self.loss_sum = self.loss_sum + outputs["loss"].detach().double()
+        if done % s.iterations_per_epoch == 0:
+            self.epoch_losses.append(float(self.loss_sum) / s.iterations_per_epoch)
+            self.loss_sum = 0.0
+            if not math.isfinite(self.epoch_losses[-1]):
+                runner.logger.warning(f"the loss is {self.epoch_losses[-1]} at iteration {done}")
+        if done % s.iterations_per_round == 0:
+            self._end_round(runner, done // s.iterations_per_round)
+        elif time.monotonic() - self._saved >= self.checkpoint_seconds:
+            self._save(runner, "last.pth")
+        if time.monotonic() - self._told >= 2 or done == s.iterations:
+            self._tell(runner, done)
+
+    def _end_round(self, runner: Runner, number: int) -> None:
+        s = self.settings
+        network = runner.model.network
+        row = {"round": number, "train_loss": self.epoch_losses[-1]}
+        row["epoch_losses"] = self.epoch_losses[-s.epochs :]
+        row["accuracy"] = accuracy(network, self.test)
+        if s.norm != "none":
+            row.update(collapse_of(network))
+            if s.evaluate_pruned:
+                row["pruned_accuracy"] = pruned_accuracy(network, self.test)
+        runner.model.train()
+        self.rounds.append(row)
+        shown = {k: v for k, v in row.items() if k != "epoch_losses"}
+        runner.logger.info("end of " + json.dumps(shown))
+        self._save(runner, f"round_{number}.pth")
+        Path(runner.work_dir, "last.pth").unlink(missing_ok=True)
+
+    def _save(self, runner: Runner, name: str) -> None:
+        runner.save_checkpoint(runner.work_dir, name + ".new", by_epoch=False)
+        os.replace(Path(runner.work_dir, name + ".new"), Path(runner.work_dir, name))
+        self._saved = time.monotonic()
+
+    def _tell(self, runner: Runner, done: int) -> None:
+        now = time.monotonic()
+        progress = {
+            "iteration": done,
+            "iterations": self.settings.iterations,
+            "iterations_of_process": done - self._started_at,
+            "seconds_of_process": now - self._began,
+        }
+        write_json(Path(runner.work_dir, "progress.json"), progress)
+        self._told = now
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        checkpoint["study"] = {
+            "rounds": self.rounds,
+            "epoch_losses": self.epoch_losses,
+            "loss_sum": float(self.loss_sum),
+        }
+        # The log's histories grow with the run and only feed its printed averages.
+        checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        study = checkpoint["study"]
+        self.rounds, self.epoch_losses = list(study["rounds"]), list(study["epoch_losses"])
+        self.loss_sum = study["loss_sum"]
+
+
+@torch.no_grad()
+def shuffle_parameters(model: nn.Module, seed: int) -> None:
+    """Permute the entries within each parameter tensor (the paper, section 3.6)."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+        parameter.copy_(parameter.flatten()[order].view_as(parameter))
+
+
+@torch.no_grad()
+def probabilities(network: nn.Module, split: Split, batch_size: int = 500) -> Tensor:
+    """Softmax of all images of a split, (N, 10), in evaluation mode."""
+    network.eval()
+    device = next(network.parameters()).device
+    parts = []
+    for images in split.images.split(batch_size):
+        inputs = normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
+        parts.append(network(inputs).softmax(1))
+    return torch.cat(parts).cpu()
+
+
+def _percent_right(scores: Tensor, labels: Tensor) -> float:
+    return 100 * (scores.argmax(1) == labels).double().mean().item()
+
+
+def accuracy(network: nn.Module, split: Split) -> float:
+    """Top-1 in percent; leaves the network in evaluation mode."""
+    return _percent_right(probabilities(network, split), split.labels)
+
+
+def collapse_of(network: nn.Module) -> dict[str, float]:
+    """Sparsity in FLOPs (the paper's), and shares of collapsed and inactive filters, in percent."""
+    totals = measure(network, inputs=(3, 32, 32)).totals
+    return {
+        "sparsity": totals["sparsity_percent"],
+        "collapsed": totals["collapsed_percent"],
+        "inactive": 100 * totals["inactive"] / totals["filters"],
+        "filters": totals["filters"],
+    }
+
+
+@torch.no_grad()
+def pruned_accuracy(network: nn.Module, split: Split) -> float:
+    """Accuracy with the gamma of collapsed filters at 0; what is left of them is a constant."""
+    kept = {}
+    for module in network.modules():
+        gamma = getattr(module, "weight", None)
+        if isinstance(gamma, Tensor) and gamma.dim() == 1:
+            kept[gamma] = gamma.clone()
+            gamma[gamma.abs() < THRESHOLD] = 0
+    try:
+        return accuracy(network, split)
+    finally:
+        for gamma, value in kept.items():
+            gamma.copy_(value)
+
+
+def ensemble_accuracy(settings: Settings, folder: Path, test: Split) -> float:
+    """Accuracy of the averaged softmax of the last rounds' snapshots (Table 1)."""
+    network = settings.network_module().to(get_device())
+    scores = torch.zeros(len(test), 10)
+    for number in range(settings.rounds - settings.ensemble + 1, settings.rounds + 1):
+        network.load_state_dict(network_state(folder / f"round_{number}.pth"))
+        scores += probabilities(network, test)
+    return _percent_right(scores, test.labels)
+
+
+def network_state(path: Path) -> dict[str, Tensor]:
+    """The state dict of the network in a checkpoint of a run."""
+    state = load_checkpoint(path)["state_dict"]
+    return {k.removeprefix("network."): v for k, v in state.items()}
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """What a run goes on from: ``last.pth``, else the last round's.
+
+    Both are renamed into place when whole, and ``last.pth`` goes at the end of
+    each round.
+    """
+    rounds = sorted(folder.glob("round_*.pth"), key=lambda p: int(p.stem.split("_")[1]))
+    last = folder / "last.pth"
+    if last.exists() and rounds:
+        return max(last, rounds[-1], key=lambda p: p.stat().st_mtime_ns)
+    return last if last.exists() else (rounds[-1] if rounds else None)
+
+
+def make_runner(
+    settings: Settings,
+    train: Split,
+    test: Split,
+    folder: str | os.PathLike,
+    *,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    hooks: tuple[Hook, ...] = (),
+) -> Runner:
+    """The mmengine job of a run, which goes on from what is in its folder.
+
+    Args:
+        settings: Of the run.
+        train, test: Images as :func:`study_data` gives them.
+        folder: Its work dir; parents are beside it.
+        checkpoint_seconds: Between checkpoints within a round.
+        hooks: More hooks.
+
+    Raises:
+        RunError: The parent is not finished or does not fit.
+    """
+    folder, device = Path(folder), get_device()
+    torch.manual_seed(settings.seed)
+    network = settings.network_module()
+    resume_from = latest_checkpoint(folder)
+    if settings.parent and not resume_from:
+        _start_from_parent(network, folder.parent / settings.parent)
+    batches = Batches(
+        train,
+        settings.batch_size,
+        settings.iterations,
+        settings.seed,
+        device,
+        settings.augment,
+    )
+    if batches.per_epoch != settings.iterations_per_epoch:
+        raise RunError(f"{len(train)} training images were given, not {settings.images or 50_000}")
+    custom_hooks: list[Any] = [RoundsHook(settings, test, checkpoint_seconds), *hooks]
+    if settings.trace_interval:
+        custom_hooks.append(SparsityLoggerHook(settings.trace_interval, figures=False))
+    optimizer = dict(type=settings.optimizer, lr=settings.lr, weight_decay=settings.weight_decay)
+    if settings.optimizer == "SGD":
+        optimizer["momentum"] = settings.momentum
+    return Runner(
+        Classifier(network),
+        work_dir=str(folder),
+        train_dataloader=DataLoader(batches, batch_size=None),
+        train_cfg=dict(type=RoundsTrainLoop, max_iters=settings.iterations),
+        optim_wrapper=dict(optimizer=optimizer),
+        param_scheduler=dict(
+            type="CosineRestartLR",
+            periods=[settings.iterations_per_round] * settings.rounds,
+            restart_weights=[1] * settings.rounds,
+            eta_min=0,
+            by_epoch=False,
+        ),
+        default_hooks=dict(
+            checkpoint=None,
+            sampler_seed=None,
+            logger=dict(
+                type="LoggerHook", interval=settings.iterations_per_epoch, log_metric_by_epoch=False
+            ),
+        ),
+        custom_hooks=custom_hooks,
+        log_processor=dict(by_epoch=False),
+        load_from=str(resume_from) if resume_from else None,
+        resume=resume_from is not None,
+        # CPU kernels are deterministic by themselves; the switch would slow them down.
+        randomness=dict(seed=settings.seed, deterministic=device != "cpu"),
+        experiment_name=f"{folder.parent.name}-{folder.name}",
+    )
+
+
+def _start_from_parent(network: nn.Module, parent: Path) -> None:
+    if not (parent / "result.json").exists():
+        raise RunError(f"{parent}: is not finished, and this run starts from its weights")
+    state = network_state(latest_checkpoint(parent))
+    wrong = mismatch(network, state, strict=True)
+    if wrong:
+        raise RunError(f"{parent}: {wrong}")
+    network.load_state_dict(state)
+
+
+def study_data(settings: Settings, root: str | os.PathLike) -> tuple[Split, Split]:
+    """Training and test images of a run.
+
+    Raises:
+        DataError: See :func:`studies.cifar.data.load`.
+    """
+    train = balanced_subset(load(root, train=True), settings.images, DATA_SEED)
+    test = balanced_subset(load(root, train=False), settings.test_images, DATA_SEED)
+    if settings.random_labels:
+        train = random_labels(train, DATA_SEED)
+    return train, test
+
+
+def train_run(
+    settings: Settings,
+    folder: str | os.PathLike,
+    data_root: str | os.PathLike,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> dict[str, Any]:
+    """Do a run, or the rest of it, and write ``result.json``; nothing if that is there.
+
+    Returns:
+        The content of ``result.json``: settings, rounds, the data's fingerprint,
+        versions, device.
+
+    Raises:
+        RunError, DataError: It cannot be done.
+    """
+    folder = Path(folder)
+    check_settings(settings, folder)
+    result_path = folder / "result.json"
+    if result_path.exists():
+        return json.loads(result_path.read_text())
+    crc = fingerprint(data_root)
+    train, test = study_data(settings, data_root)
+    runner = make_runner(settings, train, test, folder, checkpoint_seconds=checkpoint_seconds)
+    hook = next(h for h in runner.hooks if isinstance(h, RoundsHook))
+    runner.train()
+    result = {
+        "settings": asdict(settings),
+        "data_crc32": crc,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "rounds": hook.rounds,
+    }
+    if settings.ensemble:
+        result["ensemble_accuracy"] = ensemble_accuracy(settings, folder, test)
+    write_json(result_path, result)
+    return result
+
+
+def _end_with_parent() -> None:
+    """End this process when its standard input is closed, as it is when the parent is gone."""
+
+    def wait() -> None:
+        os.read(0, 1)  # sys.stdin has a lock, on which the interpreter would fail to end
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main() -> None:
+    """``FOLDER DATA_ROOT``: do the run whose settings stand in its folder; the engine's worker.
+
+    Its standard input is a pipe that the engine holds open.
+    """
+    _end_with_parent()
+    folder, data_root = Path(sys.argv[1]), sys.argv[2]
+    settings = Settings(**json.loads((folder / "settings.json").read_text()))
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            sys.exit(f"{folder}: another process is doing this run")
+        try:
+            train_run(settings, folder, data_root)
+        except (RunError, DataError) as error:
+            sys.exit(str(error))

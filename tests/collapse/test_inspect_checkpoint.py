@@ -1,0 +1,262 @@
+"""tools/inspect_checkpoint.py and tools/convert_checkpoint.py, mostly as a user runs them."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from psbn_mmdet import norm
+from psbn_mmdet.collapse import measure
+from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
+from tests.helpers.tools import TOOLS, Main
+
+FIRST_LINE = "8 of 28 filters collapsed (28.57%)"
+
+
+def tool(name, *args):
+    command = [sys.executable, str(TOOLS / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def inspect(capsys):
+    return Main("inspect_checkpoint", capsys)
+
+
+@pytest.fixture
+def convert(capsys):
+    return Main("convert_checkpoint", capsys)
+
+
+@pytest.fixture
+def net():
+    return collapse_by_hand(Net())
+
+
+class TestInspect:
+    def test_as_a_program_it_prints_ranked_layers_and_the_totals(self, net, tmp_path):
+        torch.save({"state_dict": net.state_dict(), "meta": {}}, tmp_path / "a.pth")
+        done = tool("inspect_checkpoint.py", tmp_path / "a.pth", "--fail-above", 20)
+        lines = done.stdout.splitlines()
+        assert [line.split()[0] for line in lines[1:5]] == [
+            "bn1",
+            "block.down.1",
+            "block.bn1",
+            "block.bn2",
+        ]
+        assert lines[6] == FIRST_LINE
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert "28.57% of the filters collapsed, more than 20%" in done.stderr
+
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_every_kind_of_layer_gives_the_filters_collapsed_by_hand(
+        self, net, variant, tmp_path, inspect
+    ):
+        torch.save(VARIANTS[variant](net).state_dict(), tmp_path / "a.pth")
+        done = inspect(tmp_path / "a.pth", "--json", tmp_path / "a.json")
+        assert done.returncode == 0
+        assert FIRST_LINE in done.stdout.splitlines()
+        found = json.loads((tmp_path / "a.json").read_text())["checkpoints"][0]
+        sets = {row["name"]: row["collapsed_filters"] for row in found["layers"]}
+        assert sets == {name: sorted(DEAD[name] + CONSTANT[name]) for name in DEAD}
+
+    @pytest.mark.parametrize("place", ["state_dict", "model", "model_state_dict", None])
+    def test_state_dicts_are_found_where_projects_put_them(self, net, place, tmp_path, inspect):
+        sd = net.state_dict()
+        torch.save({place: sd, "epoch": 3} if place else sd, tmp_path / "a.pt")
+        assert FIRST_LINE in inspect(tmp_path / "a.pt").stdout.splitlines()
+
+    def test_safetensors(self, net, tmp_path, inspect):
+        save_file(net.state_dict(), tmp_path / "a.safetensors")
+        assert FIRST_LINE in inspect(tmp_path / "a.safetensors").stdout.splitlines()
+
+    def test_an_url(self, net, tmp_path, inspect, monkeypatch):
+        torch.save(net.state_dict(), tmp_path / "a.pth")
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+        fetched = []
+
+        def fetch(url, path, *_):
+            fetched.append(url)
+            Path(path).write_bytes((tmp_path / "a.pth").read_bytes())
+
+        monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+        done = inspect("https://example.org/weights/a.pth")
+        assert fetched == ["https://example.org/weights/a.pth"]
+        assert FIRST_LINE in done.stdout.splitlines()
+
+    def test_several_give_the_course(self, net, tmp_path, inspect):
+        torch.save(Net().state_dict(), tmp_path / "1.pth")
+        torch.save(net.state_dict(), tmp_path / "2.pth")
+        lines = inspect(tmp_path / "1.pth", tmp_path / "2.pth", "--layers", 2).stdout.splitlines()
+        assert lines[4].split() == ["bn1", "0.0", "37.5"]
+        assert lines[6] == "... and 2 more layers"
+        assert "0 of 28 filters collapsed (0.00%)" in lines
+        assert FIRST_LINE in lines
+
+    def test_the_threshold(self, net, tmp_path, inspect):
+        torch.save(net.state_dict(), tmp_path / "a.pth")
+        done = inspect(tmp_path / "a.pth", "--threshold", "2.5e-5")
+        # By hand |gamma| = 1e-5 (i + 1): below 2.5e-5 it is filter 0 alone.
+        assert "1 of 28 filters collapsed (3.57%)" in done.stdout
+
+    @pytest.mark.parametrize(("percent", "status"), [(28.5, 1), (28.6, 0), (100, 0)])
+    def test_fail_above_is_the_exit_status(self, net, percent, status, tmp_path, inspect):
+        torch.save(net.state_dict(), tmp_path / "a.pth")
+        assert inspect(tmp_path / "a.pth", "--fail-above", percent).returncode == status
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+class TestInspectBadInput:
+    def test_a_file_that_is_missing_or_no_checkpoint(self, tmp_path, inspect):
+        assert "no such file" in inspect.refuses(tmp_path / "none.pth")
+        for content in (b"", b"hello, this is text\n", os.urandom(4096), b"PK\x03\x04" + bytes(60)):
+            (tmp_path / "a.pth").write_bytes(content)
+            assert str(tmp_path / "a.pth") in inspect.refuses(tmp_path / "a.pth")
+
+    def test_a_checkpoint_that_was_cut_off(self, net, tmp_path, inspect):
+        torch.save(net.state_dict(), tmp_path / "a.pth")
+        content = (tmp_path / "a.pth").read_bytes()
+        (tmp_path / "a.pth").write_bytes(content[: len(content) // 2])
+        assert str(tmp_path / "a.pth") in inspect.refuses(tmp_path / "a.pth")
+
+    @pytest.mark.parametrize("writer", ["torch", "pickle"])
+    def test_a_pickle_that_carries_code_is_refused_and_nothing_runs(self, net, writer, tmp_path):
+        content = {"state_dict": net.state_dict(), "evil": Evil(tmp_path / "ran")}
+        if writer == "torch":
+            torch.save(content, tmp_path / "a.pth")
+        else:
+            (tmp_path / "a.pth").write_bytes(pickle.dumps(content))
+        done = tool("inspect_checkpoint.py", tmp_path / "a.pth")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert not (tmp_path / "ran").exists()
+
+    def test_no_norm_layer(self, tmp_path, inspect):
+        torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pth")
+        message = inspect.refuses(tmp_path / "a.pth")
+        assert "a.pth: no normalization layer found" in message
+
+    def test_wrong_numbers(self, net, tmp_path, inspect):
+        torch.save(net.state_dict(), tmp_path / "a.pth")
+        message = inspect.refuses(tmp_path / "a.pth", "--threshold", "-1")
+        assert "must not be negative" in message
+        message = inspect.refuses(tmp_path / "a.pth", "--fail-above", "101")
+        assert "percentage from 0 to 100" in message
+
+    @pytest.mark.parametrize("option", ["--json", "--html"])
+    def test_nothing_is_overwritten(self, net, option, tmp_path, inspect):
+        torch.save(net.state_dict(), tmp_path / "a.pth")
+        content = (tmp_path / "a.pth").read_bytes()
+        message = inspect.refuses(tmp_path / "a.pth", option, tmp_path / "a.pth")
+        assert "exists already" in message
+        assert (tmp_path / "a.pth").read_bytes() == content
+
+
+@pytest.mark.slow
+def test_every_layer_of_resnet152_is_found_with_its_convolution():
+    from mmdet.models.backbones import ResNet
+
+    report = measure(ResNet(depth=152).state_dict())
+    # 64 + per stage blocks * (2 planes + 4 planes) + shortcut 4 planes
+    want = 64 + sum(
+        blocks * 6 * planes + 4 * planes
+        for blocks, planes in [(3, 64), (8, 128), (36, 256), (3, 512)]
+    )
+    assert report.totals["filters"] == want
+    assert len(report.layers) == 155
+    assert all(layer.conv is not None for layer in report.layers)
+
+
+class TestConvert:
+    def written(self, path):
+        return torch.load(path, weights_only=True)
+
+    def test_there_and_back_the_network_computes_the_same(self, net, tmp_path, convert):
+        with torch.no_grad():
+            net.train()(torch.randn(8, 3, 6, 6))  # running statistics of their own
+        bn, ps, back = (tmp_path / f"{n}.pth" for n in ("bn", "ps", "back"))
+        torch.save({"state_dict": net.state_dict(), "meta": {"epoch": 2}}, bn)
+        done = tool("convert_checkpoint.py", bn, ps, "--to", "psbn")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "4 layers are now psBN with alpha 0.1" in done.stdout
+        assert self.written(ps)["meta"] == {"epoch": 2}
+        psnet = norm.to_psbn(Net())
+        psnet.load_state_dict(self.written(ps)["state_dict"])
+        x = torch.randn(2, 3, 6, 6)
+        torch.testing.assert_close(psnet.eval()(x), net.eval()(x))
+
+        done = convert(ps, back, "--to", "bn")
+        assert "4 layers are now BN" in done.stdout
+        plain = Net()
+        plain.load_state_dict(self.written(back)["state_dict"])
+        assert torch.equal(plain.eval()(x), psnet(x))
+
+    def test_training_state_is_dropped_or_kept_as_asked(self, net, tmp_path, convert):
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+        net(torch.randn(2, 3, 6, 6)).sum().backward()
+        optimizer.step()
+        content = {
+            "meta": {},
+            "state_dict": net.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "ema_state_dict": {"steps": torch.tensor(3)}
+            | {"module." + k: v for k, v in net.state_dict().items()},
+        }
+        torch.save(content, tmp_path / "bn.pth")
+        done = convert(tmp_path / "bn.pth", tmp_path / "a.pth", "--to=psbn")
+        assert set(self.written(tmp_path / "a.pth")) == {"meta", "state_dict"}
+        assert "dropped (training state): optimizer, ema_state_dict" in done.stdout
+
+        args = ["--to=psbn", "--keep-training-state", "--alpha=0.25"]
+        convert(tmp_path / "bn.pth", tmp_path / "b.pth", *args)
+        kept = self.written(tmp_path / "b.pth")
+        psnet = norm.to_psbn(Net(), alpha=0.25)
+        psnet.load_state_dict(kept["state_dict"])
+        psoptimizer = torch.optim.SGD(psnet.parameters(), 0.1, momentum=0.9)
+        psoptimizer.load_state_dict(kept["optimizer"])
+        for ours, theirs in zip(psnet.parameters(), net.parameters(), strict=True):
+            mine = psoptimizer.state[ours]["momentum_buffer"]
+            assert torch.equal(mine, optimizer.state[theirs]["momentum_buffer"])
+        assert kept["ema_state_dict"]["module.bn1.alpha"] == 0.25
+        assert "module.bn1.bias" not in kept["ema_state_dict"]
+
+    def test_safetensors_both_ways(self, net, tmp_path, convert):
+        save_file(net.state_dict(), tmp_path / "bn.safetensors")
+        args = [tmp_path / "bn.safetensors", tmp_path / "ps.safetensors", "--to", "psbn"]
+        assert convert(*args).returncode == 0
+        norm.to_psbn(Net()).load_state_dict(load_file(tmp_path / "ps.safetensors"))
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["bn.pth", "bn.pth", "--to=psbn"], "exists already"),
+            (["bn.pth", "new.pth", "--to=bn"], "holds no psBN layer"),
+            (["bn.pth", "new.pth", "--to=psbn", "--alpha=-1"], "not negative"),
+            (["bn.pth", "none/new.pth", "--to=psbn"], "No such file or directory"),
+            (["bn.pth", "a.safetensors", "--to=psbn", "--keep-training-state"], "name it .pth"),
+            (["text.pth", "new.pth", "--to=psbn"], "text.pth"),
+        ],
+    )
+    def test_bad_input_is_one_line_and_loses_nothing(
+        self, net, args, message, tmp_path, monkeypatch, convert
+    ):
+        torch.save(net.state_dict(), tmp_path / "bn.pth")
+        (tmp_path / "text.pth").write_text("hello")
+        content = (tmp_path / "bn.pth").read_bytes()
+        monkeypatch.chdir(tmp_path)
+        assert message in convert.refuses(*args)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["bn.pth", "text.pth"]
+        assert (tmp_path / "bn.pth").read_bytes() == content

@@ -1,0 +1,509 @@
+"""Measures against written-out formulas, reports against hand-made truth, FLOPs counted by hand."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from psbn_mmdet import collapse, norm
+from psbn_mmdet.collapse import measure, probe
+from tests.helpers.collapsed_net import (
+    CONSTANT,
+    DEAD,
+    INACTIVE_ONLY,
+    VARIANTS,
+    Net,
+    collapse_by_hand,
+)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return collapse_by_hand(Net())
+
+
+class TestMeasures:
+    gamma = torch.tensor([1.0, -2.0, 9.9e-4, -9.9e-4, 1e-3, 0.0, 0.0, 1e-9], dtype=torch.float64)
+    bias = torch.tensor([0.0, 3.0, 0.5, -0.5, 0.0, 0.2, -0.2, 1e-9], dtype=torch.float64)
+
+    def test_collapsed_is_gamma_below_the_threshold(self):
+        want = [False, False, True, True, False, True, True, True]
+        assert collapse.collapsed(self.gamma).tolist() == want
+
+    def test_a_positive_bias_makes_a_collapsed_filter_a_constant(self):
+        assert collapse.constant(self.gamma, self.bias).nonzero().flatten().tolist() == [2, 5]
+        assert collapse.dead(self.gamma, self.bias).nonzero().flatten().tolist() == [3, 6, 7]
+
+    def test_activation_probability_is_the_share_of_normal_samples_above_zero(self):
+        got = collapse.activation_probability(self.gamma, self.bias)
+
+        def phi(z):
+            return 0.5 * (1 + math.erf(z / math.sqrt(2)))
+
+        want = [0.5, phi(1.5), 1.0, 0.0, 0.5, 1.0, 0.0, phi(1.0)]
+        torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
+
+    def test_inactive_is_bias_below_minus_309_gamma(self):
+        # Phi(-3.0902) = 1e-3
+        gamma = torch.tensor([1.0, 1.0, -2.0, -2.0])
+        bias = torch.tensor([-3.09, -3.0905, -6.18, -6.181])
+        assert collapse.inactive(gamma, bias).tolist() == [False, True, False, True]
+
+    def test_filter_l1_sums_absolute_weights(self):
+        weight = torch.arange(-12.0, 12.0).view(2, 3, 2, 2)
+        assert collapse.filter_l1(weight).tolist() == [sum(range(1, 13)), sum(range(12))]
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_filter_l1_of_a_transposed_convolution_is_what_an_impulse_brings_out(self, groups):
+        conv = nn.ConvTranspose2d(4, 6, 3, groups=groups, bias=False)
+        with torch.no_grad():
+            conv.weight.abs_()
+            want = conv(torch.ones(1, 4, 1, 1)).sum((0, 2, 3))
+        got = collapse.filter_l1(conv.weight.detach(), transposed=True, groups=groups)
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("source", ["model", "state dict", "DataParallel's state dict"])
+def test_a_report_has_exactly_the_filters_collapsed_by_hand(net, variant, source):
+    model = VARIANTS[variant](net)
+    if source == "model":
+        report = measure(model)
+    elif source == "state dict":
+        report = measure(model.state_dict())
+    else:
+        report = measure({"module." + k: v for k, v in model.state_dict().items()})
+    rows = {row["name"].removeprefix("module."): row for row in report.rows}
+    assert list(rows) == list(DEAD)
+    for name, row in rows.items():
+        collapsed = sorted(DEAD[name] + CONSTANT[name])
+        assert row["collapsed_filters"] == collapsed
+        assert row["constant_filters"] == CONSTANT[name]
+        assert (row["dead"], row["constant"]) == (len(DEAD[name]), len(CONSTANT[name]))
+        # The dead ones have bias / |gamma| of -10, -1.7, -3.3, -2.5, -2, -1.25 by hand.
+        never_fire = {"bn1": [0], "block.bn1": [2]}.get(name, [])
+        assert row["inactive_filters"] == sorted(never_fire + INACTIVE_ONLY[name])
+        conv = {"bn1": "conv1", "block.bn1": "block.conv1"}
+        conv |= {"block.bn2": "block.conv2", "block.down.1": "block.down.0"}
+        assert row["conv"].removeprefix("module.") == conv[name]
+    totals = report.totals
+    assert (totals["filters"], totals["collapsed"], totals["dead"]) == (28, 8, 6)
+    assert (totals["constant"], totals["inactive"]) == (2, 4)
+    assert report.summary().startswith("8 of 28 filters collapsed (28.57%)\n")
+
+
+@pytest.mark.parametrize("kind", ["IN", "psIN"])
+def test_instance_norm_is_measured_in_a_model(kind):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, affine=True))
+    with torch.no_grad():
+        model[1].weight[2] = 1e-4
+    if kind == "psIN":
+        norm.to_psbn(model)
+    assert measure(model).rows[0]["collapsed_filters"] == [2]
+
+
+def test_a_psbn_layer_counts_with_what_it_adds():
+    layer = norm.psBN2d(2, alpha=0.1)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.beta[0] = -0.1
+    row = measure(layer).rows[0]
+    assert (row["dead"], row["constant"]) == (1, 1)
+
+
+def test_frozen_batch_norm_is_measured():
+    from mmdet.models.layers import FrozenBatchNorm2d
+
+    model = FrozenBatchNorm2d.convert_frozen_batchnorm(collapse_by_hand(Net()))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert measure(model).totals["collapsed"] == 8
+
+
+def test_a_layer_behind_no_convolution_says_so():
+    class PreActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn1 = nn.BatchNorm2d(4)
+            self.conv1 = nn.Conv2d(4, 4, 3)
+            self.bn2 = nn.BatchNorm2d(4)
+            self.conv2 = nn.Conv2d(4, 4, 3)
+
+    report = measure(nn.Sequential(PreActivation(), PreActivation()))
+    want = {"0.bn1": None, "0.bn2": "0.conv1", "1.bn1": None, "1.bn2": "1.conv1"}
+    assert {row["name"]: row["conv"] for row in report.rows} == want
+    assert [row["filter_l1_median"] is None for row in report.rows] == [True, False] * 2
+    assert "2 of 4 layers: no convolution found in front" in report.summary()
+
+
+def test_the_stem_of_several_convolutions_is_paired_with_its_last():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = nn.Sequential(
+                nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3)
+            )
+            self.bn1 = nn.BatchNorm2d(16)
+
+    pairs = {row["name"]: row["conv"] for row in measure(Deep()).rows}
+    assert pairs == {"conv1.1": "conv1.0", "bn1": "conv1.3"}
+
+
+def test_a_convolution_is_given_away_once_and_only_to_as_many_channels():
+    again = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+    assert [row["conv"] for row in measure(again).rows] == ["0", None]
+    shuffled = nn.Sequential(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.BatchNorm2d(4))
+    assert [row["conv"] for row in measure(shuffled).rows] == [None]
+
+
+def test_inverted_residuals_are_paired_in_the_order_of_their_keys():
+    # timm's names; the squeeze convolutions have as many channels as the layers around.
+    def conv(*shape):
+        return {"weight": torch.ones(shape)}
+
+    def bn(channels):
+        keys = ("weight", "bias", "running_mean", "running_var")
+        return {key: torch.ones(channels) for key in keys}
+
+    block = {
+        "conv_pw": conv(8, 4, 1, 1), "bn1": bn(8), "conv_dw": conv(8, 1, 3, 3), "bn2": bn(8),
+        "se.conv_reduce": conv(4, 8, 1, 1), "se.conv_expand": conv(8, 4, 1, 1),
+        "conv_pwl": conv(4, 8, 1, 1), "bn3": bn(4),
+    }  # fmt: skip
+    state_dict = {f"blocks.0.{m}.{k}": v for m, group in block.items() for k, v in group.items()}
+    rows = measure(state_dict).rows
+    assert [row["conv"] for row in rows] == [f"blocks.0.conv_{x}" for x in ("pw", "dw", "pwl")]
+    assert [row["filter_l1_median"] for row in rows] == [4, 9, 8]
+
+
+def test_shared_layers_count_once_and_shared_convolutions_are_found():
+    conv, bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+    assert measure(nn.Sequential(conv, bn, nn.Conv2d(4, 4, 1), bn)).totals["filters"] == 4
+    levels = nn.ModuleList(nn.Sequential(conv, nn.BatchNorm2d(4)) for _ in range(2))
+    assert [row["conv"] for row in measure(levels).rows] == ["0.0", "1.0"]
+
+
+def test_values_that_are_not_finite_are_counted_and_leave_valid_json(net):
+    with torch.no_grad():
+        net.bn1.weight[0] = math.nan
+        net.block.bn1.bias[:] = math.inf
+    report = measure(net)
+    assert report.totals["not_finite"] == 5
+    assert report.rows[1]["activation_probability"] != report.rows[1]["activation_probability"]
+    assert "5 filters have a gamma or bias that is not finite" in report.table()
+    layers = json.loads(report.to_json(), parse_constant=pytest.fail)["layers"]
+    assert layers[1]["activation_probability"] is None
+
+
+def test_half_precision_is_measured():
+    model = collapse_by_hand(Net()).half()
+    assert measure(model).totals["collapsed"] == 8
+    assert measure(model.state_dict()).totals["collapsed"] == 8
+
+
+def test_the_table_ranks_layers_and_ends_with_the_totals(net):
+    lines = measure(net).table(limit=2).splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["bn1", "block.down.1"]
+    assert lines[3] == "... and 2 more layers"
+    assert lines[5] == "8 of 28 filters collapsed (28.57%)"
+
+
+def test_json_holds_the_sets(net):
+    content = json.loads(measure(net).to_json())
+    assert content["totals"]["collapsed"] == 8
+    got = {row["name"]: row["collapsed_filters"] for row in content["layers"]}
+    assert got == {name: sorted(DEAD[name] + CONSTANT[name]) for name in DEAD}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("threshold", [-1e-9, math.nan, math.inf])
+    def test_a_threshold_below_zero(self, threshold):
+        with pytest.raises(ValueError, match=r"gamma. must not be negative"):
+            measure(Net(), threshold=threshold)
+
+    def test_a_probability_above_one(self):
+        with pytest.raises(ValueError, match=r"must be in \[0, 1\], got 2"):
+            measure(Net(), inactive_below=2)
+
+    def test_a_model_without_a_layer(self):
+        with pytest.raises(ValueError, match="no normalization layer with a gamma"):
+            measure(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False)))
+
+    def test_a_state_dict_without_a_recognisable_layer_names_the_way_out(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
+        with pytest.raises(ValueError, match="measure the model itself"):
+            measure(model.state_dict())
+
+    def test_a_lazy_layer(self):
+        with pytest.raises(ValueError, match="run the model once first"):
+            measure(nn.Sequential(nn.LazyBatchNorm2d()))
+
+    def test_neither_model_nor_state_dict(self):
+        with pytest.raises(TypeError, match="got str"):
+            measure("resnet50.pth")
+
+    def test_flops_of_a_state_dict(self):
+        with pytest.raises(ValueError, match="FLOPs need the model"):
+            measure(Net().state_dict(), inputs=(3, 8, 8))
+
+
+def conv_bn(c_in, c_out, kernel=3, **kwargs):
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False, **kwargs),
+        nn.BatchNorm2d(c_out),
+        nn.ReLU(),
+    )
+
+
+def kill(bn, *filters):
+    with torch.no_grad():
+        for i in filters:
+            bn.weight[i] = 1e-6
+            bn.bias[i] = 0.3  # a constant: its padded border must not count as a signal
+
+
+class Residual(nn.Module):
+    """stem 3->4, then two blocks x + bn(conv(x)) 4->4, the first with a projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv_bn(3, 4)
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.project, self.bn0 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = F.relu(self.bn0(self.project(x)) + self.bn1(self.conv1(x)))
+        x = F.relu(x + self.bn2(self.conv2(x)))
+        return self.head(x)
+
+
+class TestFlops:
+    """On a 10 x 10 plane (100 positions) unless said; counts are channels in * out * k * k."""
+
+    def remaining(self, model, size=(3, 10, 10)):
+        flops = measure(model, inputs=size).flops
+        return {row["name"]: row["remaining"] for row in flops.rows}, flops
+
+    def test_plain_chain(self):
+        model = nn.Sequential(conv_bn(3, 8), conv_bn(8, 6), nn.Conv2d(6, 2, 1))
+        kill(model[0][1], 1, 2, 3)
+        kill(model[1][1], 0)
+        rows, flops = self.remaining(model)
+        assert rows == {"0.0": 3 * 5 * 900, "1.0": 5 * 5 * 900, "2": 5 * 2 * 100}
+        assert flops.total == (3 * 8 * 9 + 8 * 6 * 9 + 6 * 2) * 100
+        assert flops.sparsity == pytest.approx(100 * (1 - (135 + 225 + 10) / (216 + 432 + 12)))
+
+    def test_nothing_collapsed_saves_nothing_even_if_every_relu_is_silent(self):
+        model = nn.Sequential(conv_bn(3, 8), conv_bn(8, 6), nn.Conv2d(6, 2, 1))
+        with torch.no_grad():
+            for bn in (model[0][1], model[1][1]):
+                bn.bias.fill_(-50.0)
+        assert self.remaining(model)[1].sparsity == 0
+
+    def test_a_constant_other_than_zero_is_no_signal_at_a_padded_border_either(self):
+        model = nn.Sequential(*conv_bn(3, 4)[:2], nn.Sigmoid(), conv_bn(4, 5), nn.Conv2d(5, 2, 1))
+        kill(model[1], 0, 1, 2, 3)
+        rows, _ = self.remaining(model)
+        assert rows == {"0": 0, "3.0": 0, "4": 0}
+
+    def test_convolutions_without_a_norm_layer_keep_all_filters_whatever_their_bias(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+        nn.init.constant_(model[0].bias, -100.0)  # ReLU is silent on any input of the probe
+        rows, _ = self.remaining(model)
+        assert rows == {"0": 3 * 4 * 9 * 64, "2": 4 * 2 * 64}
+
+    def test_stride_and_plane(self):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8))
+        kill(model[1], 0, 1)
+        rows, flops = self.remaining(model, (3, 12, 8))
+        assert (rows["0"], flops.total) == (3 * 6 * 9 * 24, 3 * 8 * 9 * 24)
+
+    def test_residual_with_the_shortcut_alive_keeps_the_channel(self):
+        model = Residual()
+        kill(model.bn1, 0, 1)
+        kill(model.bn2, 3)
+        rows, _ = self.remaining(model)
+        assert rows == {
+            "stem.0": 3 * 4 * 900,
+            "project": 4 * 4 * 100,
+            "conv1": 4 * 2 * 900,
+            "conv2": 4 * 3 * 900,
+            "head": 4 * 2 * 100,
+        }
+
+    def test_residual_with_the_shortcut_collapsed_too_loses_the_channel(self):
+        model = Residual()
+        kill(model.bn1, 0, 1)
+        kill(model.bn0, 0, 2)
+        rows, _ = self.remaining(model)
+        # Channel 0 is gone from the sum; bn2 brings it back for the head.
+        assert (rows["project"], rows["conv1"]) == (4 * 2 * 100, 4 * 2 * 900)
+        assert (rows["conv2"], rows["head"]) == (3 * 4 * 900, 4 * 2 * 100)
+        kill(model.bn2, 0)
+        rows, _ = self.remaining(model)
+        assert (rows["conv2"], rows["head"]) == (3 * 3 * 900, 3 * 2 * 100)
+
+    def test_grouped_convolution_counts_each_group(self):
+        model = nn.Sequential(conv_bn(3, 8), conv_bn(8, 4, groups=2))
+        kill(model[0][1], 0, 1, 2, 7)  # group 0 sees 1 of 4 channels, group 1 sees 3
+        kill(model[1][1], 3)  # group 0 has 2 filters, group 1 has 1
+        rows, flops = self.remaining(model)
+        assert rows["1.0"] == (1 * 2 + 3 * 1) * 900
+        assert flops.rows[1]["total"] == 2 * 4 * 2 * 900
+
+    def test_depthwise_convolution_passes_a_dead_channel_on(self):
+        model = nn.Sequential(conv_bn(3, 6), conv_bn(6, 6, groups=6), conv_bn(6, 4, 1))
+        kill(model[0][1], 0, 1)
+        kill(model[1][1], 1, 5)
+        rows, _ = self.remaining(model)
+        # Depthwise: channels 0, 1 have no input, 5 no output. Pointwise: 2, 3, 4 arrive.
+        assert rows == {"0.0": 3 * 4 * 900, "1.0": 3 * 900, "2.0": 3 * 4 * 100}
+
+    def test_concatenation_keeps_positions(self):
+        class Concat(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = conv_bn(3, 4, 1), conv_bn(3, 2, 1)
+                self.out = nn.Conv2d(6, 6, 1, groups=3)
+
+            def forward(self, x):
+                x = torch.cat([self.a(x), F.max_pool2d(self.b(x), 3, 1, 1)], 1)
+                return self.out(x)
+
+        model = Concat()
+        kill(model.a[1], 1, 2)
+        kill(model.b[1], 0, 1)
+        rows, _ = self.remaining(model)
+        assert (rows["a.0"], rows["b.0"], rows["out"]) == (600, 0, (1 + 1 + 0) * 2 * 100)
+
+    def test_a_filter_that_is_also_read_past_its_norm_stays(self):
+        class PreActivation(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv0, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+                self.conv1 = nn.Conv2d(4, 4, 1)
+
+            def forward(self, x):
+                x = self.conv0(x)
+                return x + self.conv1(F.relu(self.bn(x)))
+
+        model = PreActivation()
+        kill(model.bn, 0)
+        rows, _ = self.remaining(model)
+        assert rows == {"conv0": 3 * 4 * 100, "conv1": 3 * 4 * 100}
+
+    def test_squeeze_and_excitation_sees_what_is_left(self):
+        class SE(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = conv_bn(3, 8, 1)
+                self.down, self.up = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
+                self.out = nn.Conv2d(8, 4, 1)
+
+            def forward(self, x):
+                x = self.body(x)
+                gate = self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1))))
+                return self.out(x * gate.sigmoid())
+
+        model = SE()
+        kill(model.body[1], 0, 4, 5)
+        rows, _ = self.remaining(model)
+        assert rows == {"body.0": 1500, "down": 5 * 2, "up": 2 * 8, "out": 5 * 4 * 100}
+
+    def test_linear_layers_and_a_flattened_plane(self):
+        model = nn.Sequential(conv_bn(3, 4, 1), nn.MaxPool2d(5), nn.Flatten())
+        model += nn.Sequential(nn.Linear(16, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 2))
+        kill(model[0][1], 2)
+        kill(model[4], 0, 9)
+        rows, _ = self.remaining(model)
+        assert rows == {"0.0": 3 * 3 * 100, "3": 12 * 8, "6": 8 * 2}
+
+    def test_transposed_convolution_counts_at_its_input(self):
+        model = nn.Sequential(conv_bn(3, 4, 1), nn.ConvTranspose2d(4, 6, 2, 2), nn.BatchNorm2d(6))
+        kill(model[0][1], 0)
+        kill(model[2], 0, 1)
+        rows, flops = self.remaining(model)
+        assert (rows["1"], flops.rows[1]["total"]) == (3 * 4 * 4 * 100, 4 * 6 * 4 * 100)
+
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_every_kind_of_layer_gives_the_same(self, net, variant):
+        # 10 x 10: conv1 3->8, block.conv1 8->4, block.conv2 4->8, down 8->8 (1x1), fc 8->5
+        rows, _ = self.remaining(VARIANTS[variant](net))
+        want = {"conv1": 3 * 5 * 900, "block.conv1": 5 * 3 * 900, "block.conv2": 3 * 7 * 900}
+        want |= {"block.down.0": 5 * 5 * 100, "fc": 8 * 5}
+        assert rows == want
+
+    def test_the_model_and_the_random_state_stay_as_they_are(self, net):
+        net.train()
+        net.block.eval()
+        before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
+        state = torch.get_rng_state()
+        measure(net, inputs=(3, 10, 10))
+        assert [m.training for m in net.modules()] == modes
+        torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+    def test_a_function_calls_the_model_as_it_likes(self, net):
+        by_size = measure(net, inputs=(3, 10, 10)).flops
+        by_call = measure(net, inputs=lambda m: m(torch.randn(4, 3, 10, 10))).flops
+        assert (by_call.total, by_call.remaining) == (4 * by_size.total, 4 * by_size.remaining)
+
+    def test_a_failing_call_leaves_no_hooks(self, net):
+        with pytest.raises(RuntimeError):
+            measure(net, inputs=(7, 10, 10))
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+    def test_a_model_that_runs_no_convolution(self):
+        with pytest.raises(ValueError, match="ran no convolution"):
+            probe(nn.BatchNorm2d(3), {}, (3, 4, 4))
+
+
+def detector(norm_cfg):
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=True)
+    return MODELS.build(
+        dict(
+            type="RetinaNet",
+            backbone=dict(type="ResNet", depth=18, norm_cfg=norm_cfg, norm_eval=False),
+            neck=dict(type="FPN", in_channels=[64, 128, 256, 512], out_channels=32, start_level=1,
+                      add_extra_convs="on_input", num_outs=5),
+            bbox_head=dict(type="RetinaHead", num_classes=3, in_channels=32, feat_channels=32,
+                           stacked_convs=1, norm_cfg=norm_cfg),
+        )
+    )  # fmt: skip
+
+
+def test_fpn_and_head_of_a_detector_counted_by_hand():
+    model = detector(dict(type="BN"))
+    last = model.backbone.layer4[1].bn2
+    kill(last, *range(100))
+    shortcut = model.backbone.layer4[0]
+    kill(shortcut.bn2, *range(50))
+    kill(shortcut.downsample[1], *range(25, 512))
+    kill(model.bbox_head.cls_convs[0].bn, 0, 1, 2)
+    flops = measure(model, inputs=(3, 128, 128)).flops
+    rows = {row["name"]: row for row in flops.rows}
+    # Channels of C5 (4 x 4): 0-99 need the first block, whose sum lacks 25-49.
+    c5 = 512 - 25
+    assert rows["neck.lateral_convs.2.conv"]["remaining"] == c5 * 32 * 16
+    assert rows["neck.fpn_convs.3.conv"]["remaining"] == c5 * 32 * 9 * 4  # P6, 2 x 2
+    assert rows["neck.fpn_convs.4.conv"]["remaining"] == 32 * 32 * 9 * 1  # P7, 1 x 1
+    # The second block's first convolution reads the sum of the first.
+    assert rows["backbone.layer4.1.conv1"]["remaining"] == (512 - 25) * 512 * 9 * 16
+    assert rows["backbone.layer4.1.conv2"]["remaining"] == 512 * 412 * 9 * 16
+    # The head runs on 16x16 + 8x8 + 4x4 + 2x2 + 1x1 = 341 positions.
+    assert rows["bbox_head.cls_convs.0.conv"]["remaining"] == 32 * 29 * 9 * 341
+    assert rows["bbox_head.retina_cls"]["remaining"] == 29 * 27 * 9 * 341
+    assert rows["bbox_head.reg_convs.0.conv"]["remaining"] == 32 * 32 * 9 * 341
+    untouched = measure(detector(dict(type="BN")), inputs=(3, 128, 128)).flops
+    assert untouched.remaining == untouched.total == flops.total
