@@ -3,6 +3,7 @@
 - :mod:`.layers`: psBN and psIN, y = BN(x) + alpha (Eq. 6)
 - :mod:`.sync`: psSyncBN, statistics over all processes
 - :mod:`.convert`: ``to_psbn`` and ``to_bn``
+- :mod:`.recognize`: what counts as a norm layer, in a model and in a state dict
 - :mod:`.rectified`: which norm layers a rectifier follows
 """
 
@@ -17,12 +18,17 @@ from .layers import (
     psIN1d,
     psIN2d,
     psIN3d,
+    rebase,
 )
+from .recognize import is_norm_layer, norm_kinds, norm_layers
 from .rectified import rectified
 from .sync import psSyncBN
 
 __all__ = [
     "PostShift",
+    "is_norm_layer",
+    "norm_kinds",
+    "norm_layers",
     "psBN",
     "psBN1d",
     "psBN2d",
@@ -32,6 +38,7 @@ __all__ = [
     "psIN2d",
     "psIN3d",
     "psSyncBN",
+    "rebase",
     "rectified",
     "to_bn",
     "to_psbn",

@@ -3,8 +3,6 @@
 import torch
 import torch.fx
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .layers import (
     PostShift,
@@ -16,7 +14,9 @@ from .layers import (
     psIN1d,
     psIN2d,
     psIN3d,
+    rebase,
 )
+from .recognize import norm_layers
 from .sync import psSyncBN
 
 _TO_PS: dict[type[nn.Module], type[PostShift]] = {
@@ -61,11 +61,11 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> 
     alpha, load_bn = check_alpha(alpha), check_load_bn(load_bn)
     _refuse_wrapped(model)
     found = []
-    for name, module in model.named_modules():
+    for name, module in norm_layers(model).items():
         if isinstance(module, PostShift) or type(module) in _TO_PS:
             if module.weight is not None and module.bias is not None:
                 found.append(module)
-        elif isinstance(module, _BatchNorm | _InstanceNorm) and module.bias is not None:
+        elif isinstance(module.bias, nn.Parameter):  # in a frozen layer it is a buffer
             raise TypeError(
                 f"{name or 'the model'} is a {type(module).__name__}, a kind of normalization that "
                 "has no post-shifted twin; replace it by torch's own layer (materialised, if lazy) "
@@ -77,14 +77,13 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> 
     for module in found:
         new = torch.tensor(alpha, dtype=module.weight.dtype)  # as the layer will hold it
         if isinstance(module, PostShift):
-            source, shift = module.beta, float(module.alpha) - float(new)
+            source, old = module.beta, module.alpha
         else:
-            source, shift = module._parameters.pop("bias"), -float(new)
+            source, old = module._parameters.pop("bias"), new if load_bn == "shift" else 0
             module.__class__ = _TO_PS[type(module)]
-            if load_bn == "shift":
-                shift = 0.0
         if source not in betas:
-            betas[source] = nn.Parameter(source.detach() + shift, source.requires_grad)
+            beta = rebase(source.detach(), old, new).clone()
+            betas[source] = nn.Parameter(beta, source.requires_grad)
         module.beta = betas[source]
         module.register_buffer("alpha", new.to(module.weight.device))
         module.initial_alpha = alpha

@@ -49,6 +49,27 @@ def check_load_bn(load_bn: Any) -> str:
     return load_bn
 
 
+def rebase(
+    beta: Tensor, old: Tensor | float, new: Tensor | float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The beta whose sum with the shift ``new`` is what its sum with ``old`` was.
+
+    ``beta + (old - new)``: from BN to psBN ``old`` is 0, from one alpha to another both are theirs.
+    The difference is taken in float64 and the sum rounded to the result's dtype, so ``bias = beta +
+    new`` is the old one up to a unit in the last place of the largest number involved. Where both
+    shifts are equal the bits of beta are kept.
+
+    Args:
+        beta: Shape (C,).
+        old, new: Shifts as the layers hold them: a 0-dim buffer, rounded to the layer's dtype.
+        dtype: Do it in this dtype if it is the wider one; a float16 checkpoint then loads into a
+            float32 layer without being rounded again.
+    """
+    dtype = torch.promote_types(beta.dtype, dtype or beta.dtype)
+    shift = float(old) - float(new)
+    return beta.to(dtype) + shift if shift else beta
+
+
 class PostShift(nn.Module):
     """What the layers share: parameters, ``bias``, checkpoints, tracing.
 
@@ -140,23 +161,17 @@ class PostShift(nn.Module):
             alpha = torch.tensor(self.initial_alpha, dtype=alpha.dtype)
         if bias is not None:
             del state_dict[prefix + "bias"]
-            beta = bias if self.load_bn == "shift" else self._rebased(bias, 0, alpha)
+            beta = bias if self.load_bn == "shift" else rebase(bias, 0, alpha, self.beta.dtype)
         elif beta is not None:
             if not torch.isfinite(saved).all():
                 raise RuntimeError(
                     f"{name}: the checkpoint's alpha is {saved}, not a finite number"
                 )
-            beta = self._rebased(beta, saved, alpha)
+            beta = rebase(beta, saved, alpha, self.beta.dtype)
         if beta is not None:
             state_dict[prefix + "beta"] = beta
             state_dict[prefix + "alpha"] = alpha
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _rebased(self, beta: Tensor, old: Tensor | float, new: Tensor) -> Tensor:
-        """A beta whose sum with ``new`` is what its sum with ``old`` was, rounded once."""
-        dtype = torch.promote_types(beta.dtype, self.beta.dtype)
-        shift = float(old) - float(new)
-        return beta.to(dtype) + shift if shift else beta
 
 
 def _refuse_sync_conversion() -> None:
