@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..norm.rectified import rectified
+from ..norm import rectified
 
 INIT = ("auto", "keep", "alpha")
 # Their step() reads and writes the parameters in place, and no state of theirs is a parameter.

@@ -4,10 +4,11 @@
 - :mod:`.sync`: psSyncBN, statistics over all processes
 - :mod:`.convert`: ``to_psbn`` and ``to_bn``
 - :mod:`.recognize`: what counts as a norm layer, in a model and in a state dict
-- :mod:`.rectified`: which norm layers a rectifier follows
+- :mod:`.followed`: whether a rectifier, another activation or none follows each norm layer
 """
 
 from .convert import to_bn, to_psbn
+from .followed import followed_by, rectified
 from .layers import (
     PostShift,
     psBN,
@@ -21,11 +22,11 @@ from .layers import (
     rebase,
 )
 from .recognize import is_norm_layer, norm_kinds, norm_layers
-from .rectified import rectified
 from .sync import psSyncBN
 
 __all__ = [
     "PostShift",
+    "followed_by",
     "is_norm_layer",
     "norm_kinds",
     "norm_layers",
