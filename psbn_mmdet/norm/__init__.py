@@ -3,6 +3,7 @@
 - :mod:`.layers`: psBN and psIN, y = BN(x) + alpha (Eq. 6)
 - :mod:`.sync`: psSyncBN, statistics over all processes
 - :mod:`.convert`: ``to_psbn`` and ``to_bn``
+- :mod:`.model`: the model type ``ToPsBN`` for configs
 - :mod:`.recognize`: what counts as a norm layer, in a model and in a state dict
 - :mod:`.followed`: whether a rectifier, another activation or none follows each norm layer
 """

@@ -32,6 +32,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 # torch < 2.3 has none and breaks the graph at the check instead.
 _is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
 
+_TAKES_THE_PLACE_OF_BN = (
+    "it takes the place of a BatchNorm, not of a GroupNorm or LayerNorm; for a network with these "
+    "keep its norm_cfg and convert its BatchNorms with to_psbn, in a config with "
+    "model.type=psbn_mmdet.ToPsBN model.of=MODEL"
+)
 LOAD_BN = ("preserve", "shift")
 
 
@@ -89,8 +94,11 @@ class PostShift(nn.Module):
         *,
         alpha: float = 0.1,
         load_bn: str = "preserve",
+        **unknown: Any,
     ) -> None:
         name = type(self).__name__
+        if unknown:
+            raise TypeError(f"{name} does not take {', '.join(unknown)}: {_TAKES_THE_PLACE_OF_BN}")
         if not affine:
             raise ValueError(
                 f"{name} needs affine=True: without a trained beta there is nothing for weight "
@@ -236,6 +244,16 @@ class psBN2d(PostShift, nn.BatchNorm2d, _BatchNorm):
         ValueError: ``alpha`` is negative or not finite, ``affine`` is False,
             or ``load_bn`` is unknown.
     """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 4:
+            # In the place of a LayerNorm (Swin, PVT) it gets (N, L, C).
+            raise ValueError(
+                f"expected 4D input (got {input.dim()}D input): a psBN2d takes the place of a "
+                "BatchNorm2d, not of a LayerNorm; for a network with LayerNorm keep its norm_cfg "
+                "and convert its BatchNorms with to_psbn, in a config with "
+                "model.type=psbn_mmdet.ToPsBN model.of=MODEL"
+            )
 
 
 psBN = psBN2d
