@@ -5,15 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..norm import PostShift
+from ..norm import PostShift, followed_by, norm_kinds, norm_layers
 from .criteria import MeasureError, filter_l1
 from .flops import filters_of
 from .pairs import natural_order, pair_by_name, pair_in_order
-
-RELU, OTHER = "relu", "other"
 
 
 @dataclass(frozen=True)
@@ -25,8 +21,8 @@ class Layer:
         gamma, bias: (C,), float32 on the CPU.
         conv: The convolution that it normalizes.
         filter_l1: L1 norms of that convolution's filters, (C,), float32 on the CPU.
-        followed_by: ``"relu"`` (or another activation that is exactly 0 below 0), ``"other"``
-            (another activation or none), or None: not known.
+        followed_by: As :func:`psbn_mmdet.norm.followed_by` has it: ``"relu"``, ``"leaky"``,
+            ``"other"``, ``"none"`` or ``"unknown"``.
         alpha: The shift of a psBN layer; None for other layers.
     """
 
@@ -35,13 +31,13 @@ class Layer:
     bias: Tensor
     conv: str | None = None
     filter_l1: Tensor | None = None
-    followed_by: str | None = None
+    followed_by: str = "unknown"
     alpha: float | None = None
 
     @property
     def relu(self) -> Tensor:
         """(C,) bool, whether a ReLU follows each filter; assumed where it is not known."""
-        return torch.full(self.gamma.shape, self.followed_by != OTHER)
+        return torch.full(self.gamma.shape, self.followed_by in ("relu", "unknown"))
 
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -51,19 +47,15 @@ def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
         MeasureError: There is none, or one has not been materialised.
     """
     norms = {}
-    for name, module in model.named_modules():
+    for name, module in norm_layers(model).items():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
             continue
-        if isinstance(module, _BatchNorm | _InstanceNorm) or all(
-            isinstance(getattr(module, a, None), Tensor)
-            for a in ("bias", "running_mean", "running_var")  # as FrozenBatchNorm2d
-        ):
-            if nn.parameter.is_lazy(weight):
-                raise MeasureError(
-                    f"{name} is a lazy layer without parameters yet: run the model once first"
-                )
-            norms[name] = module
+        if nn.parameter.is_lazy(weight):
+            raise MeasureError(
+                f"{name} is a lazy layer without parameters yet: run the model once first"
+            )
+        norms[name] = module
     if not norms:
         raise MeasureError(
             "the model has no normalization layer with a gamma (BatchNorm or InstanceNorm, "
@@ -113,7 +105,7 @@ def layers_of_model(model: nn.Module) -> list[Layer]:
     norms_l1 = torch.cat([v.float() for v in l1.values()]).cpu() if l1 else torch.empty(0)
     sizes = [module.weight.numel() for module in norms.values()]
     l1 = dict(zip(l1, norms_l1.split([v.numel() for v in l1.values()]), strict=True))
-    followed_by = _followed_by(model)
+    followers = followed_by(model)
     return [
         Layer(
             name,
@@ -121,7 +113,7 @@ def layers_of_model(model: nn.Module) -> list[Layer]:
             b,
             pairs.get(name),
             l1.get(name),
-            followed_by.get(name),
+            followers[name],
             float(module.alpha) if isinstance(module, PostShift) else None,
         )
         for (name, module), g, b in zip(
@@ -130,16 +122,13 @@ def layers_of_model(model: nn.Module) -> list[Layer]:
     ]
 
 
-def _followed_by(model: nn.Module) -> dict[str, str]:
-    return {}
-
-
 def layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> list[Layer]:
-    """The layers that names prove, in the natural order of the names, whatever that of the keys.
+    """The layers that names and shapes prove, in the natural order of the names.
 
     Raises:
-        MeasureError: There is none, or gamma and bias of one do not belong together.
+        MeasureError: There is none.
     """
+    kinds = norm_kinds(state_dict)
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -151,22 +140,16 @@ def layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> list[Layer]:
         weight = tensors.get("weight")
         if weight is None:
             continue
-        alpha = tensors.get("alpha")
-        if "beta" in tensors and alpha is not None and alpha.numel() == weight.dim() == 1:
-            bias = tensors["beta"].float() + alpha.float()
-            alphas[prefix] = float(alpha)
-        elif {"bias", "running_mean", "running_var"} <= tensors.keys():
+        if kinds.get(prefix) == "psbn":
+            alphas[prefix] = float(tensors["alpha"])
+            bias = tensors["beta"].float() + tensors["alpha"].float()
+        elif kinds.get(prefix) == "bn":
             bias = tensors["bias"].float()
         else:
             if weight.dim() >= 2:
                 convs[prefix] = weight
             continue
-        if weight.numel() != bias.numel():
-            raise MeasureError(
-                f"{prefix}: {weight.numel()} values of gamma (weight) and {bias.numel()} of the "
-                "bias do not belong together; the state dict is damaged"
-            )
-        norms[prefix] = weight.float().flatten().cpu(), bias.flatten().cpu()
+        norms[prefix] = weight.float().cpu(), bias.cpu()
     if not norms:
         raise MeasureError(
             "no normalization layer found (weight, bias, running_mean, running_var or weight, "
@@ -185,8 +168,7 @@ def layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> list[Layer]:
             bias,
             pairs.get(name),
             filter_l1(convs[pairs[name]]).float().cpu() if name in pairs else None,
-            None,
-            alphas.get(name),
+            alpha=alphas.get(name),
         )
         for name, (gamma, bias) in norms.items()
     ]

@@ -24,7 +24,7 @@ from .criteria import (
     not_finite,
 )
 from .flops import Flops, probe
-from .layers import OTHER, Layer, layers_of_model, layers_of_state_dict, norm_modules
+from .layers import Layer, layers_of_model, layers_of_state_dict, norm_modules
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Report:
 
         ``collapsed_filters``, ``constant_filters``, ``inactive_filters`` and
         ``not_finite_filters`` are indices; ``conv`` and ``filter_l1_median`` are
-        None where no convolution is known in front; ``followed_by`` is ``"relu"``,
-        ``"other"`` or None, which counts as a ReLU.
+        None where no convolution is known in front; ``followed_by`` is as
+        :func:`psbn_mmdet.norm.followed_by` has it, and ``"unknown"`` counts as a ReLU.
         """
         rows = []
         for layer in self.layers:
@@ -88,7 +88,7 @@ class Report:
             layer.name
             for layer in self.layers
             if layer.alpha is not None
-            and layer.followed_by != OTHER
+            and layer.relu.all()
             and nearly_linear(layer.gamma, layer.bias, self.threshold)
         ]
 
@@ -124,7 +124,7 @@ class Report:
         width = max([5, *(len(row["name"]) for row in shown)])
         lines = [
             f"{'layer':<{width}}  filters  collapsed      %   dead  constant  inactive"
-            "  P(active)  ReLU  median L1"
+            "  P(active)  followed by  median L1"
         ]
         for row in shown:
             l1 = row["filter_l1_median"]
@@ -133,7 +133,7 @@ class Report:
                 f"{row['name']:<{width}}  {row['filters']:7d}  {row['collapsed']:9d}"
                 f"  {row['collapsed_percent']:5.1f}  {row['dead']:5d}  {row['constant']:8d}"
                 f"  {row['inactive']:8d}  {row['activation_probability']:9.3f}"
-                f"  {_RELU_COLUMN[row['followed_by']]:>4}"
+                f"  {row['followed_by']:>11}"
                 f"  {'-' if l1 is None else format(l1, '.3g'):>9}{broken}"
             )
         if len(shown) < len(ranked):
@@ -166,8 +166,8 @@ class Report:
                 f"({self.flops.total:.4g} -> {self.flops.remaining:.4g} multiply-accumulates)"
             )
         n_layers = len(self.layers)
-        unknown = sum(layer.followed_by is None for layer in self.layers)
-        without = sum(layer.followed_by == OTHER for layer in self.layers)
+        unknown = sum(layer.followed_by == "unknown" for layer in self.layers)
+        without = sum(not layer.relu.all() for layer in self.layers)
         if unknown == n_layers:
             lines.append("a ReLU is assumed behind every layer: what follows is not known")
         elif unknown:
@@ -190,9 +190,6 @@ class Report:
 
     def __str__(self) -> str:
         return self.table()
-
-
-_RELU_COLUMN = {"relu": "yes", "other": "no", None: "?"}
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[float, ...]:
