@@ -66,7 +66,7 @@ def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def gather(modules: Iterable[nn.Module]) -> tuple[Tensor, Tensor]:
-    """gamma and bias of some layers, concatenated, float32 on the CPU, (C,) each.
+    """Read gamma and bias of some layers, concatenated, float32 on the CPU, (C,) each.
 
     They are joined on the device and copied at once: one synchronisation.
     """

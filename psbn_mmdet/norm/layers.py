@@ -119,7 +119,7 @@ class PostShift(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """gamma = 1, beta = 0, alpha as constructed, running statistics of N(0, 1)."""
+        """Set gamma = 1, beta = 0, alpha as constructed, running statistics of N(0, 1)."""
         self.reset_running_stats()
         if self.affine:  # not yet when the base class calls
             nn.init.ones_(self.weight)
