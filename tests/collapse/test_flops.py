@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from psbn_mmdet.collapse import MeasureError, measure, probe
+from psbn_mmdet.collapse import measure, probe
 from tests.helpers.collapsed_net import VARIANTS, Net, collapse_by_hand
 
 

@@ -1,7 +1,5 @@
 """Which layers of a model or a state dict are measured."""
 
-import math
-
 import pytest
 import torch
 from torch import nn

@@ -1,13 +1,16 @@
 """Reports against hand-made truth."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from psbn_mmdet.collapse import measure
+from psbn_mmdet import norm
+from psbn_mmdet.collapse import Report, measure
 from tests.helpers.collapsed_net import (
     CONSTANT,
     DEAD,
@@ -60,7 +63,14 @@ def test_values_that_are_not_finite_are_counted_and_leave_valid_json(net):
     report = measure(net)
     assert report.totals["not_finite"] == 5
     assert report.rows[1]["activation_probability"] != report.rows[1]["activation_probability"]
-    assert "5 filters have a gamma or bias that is not finite" in report.table()
+    assert report.summary().startswith("5 of 28 filters have a gamma or bias that is not finite")
+    lines = report.table(limit=2).splitlines()
+    assert lines[1].split()[0] == "block.bn1"
+    assert lines[1].endswith("  4 not finite")
+    assert lines[2].startswith("bn1 ")
+    assert lines[2].endswith("  1 not finite")
+    assert report.rows[0]["not_finite_filters"] == [0]
+    assert 0 not in report.rows[0]["collapsed_filters"]
     layers = json.loads(report.to_json(), parse_constant=pytest.fail)["layers"]
     assert layers[1]["activation_probability"] is None
 
@@ -109,3 +119,97 @@ class TestBadInput:
     def test_flops_of_a_state_dict(self):
         with pytest.raises(ValueError, match="FLOPs need the model"):
             measure(Net().state_dict(), inputs=(3, 8, 8))
+
+
+class Activations(nn.Module):
+    """Four layers with the same half that collapsed; what follows is in their names."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("relu", "silu", "leaky", "linear"):
+            conv, bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            with torch.no_grad():
+                bn.weight[0], bn.bias[0] = 0.0, -1.0
+                bn.weight[1], bn.bias[1] = 0.1, -1.0
+            setattr(self, f"conv_{name}", conv)
+            setattr(self, f"bn_{name}", bn)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        x = F.relu(self.bn_relu(self.conv_relu(x)))
+        x = F.silu(self.bn_silu(self.conv_silu(x)))
+        x = F.leaky_relu(self.bn_leaky(self.conv_leaky(x)))
+        return self.head(self.bn_linear(self.conv_linear(x)))
+
+
+class TestWhatFollows:
+    def test_only_a_relu_makes_filters_dead_or_inactive(self):
+        report = measure(Activations())
+        rows = {row["name"].removeprefix("bn_"): row for row in report.rows}
+        follows = {name: row["followed_by"] for name, row in rows.items()}
+        assert follows == {"relu": "relu", "silu": "other", "leaky": "leaky", "linear": "none"}
+        states = {n: (r["dead"], r["constant"], r["inactive_filters"]) for n, r in rows.items()}
+        passes = (0, 1, [])
+        assert states == {"relu": (1, 0, [0, 1]), "silu": passes, "leaky": passes, "linear": passes}
+        assert rows["silu"]["constant_filters"] == rows["silu"]["collapsed_filters"] == [0]
+        totals = report.totals
+        assert (totals["dead"], totals["constant"], totals["inactive"]) == (1, 3, 2)
+        assert "3 of 4 layers: no ReLU follows, so that none of their filters" in report.summary()
+        assert "assumed" not in report.summary()
+        assert [line.split()[-2] for line in report.table().splitlines()[1:5]] == [
+            *("relu", "other", "leaky", "none"),
+        ]
+
+    def test_of_a_state_dict_a_relu_is_assumed_and_the_words_say_so(self):
+        report = measure(Activations().state_dict())
+        assert {row["followed_by"] for row in report.rows} == {"unknown"}
+        assert (report.totals["dead"], report.totals["inactive"]) == (4, 8)
+        assert "a ReLU is assumed behind every layer: what follows is not known" in report.summary()
+
+    def test_some_unknown_are_counted_and_said(self):
+        known = measure(Activations()).layers
+        layers = (*known[:1], dataclasses.replace(known[1], followed_by="unknown"))
+        report = Report(layers)
+        assert report.totals["dead"] == 2
+        assert "1 of 2 layers: what follows is not known, ReLU assumed" in report.summary()
+
+    @pytest.mark.parametrize("act", ["SiLU", "ReLU6"])
+    def test_conv_modules_of_a_detector(self, act):
+        from mmdet.models.backbones import CSPDarknet
+
+        cfg = dict(norm_cfg=dict(type="BN"), act_cfg=dict(type=act))
+        model = CSPDarknet(widen_factor=0.125, deepen_factor=0.33, **cfg)
+        for layer in norm.norm_layers(model).values():
+            nn.init.constant_(layer.bias, -9.0)
+        totals = measure(model).totals
+        assert totals["inactive"] == (totals["filters"] if act == "ReLU6" else 0)
+
+
+class TestNearlyLinear:
+    def psbn_net(self, gamma):
+        model = norm.to_psbn(Activations(), alpha=0.1)
+        for layer in norm.norm_layers(model).values():
+            nn.init.constant_(layer.weight, gamma)
+            nn.init.zeros_(layer.beta)
+        return model
+
+    def test_psbn_layers_whose_alpha_is_large_against_gamma_are_named(self):
+        # Phi(0.1 / gamma) > 0.95 is gamma < 0.0608; only one of the layers has a ReLU.
+        report = measure(self.psbn_net(0.06))
+        assert report.nearly_linear == ["bn_relu"]
+        assert json.loads(report.to_json())["nearly_linear"] == ["bn_relu"]
+        assert "1 psBN layers (as bn_relu): alpha is large against gamma" in report.summary()
+        assert measure(self.psbn_net(0.061)).nearly_linear == []
+        assert "large against" not in measure(self.psbn_net(0.061)).summary()
+
+    def test_a_state_dict_of_psbn_names_all_as_relu_is_assumed(self):
+        assert len(measure(self.psbn_net(0.06).state_dict()).nearly_linear) == 4
+
+    def test_batch_norm_has_no_alpha_to_be_large(self):
+        assert measure(norm.to_bn(self.psbn_net(0.06))).nearly_linear == []
+
+    def test_the_alpha_of_each_layer_is_known(self):
+        model = self.psbn_net(1.0)
+        for source in (model, model.state_dict()):
+            assert [layer.alpha for layer in measure(source).layers] == pytest.approx([0.1] * 4)
+        assert measure(Net()).layers[0].alpha is None
