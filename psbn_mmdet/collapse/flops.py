@@ -163,7 +163,7 @@ def _run(
 ) -> _Run:
     training = {module: module.training for module in model.modules()}
     calls: dict[str, list[_Call]] = defaultdict(list)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_FLOPS_OF_OTHERS)
     within = _Within(counter)
     with ExitStack() as stack:
         stack.callback(_restore, training)
@@ -187,6 +187,20 @@ def _run(
         {name: each for name, each in calls.items() if each},
         (counter.get_total_flops() - within.counted) // 2,
     )
+
+
+def _attention_flops(query, key, value, *args: Any, **kwargs: Any) -> int:
+    """Of the two products, for shapes (B, heads, positions, channels)."""
+    products = query[2] * key[2] * (query[3] + value[3])
+    return 2 * query[0] * query[1] * products
+
+
+# The attention of the CPU, which FlopCounterMode does not know.
+_FLOPS_OF_OTHERS = {
+    getattr(torch.ops.aten, name): _attention_flops
+    for name in ("_scaled_dot_product_flash_attention_for_cpu",)
+    if hasattr(torch.ops.aten, name)
+}
 
 
 class _Within:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from psbn_mmdet.collapse import measure, probe
+from psbn_mmdet.collapse import MeasureError, measure, probe
 from tests.helpers.collapsed_net import VARIANTS, Net, collapse_by_hand
 
 
@@ -223,7 +224,7 @@ class TestFlops:
         assert (by_call.total, by_call.remaining) == (4 * by_size.total, 4 * by_size.remaining)
 
     def test_a_failing_call_leaves_no_hooks(self, net):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(MeasureError):
             measure(net, inputs=(7, 10, 10))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
@@ -232,44 +233,204 @@ class TestFlops:
             probe(nn.BatchNorm2d(3), {}, (3, 4, 4))
 
 
-def detector(norm_cfg):
-    from mmdet.registry import MODELS
-    from mmdet.utils import register_all_modules
+class TestKinds:
+    def test_batch_norm_1d_on_as_many_samples_as_channels(self):
+        # (N, C, L) = (2, 2, 5): the channel is the second dimension, whatever the sizes.
+        model = nn.Sequential(nn.Conv1d(3, 2, 1), nn.BatchNorm1d(2), nn.Conv1d(2, 7, 1))
+        kill(model[1], 0)
+        flops = measure(model, inputs=(3, 5)).flops
+        assert [row["remaining"] for row in flops.rows] == [3 * 1 * 5, 1 * 7 * 5]
 
-    register_all_modules(init_default_scope=True)
-    return MODELS.build(
-        dict(
-            type="RetinaNet",
-            backbone=dict(type="ResNet", depth=18, norm_cfg=norm_cfg, norm_eval=False),
-            neck=dict(type="FPN", in_channels=[64, 128, 256, 512], out_channels=32, start_level=1,
-                      add_extra_convs="on_input", num_outs=5),
-            bbox_head=dict(type="RetinaHead", num_classes=3, in_channels=32, feat_channels=32,
-                           stacked_convs=1, norm_cfg=norm_cfg),
-        )
+    @pytest.mark.parametrize("batched", [True, False])
+    @pytest.mark.parametrize("d", [1, 2, 3])
+    def test_instance_norm_with_and_without_a_batch(self, d, batched):
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[d - 1]
+        instance_norm = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[d - 1]
+        model = nn.Sequential(conv(3, 2, 1), instance_norm(2, affine=True), conv(2, 7, 1))
+        kill(model[1], 1)
+        x = torch.randn(2, 3, *[2] * d) if batched else torch.randn(3, *[2] * d)
+        flops = measure(model, inputs=lambda m: m(x)).flops
+        positions = (1 + batched) * 2**d
+        assert [r["remaining"] for r in flops.rows] == [3 * positions, 7 * positions]
+
+    def test_a_convolution_of_a_list_is_counted_for_each(self):
+        from mmdet.models.backbones.trident_resnet import TridentConv
+
+        class Trident(nn.Module):
+            def __init__(self, test_branch):
+                super().__init__()
+                self.stem = conv_bn(3, 4, 1)
+                self.branches = 3 if test_branch == -1 else 1
+                self.conv = TridentConv(4, 6, 3, trident_dilations=(1, 2, 3), bias=False,
+                                        test_branch_idx=test_branch)  # fmt: skip
+                self.bn = nn.BatchNorm2d(6)
+
+            def forward(self, x):
+                x = self.stem(x)
+                return [self.bn(y) for y in self.conv([x] * self.branches)]
+
+        for test_branch, branches in [(-1, 3), (1, 1)]:
+            model = Trident(test_branch)
+            kill(model.stem[1], 0)
+            kill(model.bn, 0, 1)
+            flops = measure(model, inputs=(3, 10, 10)).flops
+            rows = {row["name"]: (row["total"], row["remaining"]) for row in flops.rows}
+            assert rows["conv"] == (branches * 4 * 6 * 900, branches * 3 * 4 * 900)
+
+    def test_a_convolution_given_by_name(self):
+        class ByName(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body, self.head = conv_bn(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+            def forward(self, x):
+                return self.head(input=self.body(x))
+
+        model = ByName()
+        kill(model.body[1], 0)
+        rows = measure(model, inputs=(3, 10, 10)).flops.rows
+        assert [row["remaining"] for row in rows] == [3 * 3 * 100, 3 * 2 * 100]
+
+    def test_channels_that_are_constant_anyway_are_not_saved(self):
+        class Queries(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body, self.merge = conv_bn(3, 4, 1), nn.Conv2d(6, 2, 1)
+
+            def forward(self, x):
+                x = self.body(x)
+                return self.merge(torch.cat([x, torch.zeros_like(x[:, :2])], 1))
+
+        model = Queries()
+        assert measure(model, inputs=(3, 10, 10)).flops.sparsity == 0
+        kill(model.body[1], 0)
+        rows = measure(model, inputs=(3, 10, 10)).flops.rows
+        assert [row["remaining"] for row in rows] == [3 * 3 * 100, (3 + 2) * 2 * 100]
+
+    def test_calls_that_removed_filters_prevent_count_with_what_they_cost(self):
+        class Depends(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body, self.head = conv_bn(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+            def forward(self, x):
+                x = self.body(x)
+                self.head(x)
+                return self.head(x) if x[:, 0].any() else x
+
+        model = Depends()
+        kill(model.body[1], 0)
+        flops = measure(model, inputs=(3, 10, 10)).flops
+        assert flops.rows[1] == {"name": "head", "total": 2 * 800, "remaining": 2 * 600}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("size", [(), (3, 0, 10), (3, 10, -1), (3.0, 10, 10), (True, 9, 9)])
+    def test_a_size_that_is_none(self, net, size):
+        with pytest.raises(MeasureError, match="positive whole numbers"):
+            probe(net, {}, size)
+
+    @pytest.mark.parametrize("size", [(7, 10, 10), (3,)])
+    def test_a_size_that_the_model_cannot_take_is_one_line(self, net, size):
+        with pytest.raises(MeasureError) as caught:
+            measure(net, inputs=size)
+        assert "\n" not in str(caught.value)
+        assert f"cannot be called with an input of size {size}: RuntimeError" in str(caught.value)
+
+    def test_what_a_function_raises_is_its_own(self, net):
+        with pytest.raises(ZeroDivisionError):
+            measure(net, inputs=lambda m: 1 / 0)
+
+    def test_weights_that_are_not_finite(self, net):
+        with torch.no_grad():
+            net.block.conv1.weight[0, 0, 0, 0] = torch.nan
+        with pytest.raises(MeasureError, match=r"block.conv1 computes values that are not finite"):
+            measure(net, inputs=(3, 10, 10))
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+    def test_a_gamma_that_is_not_finite_is_live(self, net):
+        with torch.no_grad():
+            net.bn1.weight[1] = torch.nan
+        flops = measure(net, inputs=(3, 10, 10)).flops
+        assert flops.rows[0]["remaining"] == 3 * 5 * 900
+
+
+class Attention(nn.Module):
+    """Products outside of modules: 2 tokens^2 channels of the attention, and those of its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = conv_bn(3, 8, 1), nn.Linear(8, 5)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.body(x).flatten(2).transpose(1, 2)
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_what_is_multiplied_outside_of_modules_counts_and_stays():
+    model = Attention()
+    kill(model.body[1], 0, 1)
+    flops = measure(model, inputs=(3, 4, 4)).flops
+    tokens = 16
+    # Queries, keys, values and output: 4 * 8 * 8 for each token; then two products of the tokens.
+    assert flops.elsewhere == tokens * 4 * 8 * 8 + 2 * tokens * tokens * 8
+    assert flops.total == tokens * (3 * 8 + 8 * 5) + flops.elsewhere
+    assert flops.remaining == tokens * (3 * 6 + 8 * 5) + flops.elsewhere
+
+
+def as_3d():
+    return nn.Sequential(
+        nn.Conv3d(2, 4, 3), nn.BatchNorm3d(4), nn.ReLU(),
+        nn.ConvTranspose3d(4, 6, 2, 2, groups=2), nn.Flatten(), nn.Linear(6 * 8 * 8 * 8, 3),
     )  # fmt: skip
 
 
-def test_fpn_and_head_of_a_detector_counted_by_hand():
-    model = detector(dict(type="BN"))
-    last = model.backbone.layer4[1].bn2
-    kill(last, *range(100))
-    shortcut = model.backbone.layer4[0]
-    kill(shortcut.bn2, *range(50))
-    kill(shortcut.downsample[1], *range(25, 512))
-    kill(model.bbox_head.cls_convs[0].bn, 0, 1, 2)
-    flops = measure(model, inputs=(3, 128, 128)).flops
-    rows = {row["name"]: row for row in flops.rows}
-    # Channels of C5 (4 x 4): 0-99 need the first block, whose sum lacks 25-49.
-    c5 = 512 - 25
-    assert rows["neck.lateral_convs.2.conv"]["remaining"] == c5 * 32 * 16
-    assert rows["neck.fpn_convs.3.conv"]["remaining"] == c5 * 32 * 9 * 4  # P6, 2 x 2
-    assert rows["neck.fpn_convs.4.conv"]["remaining"] == 32 * 32 * 9 * 1  # P7, 1 x 1
-    # The second block's first convolution reads the sum of the first.
-    assert rows["backbone.layer4.1.conv1"]["remaining"] == (512 - 25) * 512 * 9 * 16
-    assert rows["backbone.layer4.1.conv2"]["remaining"] == 512 * 412 * 9 * 16
-    # The head runs on 16x16 + 8x8 + 4x4 + 2x2 + 1x1 = 341 positions.
-    assert rows["bbox_head.cls_convs.0.conv"]["remaining"] == 32 * 29 * 9 * 341
-    assert rows["bbox_head.retina_cls"]["remaining"] == 29 * 27 * 9 * 341
-    assert rows["bbox_head.reg_convs.0.conv"]["remaining"] == 32 * 32 * 9 * 341
-    untouched = measure(detector(dict(type="BN")), inputs=(3, 128, 128)).flops
-    assert untouched.remaining == untouched.total == flops.total
+COUNTED_BY_TORCH = {
+    "residual": (Residual, (3, 10, 10)),
+    "3d, transposed and grouped": (as_3d, (2, 6, 6, 6)),
+    "1d, strided and dilated": (
+        lambda: nn.Sequential(nn.Conv1d(4, 6, 3, 2, dilation=2, groups=2), nn.Conv1d(6, 2, 1)),
+        (4, 33),
+    ),
+    "ResNet-18": (lambda: mmdet_backbone("ResNet", depth=18), (3, 64, 96)),
+    "MobileNetV2": (lambda: mmdet_backbone("MobileNetV2", widen_factor=0.5), (3, 64, 64)),
+    "Swin": (
+        lambda: mmdet_backbone(
+            "SwinTransformer", embed_dims=24, depths=(2, 2), num_heads=(2, 4), strides=(4, 2),
+            out_indices=(0, 1)),
+        (3, 64, 64),
+    ),
+}  # fmt: skip
+
+
+def mmdet_backbone(kind, **kwargs):
+    from mmdet.models import backbones
+
+    return getattr(backbones, kind)(**kwargs)
+
+
+@pytest.mark.parametrize("network", COUNTED_BY_TORCH)
+def test_totals_are_those_of_torch(network):
+    build, size = COUNTED_BY_TORCH[network]
+    model = build()
+    model.eval()  # mmdet's backbones return None
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, *size))
+    flops = probe(model, {}, size)
+    assert flops.total == flops.remaining == counter.get_total_flops() // 2
+
+
+def test_deformable_convolutions_count_once():
+    from mmcv.ops import ModulatedDeformConv2dPack
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), ModulatedDeformConv2dPack(4, 6, 3, padding=1)
+    )
+    kill(model[1], 0)
+    flops = measure(model, inputs=(3, 10, 10)).flops
+    # The offsets and masks are 3 * 9 channels of a 3 x 3 convolution of their own.
+    rows = {row["name"]: (row["total"], row["remaining"]) for row in flops.rows}
+    assert rows["2"] == (4 * 6 * 900, 3 * 6 * 900)
+    assert rows["2.conv_offset"] == (4 * 27 * 900, 3 * 27 * 900)
+    assert (flops.elsewhere, flops.total) == (0, 100 * (12 + 9 * (24 + 108)))
