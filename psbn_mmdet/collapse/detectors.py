@@ -17,7 +17,7 @@ def ways_to_call(model: nn.Module, images: Tensor) -> list[Callable[[nn.Module],
         model: Any module, in eval mode.
         images: (N, C, H, W) for a detector, else as the model wants them.
     """
-    if not any(base.__module__.startswith("mmdet.models.") for base in type(model).__mro__):
+    if not any(base.__name__ == "BaseDetector" for base in type(model).__mro__):  # mmdet's
         return [lambda m: m(images)]
     return [
         lambda m: m(images, _data_samples(images), mode="tensor"),
