@@ -263,6 +263,7 @@ class TestKinds:
                 self.branches = 3 if test_branch == -1 else 1
                 self.conv = TridentConv(4, 6, 3, trident_dilations=(1, 2, 3), bias=False,
                                         test_branch_idx=test_branch)  # fmt: skip
+                nn.init.normal_(self.conv.weight)  # mmdet leaves it uninitialised
                 self.bn = nn.BatchNorm2d(6)
 
             def forward(self, x):
