@@ -42,7 +42,7 @@ class Bias(Tensor):
         kwargs = kwargs or {}
         biases = [b for b in _leaves((args, kwargs)) if isinstance(b, Bias)]
         origin = biases[0]._origin
-        first = args[0] if args else kwargs.get("tensor")  # torch.nn.init gives it by name
+        first = args[0] if args else None
         if isinstance(first, Bias) and first._plain is first._origin.total:
             if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__):
                 origin.layer.beta.requires_grad_(*args[1:], **kwargs)
@@ -54,20 +54,11 @@ class Bias(Tensor):
                 return None
             if func == Tensor.data.__set__:
                 return origin.replace(args[1])
-        if (
-            _initialises(func)
-            and isinstance(first, Bias)
-            and first._plain.shape == origin.total.shape
-        ):
-            beta = origin.layer.beta
-            arguments = _map((args, kwargs), lambda value: beta if value is first else value)
-            result = func(*arguments[0], **arguments[1])
-            return Bias.of(origin.layer) if result is beta else result
         before = [bias._plain._version for bias in biases]
         result = func(*_map(args, _to_plain), **_map(kwargs, _to_plain))
         for bias, version in zip(biases, before, strict=True):
             if bias._plain._version != version:
-                bias._origin.write(bias._plain)
+                bias._origin.write(bias._plain, initial=_initialises(func))
         return _map(result, lambda value: _guarded(value, origin))
 
     @staticmethod
@@ -103,10 +94,15 @@ class _Origin:
         self.beta = layer.beta
         self.version = layer.beta._version
 
-    def write(self, written: Tensor) -> None:
-        """Take over what `total` has become; where it is what it was, beta keeps its bits."""
+    def write(self, written: Tensor, initial: bool) -> None:
+        """Take over what `total` has become; where it is what it was, beta keeps its bits.
+
+        Args:
+            written: What was changed, of the memory of `total`.
+            initial: Values for beta itself.
+        """
         kind = type(self.layer).__name__
-        if torch.is_grad_enabled() and written.requires_grad:
+        if not initial and torch.is_grad_enabled() and written.requires_grad:
             raise RuntimeError(
                 f"the bias of a {kind} that requires grad was changed in place: do it under "
                 "torch.no_grad() or on layer.bias.data"
@@ -118,7 +114,9 @@ class _Origin:
             )
         with torch.no_grad():
             old, new = self.beta + self.layer.alpha, self.total.detach()
-            self.beta.copy_(torch.where(new == old, self.beta, new - self.layer.alpha))
+            if not initial:
+                new = torch.where(new == old, self.beta, new - self.layer.alpha)
+            self.beta.copy_(new)
         self.version = self.beta._version
 
     def replace(self, value: Tensor) -> None:
