@@ -163,16 +163,18 @@ def count(
 
     Returns:
         Counts: ``filters``, ``collapsed`` = ``dead`` + ``constant``,
-        ``inactive``, ``not_finite``. ``collapsed_percent``,
+        ``inactive``, ``not_finite``. ``collapsed_percent``, ``dead_percent``,
         ``constant_percent`` and ``inactive_percent`` of the finite filters, NaN
         if there are none. ``activation_probability``, the mean over the finite
         filters with a ReLU, NaN if there are none.
     """
     unusable = not_finite(gamma, bias)
     n_constant = int(constant(gamma, bias, threshold, relu).sum())
+    n_dead = int(dead(gamma, bias, threshold, relu).sum())
     counts = {
         "filters": gamma.numel(),
-        "collapsed": n_constant + int(dead(gamma, bias, threshold, relu).sum()),
+        "collapsed": n_constant + n_dead,
+        "dead": n_dead,
         "constant": n_constant,
         "inactive": int(inactive(gamma, bias, inactive_below, relu).sum()),
         "not_finite": int(unusable.sum()),
@@ -181,10 +183,9 @@ def count(
     judged = ~unusable if relu is None else ~unusable & relu
     return {
         **counts,
-        "dead": counts["collapsed"] - n_constant,
         **{
             f"{name}_percent": 100 * counts[name] / finite if finite else math.nan
-            for name in ("collapsed", "constant", "inactive")
+            for name in ("collapsed", "dead", "constant", "inactive")
         },
         "activation_probability": float(activation_probability(gamma, bias)[judged].mean()),
     }

@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .course import COLORS, STATES, inactive_states, non_trainable, starts, states, sum_by_layer
+from .course import (
+    COLORS,
+    STATES,
+    inactive_states,
+    is_collapsed,
+    non_trainable,
+    percent,
+    starts,
+    states,
+    sum_by_layer,
+)
 from .trace import Trace, read
 
 FIGURE_STYLE = {
@@ -69,11 +79,11 @@ def _draw_course(figure: Any, trace: Trace) -> bool:
     inactive = inactive_states(trace)
     for label, mask, color in [
         ("inactive", inactive, COLORS["inactive"]),
-        ("collapsed", found >= 2, COLORS["dead"]),
+        ("collapsed", is_collapsed(found), COLORS["dead"]),
         ("of these constant", found == 3, COLORS["constant"]),
     ]:
         marker = "o" if len(mask) < 30 else ""
-        axes.plot(trace.iterations, 100 * mask.mean(1), marker=marker, color=color, label=label)
+        axes.plot(trace.iterations, percent(found, mask), marker=marker, color=color, label=label)
     axes.set(ylabel="% of the filters", title=trace.report().summary().splitlines()[0])
     axes.set_ylim(bottom=0)
     _label_time(axes, trace)
@@ -90,7 +100,7 @@ def _label_time(axes: Any, trace: Trace) -> None:
 
 def _draw_heat_map(figure: Any, trace: Trace) -> bool:
     sizes = np.diff(starts(trace))
-    percent = 100 * sum_by_layer(trace, states(trace) >= 2) / sizes
+    share = 100 * sum_by_layer(trace, is_collapsed(states(trace))) / sizes
     height = min(max(3.0, 0.14 * len(sizes) + 1), 14.0)
     figure.set_size_inches(8, height)
     axes = figure.add_subplot()
@@ -99,17 +109,17 @@ def _draw_heat_map(figure: Any, trace: Trace) -> bool:
     middle = (times[1:] + times[:-1]) / 2
     edges = np.concatenate([times[:1] - (not len(middle)), middle, times[-1:] + (not len(middle))])
     # What the run comes to sets the scale, not a start with gamma = 0.
-    top = max(float(percent[len(percent) // 2 :].max()), 1.0)
+    top = max(float(share[len(share) // 2 :].max()), 1.0)
     image = axes.pcolormesh(
-        edges, np.arange(len(sizes) + 1), percent.T, cmap="YlOrRd", vmin=0, vmax=top
+        edges, np.arange(len(sizes) + 1), share.T, cmap="YlOrRd", vmin=0, vmax=top
     )
     axes.invert_yaxis()
     step = -(-len(sizes) // 90)
-    names = [name for name, _, _ in trace.layers]
+    names = [layer.name for layer in trace.layers]
     axes.set_yticks(np.arange(0, len(names), step) + 0.5, names[::step], fontsize=6)
     _label_time(axes, trace)
     axes.set_title("Collapsed filters of each layer")
-    figure.colorbar(image, label="% collapsed", extend="max" if percent.max() > top else "neither")
+    figure.colorbar(image, label="% collapsed", extend="max" if share.max() > top else "neither")
     return True
 
 
@@ -120,12 +130,12 @@ def _most_collapsed(trace: Trace, among: NDArray[np.bool_]) -> int | None:
     last = slice(len(trace.iterations) - 1, None)
     found = states(trace, last)
     score = sum_by_layer(trace, found == 2) + sum_by_layer(trace, inactive_states(trace)[last])
-    score = (score + 1e-3 * sum_by_layer(trace, found >= 2))[0] / np.diff(starts(trace))
+    score = (score + 1e-3 * sum_by_layer(trace, found == 3))[0] / np.diff(starts(trace))
     return int(np.where(among, score, -1).argmax())
 
 
 def _draw_norms(figure: Any, trace: Trace) -> bool:
-    paired = np.array([conv is not None for _, _, conv in trace.layers])
+    paired = np.array([layer.conv is not None for layer in trace.layers])
     layer = _most_collapsed(trace, paired) if trace.norms else None
     if layer is None:
         return False
@@ -146,7 +156,7 @@ def _draw_norms(figure: Any, trace: Trace) -> bool:
         color=COLORS["dead"],
         label=labels[-1],
     )
-    axes.set(xlabel="L1 norm of the filter", ylabel="filters", title=trace.layers[layer][2])
+    axes.set(xlabel="L1 norm of the filter", ylabel="filters", title=trace.layers[layer].conv)
     axes.legend(frameon=False)
     return True
 
@@ -191,7 +201,7 @@ def _draw_paths(figure: Any, trace: Trace) -> bool:
         ylim=(low, high),
         xlabel="gamma",
         ylabel="bias (psBN: beta + alpha)",
-        title=f"{trace.layers[layer][0]}, {trace.moment(0)} to {trace.moment(-1)}",
+        title=f"{trace.layers[layer].name}, {trace.moment(0)} to {trace.moment(-1)}",
     )
     axes.legend(frameon=False, fontsize=8)
     return True

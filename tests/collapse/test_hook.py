@@ -1,5 +1,9 @@
 """SparsityLoggerHook: on a real Runner, killed and resumed, and against the truth made by hand."""
 
+import errno
+import io
+import json
+import math
 import os
 import re
 import signal
@@ -79,7 +83,7 @@ class TestTraining:
             assert np.array_equal(got.bias[row], bias.numpy())
         assert sorted(got.norms) == [0, 12]
         final = measure(make_runner(tmp_path / "b", [], iterations=1).model)
-        assert [layer.name for layer in final.layers] == [name for name, _, _ in got.layers]
+        assert [layer.name for layer in final.layers] == [layer.name for layer in got.layers]
 
     def test_a_log_line_shows_what_was_measured_in_its_own_iteration(self, tmp_path):
         class Collapse(Hook):
@@ -91,8 +95,10 @@ class TestTraining:
         net = norm.to_psbn(Net())
         hook_list = [SparsityLoggerHook(1, figures=False), Collapse()]
         make_runner(tmp_path, hook_list, net, iterations=4).train()
-        line = next(x for x in log_of(tmp_path).splitlines() if "Iter(train) [4/4]" in x)
-        assert "collapsed_percent: 14.2857" in line  # 4 of 28
+        lines = [x for x in log_of(tmp_path).splitlines() if "collapse at iteration" in x]
+        assert [re.search(r"iteration (\d): ([.\d]+)%", x).groups() for x in lines] == [
+            (str(n), f"{100 * n / 28:.2f}") for n in range(5)
+        ]
 
     def test_by_epoch(self, tmp_path):
         make_runner(
@@ -100,33 +106,6 @@ class TestTraining:
         ).train()
         # 16 samples in batches of 4
         assert trace.read(tmp_path / "collapse.trace").iterations.tolist() == [0, 8, 16, 20]
-
-    def test_totals_reach_the_log_line_and_tensorboard_under_names_that_are_not_averaged(
-        self, tmp_path
-    ):
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        net = collapse_by_hand(Net())
-        for parameter in net.parameters():
-            parameter.requires_grad_(parameter is net.fc.bias)
-        visualizer = {"type": "Visualizer", "vis_backends": [{"type": "TensorboardVisBackend"}]}
-        hook = SparsityLoggerHook(1, figures=False)
-        runner = make_runner(
-            tmp_path, [hook], net, visualizer={**visualizer, "name": str(tmp_path)}
-        )
-        runner.train()
-        runner.visualizer.close()
-        line = next(x for x in log_of(tmp_path).splitlines() if "Iter(train) [ 4/12]" in x)
-        assert "collapsed_percent: 28.5714" in line  # 8 of 28
-        assert "constant_percent: 7.1429" in line  # 2 of 28
-        assert "inactive_percent: 14.2857" in line  # 4 of 28
-        events = next(tmp_path.glob("**/events.out*"))
-        curves = EventAccumulator(str(events.parent)).Reload()
-        assert [e.step for e in curves.Scalars("collapsed_percent")] == [4, 8, 12]
-        assert curves.Scalars("collapsed_percent")[0].value == pytest.approx(100 * 8 / 28)
-        for name in runner.message_hub.log_scalars:
-            if name not in ("train/loss", "train/time", "train/data_time"):
-                assert not re.search("loss|time|grad_norm", name), name
 
     def test_one_synchronisation_for_a_measurement(self, monkeypatch):
         layers = collapse.norm_modules(norm.to_psbn(Net())).values()
@@ -199,6 +178,165 @@ class TestResume:
         assert np.array_equal(again.gamma[:5], whole.gamma[:5])
         assert np.array_equal(again.bias[:5], whole.bias[:5])
         assert sorted(again.norms) == [0, 12]
+
+
+def rows_of(work_dir):
+    """iteration -> what the hook logged, from mmengine's own backend."""
+    rows = [json.loads(x) for p in work_dir.glob("*/vis_data/scalars.json") for x in p.open()]
+    return {row["iter"]: row for row in rows if "collapse/collapsed_percent" in row}
+
+
+def local(work_dir):
+    """A visualizer of mmengine that writes a file; Runner changes the dict."""
+    backends = [{"type": "LocalVisBackend"}]
+    return {"type": "Visualizer", "vis_backends": backends, "name": str(work_dir)}
+
+
+class Damage(Hook):
+    """Change gamma of the first layer after some iterations."""
+
+    priority = "VERY_HIGH"
+
+    def __init__(self, at, value):
+        self.at, self.value = at, value
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if runner.iter + 1 == self.at:
+            self.change(runner.model.net)
+
+    def change(self, net):
+        net.bn1.weight.data[:] = self.value
+
+
+class TestAveragedWeights:
+    def test_both_are_measured_each_under_its_name(self, tmp_path):
+        # Registered behind the hook; the averaged gamma moves by a hundredth at a time.
+        averaging = {"type": "EMAHook", "momentum": 0.01}
+        hook_list = [SparsityLoggerHook(4, figures=False), averaging, Damage(8, 0)]
+        runner = make_runner(tmp_path, hook_list, visualizer=local(tmp_path))
+        runner.train()
+        rows = rows_of(tmp_path)
+        for at in (4, 8, 12):
+            saved = torch.load(tmp_path / f"iter_{at}.pth", weights_only=False)
+            evaluated = measure(saved["state_dict"]).totals
+            trained = measure({k.removeprefix("module."): v
+                               for k, v in saved["ema_state_dict"].items()}).totals  # fmt: skip
+            for name in ("collapsed_percent", "dead_percent"):
+                assert rows[at][f"collapse/{name}"] == pytest.approx(trained[name])
+                assert rows[at][f"collapse/ema_{name}"] == pytest.approx(evaluated[name])
+        assert rows[8]["collapse/collapsed_percent"] == pytest.approx(100 * 8 / 28)
+        assert rows[8]["collapse/ema_collapsed_percent"] == 0
+        text = log_of(tmp_path)
+        assert "which are evaluated and saved" in text
+        assert "averaged weights: 0.00% of 28 filters collapsed" in text
+
+    def test_without_averaging_nothing_of_it_is_said(self, tmp_path):
+        runner = make_runner(
+            tmp_path, [SparsityLoggerHook(figures=False)], iterations=1,
+            visualizer=local(tmp_path),
+        )  # fmt: skip
+        runner.train()
+        assert not [name for name in rows_of(tmp_path)[1] if "ema" in name]
+        assert "averaged" not in log_of(tmp_path)
+
+
+class TestLoud:
+    def test_values_that_are_not_finite_are_never_zero_percent(self, tmp_path):
+        hook_list = [SparsityLoggerHook(1, figures=False), Damage(2, math.nan)]
+        runner = make_runner(tmp_path, hook_list, iterations=4, visualizer=local(tmp_path))
+        runner.train()
+        rows = rows_of(tmp_path)
+        assert [rows[i]["collapse/not_finite"] for i in range(3)] == [0, 0, 8]
+        # One step of training carries it to all other layers.
+        assert rows[3]["collapse/not_finite"] == 28
+        assert math.isnan(rows[3]["collapse/collapsed_percent"])
+        text = log_of(tmp_path)
+        warnings = [x for x in text.splitlines() if "not finite: the training has diverged" in x]
+        assert len(warnings) == 1
+        assert "WARNING" in warnings[0]
+        assert "at iteration 2 8 of 28 filters (the first in net.bn1)" in warnings[0]
+        assert "iteration 3: none of 28 filters has a finite gamma and bias" in text
+
+    def test_an_alpha_that_makes_the_network_linear(self, tmp_path):
+        # P(active) = Phi((beta + alpha) / |gamma|)
+        # Phi(0.1 / 0.06) = 0.952, Phi(0.1 / 0.061) = 0.949
+        found = {}
+        for gamma in (0.061, 0.06):
+            net = norm.to_psbn(Net(), load_bn="shift")
+            for parameter in net.parameters():
+                parameter.requires_grad_(parameter is net.fc.bias)
+            for layer in (net.bn1, net.block.bn1):  # those that a ReLU follows
+                nn.init.constant_(layer.weight, gamma)
+                nn.init.zeros_(layer.beta)
+            work_dir = tmp_path / str(gamma)
+            make_runner(
+                work_dir, [SparsityLoggerHook(1, figures=False)], net, iterations=2,
+                visualizer=local(work_dir),
+            ).train()  # fmt: skip
+            lines = log_of(work_dir).splitlines()
+            found[gamma] = (
+                rows_of(work_dir)[2]["collapse/nearly_linear_layers"],
+                [x for x in lines if "WARNING" in x and "the network turns linear there" in x],
+            )
+        assert found[0.061] == (0, [])
+        layers, (warning,) = found[0.06]  # once, not at each measurement
+        assert layers == 2
+        assert "at iteration 0 2 psBN layers (as net.bn1) have an alpha so large" in warning
+
+    def test_flops_that_cannot_be_counted_end_no_training(self, tmp_path):
+        runner = make_runner(tmp_path, [SparsityLoggerHook(figures=False, input_size=(4, 6, 6))])
+        runner.train()
+        assert runner.iter == 12
+        lines = [x for x in log_of(tmp_path).splitlines() if "no FLOPs of the collapsed" in x]
+        assert len(lines) == 1
+        assert "cannot be called with an input of size (4, 6, 6)" in lines[0]
+        assert trace.read(tmp_path).iterations.tolist() == [0, 12]
+
+
+class TestDisk:
+    """What the trace itself does is in test_trace.py; here, that the training goes on."""
+
+    def trained(self, work_dir, *hook_list):
+        runner = make_runner(work_dir, [SparsityLoggerHook(1, figures=False), *hook_list])
+        runner.train()
+        assert runner.iter == 12
+        lines = log_of(work_dir).splitlines()
+        return [x for x in lines if "WARNING" in x and " trac" in x.replace("collapse.", " ")]
+
+    def test_a_full_disk(self, tmp_path, monkeypatch):
+        class SmallDisk(io.FileIO):
+            def write(self, content):
+                if self.tell() >= 1500:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return super().write(content[: 1500 - self.tell()])
+
+        monkeypatch.setattr(trace, "open", lambda *args, **_: SmallDisk(*args[:2]), raising=False)
+        (warning,) = self.trained(tmp_path)
+        assert "collapse.trace misses a record" in warning
+        assert "No space left on device" in warning
+        written = trace.read(tmp_path).iterations.tolist()
+        assert 1 < len(written) < 13
+        assert written == list(range(len(written)))
+
+    def test_a_file_that_cannot_be_opened(self, tmp_path):
+        (tmp_path / "collapse.trace").mkdir()
+        (warning,) = self.trained(tmp_path)
+        assert "no trace of the filters in this run" in warning
+
+    def test_another_process_on_the_same_file(self, tmp_path):
+        class Other(Hook):
+            priority = "LOWEST"
+
+            def after_train_iter(self, runner, *args, **kwargs):
+                if runner.iter + 1 == 5:
+                    report = measure(runner.model)
+                    writer = trace.Writer(Path(runner.work_dir, "collapse.trace"), report, 5)
+                    layers = collapse.norm_modules(runner.model).values()
+                    writer.write(6, *collapse.gather(layers))
+
+        (warning,) = self.trained(tmp_path, Other())
+        assert "are two runs going on in one work dir" in warning
+        assert trace.read(tmp_path).iterations.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
 class TestWarnings:

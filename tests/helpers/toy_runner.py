@@ -64,6 +64,7 @@ def make_runner(work_dir, hook_list, net=None, iterations=12, seed=0, epochs=Non
                 **kwargs.pop("optim_wrapper", {}),
             },
             "model_wrapper_cfg": {"type": "MMDistributedDataParallel", "device_ids": None},
+            "work_dir": str(work_dir),
         }
     )
     loop = {"by_epoch": False, "max_iters": iterations}
