@@ -13,8 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from .course import (
-    COLORS,
-    STATES,
     evenly,
     inactive_states,
     is_collapsed,

@@ -15,14 +15,14 @@ from psbn_mmdet.collapse import course, figures, measure, norm_modules, trace
 from psbn_mmdet.collapse import page as page_module
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
 from psbn_mmdet.collapse.page import write_page
-from tests.helpers.browser import CHROMIUM, Browser
+from tests.helpers.browser import WHY_NOT, Tab, chromium
 from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
 from tests.helpers.paths import ROOT
 from tests.helpers.tools import Main
 from tests.helpers.toy_runner import make_runner
 
 COLLAPSED = {name: sorted(DEAD[name] + CONSTANT[name]) for name in DEAD}
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+needs_browser = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
 def by_hand(variant="BN", moments=1):
@@ -39,15 +39,17 @@ def random_run(layers, filters, moments, seed=0):
     total = layers * filters
     gamma = rng.normal(1, 0.3, (moments, total)).astype(np.float32)
     bias = rng.normal(-0.5, 0.5, (moments, total)).astype(np.float32)
-    names = tuple((f"layer{i}.bn", filters, f"layer{i}.conv") for i in range(layers))
+    names = tuple(
+        trace.TracedLayer(f"layer{i}.bn", filters, f"layer{i}.conv") for i in range(layers)
+    )
     norms = {0: rng.uniform(1, 2, total).astype(np.float32)}
     return trace.Trace(names, np.arange(moments) * 10, gamma, bias, norms)
 
 
 def test_states_are_those_made_by_hand():
     run = by_hand()
-    found = np.split(course.states(run)[0], np.cumsum([n for _, n, _ in run.layers])[:-1])
-    for (name, _, _), codes in zip(run.layers, found, strict=True):
+    found = np.split(course.states(run)[0], np.cumsum([n for _, n, *_ in run.layers])[:-1])
+    for (name, *_), codes in zip(run.layers, found, strict=True):
         assert np.flatnonzero(codes == 2).tolist() == DEAD[name]
         assert np.flatnonzero(codes == 3).tolist() == CONSTANT[name]
     assert [np.flatnonzero(c == 1).tolist() for c in found] == [[2], [], [7], []]
@@ -88,7 +90,7 @@ class TestFigures:
         figure = Figure()
         figures._draw_heat_map(figure, run)
         cells = figure.axes[0].collections[0].get_array()
-        want = [100 * len(COLLAPSED[name]) / n for name, n, _ in run.layers]
+        want = [100 * len(COLLAPSED[name]) / n for name, n, *_ in run.layers]
         np.testing.assert_allclose(np.asarray(cells)[:, -1], want)
 
     def test_a_single_moment_no_convolution_and_values_that_are_not_finite(self, tmp_path):
@@ -145,19 +147,23 @@ class TestPageFile:
         assert not (tmp_path / "a.html").exists()
 
 
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
+
+
 @pytest.fixture
-def browse(tmp_path):
+def browse(browser):
     opened = []
 
     def start(path, **kwargs):
-        browser = Browser(tmp_path / f"profile{len(opened)}", **kwargs)
-        opened.append(browser)
-        browser.open(path)
-        return browser
+        opened.append(Tab(browser, path, **kwargs))
+        return opened[-1]
 
     yield start
-    for browser in opened:
-        browser.close()
+    for tab in opened:
+        tab.close()
 
 
 PLOTTED_SETS = """
@@ -170,7 +176,7 @@ for (const name of names) {
 return found; })()"""
 
 
-@needs_chromium
+@needs_browser
 class TestPage:
     @pytest.mark.slow
     @pytest.mark.parametrize("variant", VARIANTS)
@@ -229,7 +235,7 @@ class TestPage:
         assert page.js("chosen.filter") == 2
         assert page.js("document.querySelectorAll('#single .js-plotly-plot').length") == 2
         run = trace.read(files["bn"])
-        start = sum(n for name, n, _ in run.layers[: names.index(page.js("chosen.layer"))])
+        start = sum(n for name, n, *_ in run.layers[: names.index(page.js("chosen.layer"))])
         shown = page.js("document.querySelector('#single .chart').data[0].y")
         np.testing.assert_allclose(shown, run.gamma[:, start + 2], rtol=1e-3, atol=1e-6)
         # ... time goes back to the start with Home, ...
@@ -238,7 +244,7 @@ class TestPage:
         assert page.js("document.getElementById('moment').textContent") == "iteration 0"
         # ... and a run is taken off with the space bar.
         page.js("document.querySelector('#runs input').focus()")
-        page.press(" ")
+        page.press("Space")
         assert page.js("document.querySelectorAll('#maps .js-plotly-plot').length") == 1
         assert page.js("document.querySelector('#maps h3').textContent") == "psbn"
         assert page.errors == []
@@ -250,7 +256,7 @@ class TestPage:
     def test_nothing_sticks_out_of_a_window(self, width, tmp_path, browse):
         run = random_run(20, 16, 12)
         long = "backbone.a_rather_long_name_of_a_stage.and.another_one.bn"
-        layers = ((long, 16, None), *run.layers[1:])
+        layers = (trace.TracedLayer(long, 16), *run.layers[1:])
         run = trace.Trace(layers, run.iterations, run.gamma, run.bias, run.norms)
         path = write_page({"BN, trained": run, "psBN, finetuned": run}, tmp_path / "a.html")
         page = browse(path, width=width)
