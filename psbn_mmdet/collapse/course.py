@@ -15,8 +15,8 @@ STATES = ("live", "inactive", "dead", "constant", "not finite")
 COLORS = {
     "live": "#8195a8",
     "inactive": "#e69f00",
-    "dead": "#c1121f",
-    "constant": "#7b2cbf",
+    "dead": "#d62839",
+    "constant": "#9b5de5",
     "not finite": "#2a9d8f",
 }
 

@@ -40,8 +40,8 @@ FIGURE_STYLE = {
 def write_figures(trace: Trace | str | os.PathLike, folder: str | os.PathLike) -> list[Path]:
     """Draw ``collapse.png``, ``layers.png``, ``norms.png`` and ``paths.png``.
 
-    The last two are of the layer with the largest share of dead and inactive filters. ``norms.png``
-    is left out where no convolution is known in front of any layer.
+    The last two are of the layer with the largest share of filters that are inactive or collapsed.
+    ``norms.png`` is left out where no convolution is known in front of any layer.
 
     Args:
         trace: A run, its trace file or its work dir.
@@ -77,13 +77,15 @@ def _draw_course(figure: Any, trace: Trace) -> bool:
     axes = figure.add_subplot()
     found = states(trace)
     inactive = inactive_states(trace)
-    for label, mask, color in [
-        ("inactive", inactive, COLORS["inactive"]),
-        ("collapsed", is_collapsed(found), COLORS["dead"]),
-        ("of these constant", found == 3, COLORS["constant"]),
+    marker = "o" if len(found) < 30 else ""
+    for label, mask, color, line in [
+        ("inactive", inactive, COLORS["inactive"], "-"),
+        ("collapsed", is_collapsed(found), COLORS["dead"], "-"),
+        ("of these constant", found == 3, COLORS["constant"], "--"),  # often all of them
     ]:
-        marker = "o" if len(mask) < 30 else ""
-        axes.plot(trace.iterations, percent(found, mask), marker=marker, color=color, label=label)
+        axes.plot(
+            trace.iterations, percent(found, mask), line, marker=marker, color=color, label=label
+        )
     axes.set(ylabel="% of the filters", title=trace.report().summary().splitlines()[0])
     axes.set_ylim(bottom=0)
     _label_time(axes, trace)
@@ -111,7 +113,7 @@ def _draw_heat_map(figure: Any, trace: Trace) -> bool:
     # What the run comes to sets the scale, not a start with gamma = 0.
     top = max(float(share[len(share) // 2 :].max()), 1.0)
     image = axes.pcolormesh(
-        edges, np.arange(len(sizes) + 1), share.T, cmap="YlOrRd", vmin=0, vmax=top
+        edges, np.arange(len(sizes) + 1), share.T, cmap="OrRd", vmin=0, vmax=top
     )
     axes.invert_yaxis()
     step = -(-len(sizes) // 90)
@@ -124,14 +126,12 @@ def _draw_heat_map(figure: Any, trace: Trace) -> bool:
 
 
 def _most_collapsed(trace: Trace, among: NDArray[np.bool_]) -> int | None:
-    """The layer among some with the largest share of dead and inactive filters at the end."""
+    """The layer among some with the largest share of filters that are not live at the end."""
     if not among.any():
         return None
-    last = slice(len(trace.iterations) - 1, None)
-    found = states(trace, last)
-    score = sum_by_layer(trace, found == 2) + sum_by_layer(trace, inactive_states(trace)[last])
-    score = (score + 1e-3 * sum_by_layer(trace, found == 3))[0] / np.diff(starts(trace))
-    return int(np.where(among, score, -1).argmax())
+    found = states(trace, slice(len(trace.iterations) - 1, None))
+    share = sum_by_layer(trace, found > 0)[0] / np.diff(starts(trace))
+    return int(np.where(among, share, -1).argmax())
 
 
 def _draw_norms(figure: Any, trace: Trace) -> bool:
@@ -156,7 +156,11 @@ def _draw_norms(figure: Any, trace: Trace) -> bool:
         color=COLORS["dead"],
         label=labels[-1],
     )
-    axes.set(xlabel="L1 norm of the filter", ylabel="filters", title=trace.layers[layer].conv)
+    axes.set(
+        xlabel="L1 norm of the filter",
+        ylabel="filters",
+        title=f"Filters of {trace.layers[layer].conv}",
+    )
     axes.legend(frameon=False)
     return True
 

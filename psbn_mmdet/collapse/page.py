@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from .course import (
+    COLORS,
     evenly,
     inactive_states,
     is_collapsed,
@@ -68,7 +69,7 @@ def write_page(
     packed = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     shown = {c: _base64_bytes(path.read_bytes()) for c, path in (pictures or {}).items()}
     page = _TEMPLATES.get_template("page.html").render(
-        title=title, pictures=shown, data=packed, plotly=get_plotlyjs()
+        title=title, pictures=shown, data=packed, colors=COLORS, plotly=get_plotlyjs()
     )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ def _page_data(name: str, trace: Trace, path_bytes: int) -> dict[str, Any]:
     corner = non_trainable(trace, 1.0, -1e9)
     return {
         "name": name,
-        "layers": [list(layer[:4]) for layer in trace.layers],  # name, filters, conv, followed_by
+        "layers": [layer[:4] for layer in trace.layers],  # name, filters, conv, followed_by
         "summary": trace.report().summary(),
         "moments": len(trace.iterations),
         "times": trace.iterations[shown].tolist(),
