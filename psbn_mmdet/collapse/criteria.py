@@ -42,7 +42,14 @@ thousand positions, of which then less than one lets a gradient through."""
 NEARLY_LINEAR_ABOVE = 0.95
 """Mean activation probability above which a ReLU is nearly the identity: bias > 1.64 |gamma|.
 
-The shift of psBN does that to a layer whose gamma is small against alpha."""
+The shift of psBN does that to a layer whose gamma is small against alpha. With c = bias / |gamma|
+and Gaussian x_hat the share of the variance of ReLU(x_hat + c) that a linear function of x_hat
+explains is
+
+    Phi(c)^2 / ((c^2 + 1) Phi(c) + c phi(c) - (c Phi(c) + phi(c))^2),
+
+73% at P(active) = Phi(c) = 0.5, 97% at 0.9 and 98.6% at 0.95: what is left of the layer's
+nonlinearity is then a twentieth of a usual ReLU's."""
 
 
 class MeasureError(PsbnError, ValueError):

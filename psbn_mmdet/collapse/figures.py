@@ -182,7 +182,7 @@ def _draw_paths(figure: Any, trace: Trace) -> bool:
     pad = 0.06 * max(high - low, 1e-6)
     low, high = low - pad, high + pad
     corners = non_trainable(trace, width, low)
-    if corners:
+    if corners and trace.relu[start]:
         label = f"non-trainable: P(ReLU fires) < {trace.inactive_below:g}"
         axes.fill(*zip(*corners, strict=True), color="#f3d9d6", lw=0, label=label, zorder=0)
     for code, state in enumerate(STATES):

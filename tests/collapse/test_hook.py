@@ -24,7 +24,7 @@ from psbn_mmdet.collapse.hook import SparsityLoggerHook, responsible_key, undeca
 from tests.helpers import distributed
 from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
 from tests.helpers.paths import ROOT
-from tests.helpers.toy_runner import make_runner
+from tests.helpers.toy_runner import make_runner, program
 
 
 def log_of(work_dir):
@@ -152,25 +152,33 @@ def test_sync_bn_is_recorded_alike(tmp_path):
 
 
 class TestResume:
-    def run(self, work_dir, kill_at=0, resume=False):
-        call = f"program({str(work_dir)!r}, {kill_at}, {resume})"
-        code = f"from tests.helpers.toy_runner import program; {call}"
+    def killed(self, work_dir, kill_at):
+        code = (
+            f"from tests.helpers.toy_runner import program; program({str(work_dir)!r}, {kill_at})"
+        )
         return subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             timeout=120,
-        )
+        ).returncode
+
+    @pytest.fixture(autouse=True)
+    def one_thread(self):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
 
     @pytest.mark.slow
     def test_a_run_killed_and_resumed_has_the_trace_of_an_uninterrupted_one(self, tmp_path):
-        assert self.run(tmp_path / "whole").returncode == 0
+        program(tmp_path / "whole")
         # The last checkpoint is of iteration 8; 10 is recorded and a torn record follows.
-        assert self.run(tmp_path / "killed", kill_at=11).returncode == -signal.SIGKILL
+        assert self.killed(tmp_path / "killed", kill_at=11) == -signal.SIGKILL
         torn = trace.read(tmp_path / "killed" / "collapse.trace")
         assert torn.iterations.tolist() == [0, 2, 4, 6, 8, 10]
-        assert self.run(tmp_path / "killed", resume=True).returncode == 0
+        program(tmp_path / "killed", resume=True)
         whole = trace.read(tmp_path / "whole" / "collapse.trace")
         again = trace.read(tmp_path / "killed" / "collapse.trace")
         assert again.iterations.tolist() == whole.iterations.tolist() == [0, 2, 4, 6, 8, 10, 12]

@@ -55,6 +55,30 @@ def test_states_are_those_made_by_hand():
     assert [np.flatnonzero(c == 1).tolist() for c in found] == [[2], [], [7], []]
 
 
+def without_relu():
+    """gamma 0 or small and bias negative, before a SiLU and before a ReLU; one value is NaN."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.SiLU(),
+        torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(),
+    )  # fmt: skip
+    for i in (1, 4):
+        net[i].weight.data[:] = torch.tensor([0.0, 0.1, 1.0, torch.nan])
+        net[i].bias.data[:] = torch.tensor([-1.0, -1.0, 0.0, 0.0])
+    return trace.from_reports([measure(net)], ["a"])
+
+
+def test_states_know_what_follows_a_layer_and_what_is_not_finite():
+    run = without_relu()
+    found = course.states(run)
+    assert [course.STATES[code] for code in found[0]] == [
+        "constant", "live", "live", "not finite", "dead", "inactive", "live", "not finite",
+    ]  # fmt: skip
+    assert course.is_collapsed(found)[0].nonzero()[0].tolist() == [0, 4]
+    assert course.percent(found, course.is_collapsed(found)) == pytest.approx([100 * 2 / 6])
+    assert course.percent(found, course.inactive_states(run)) == pytest.approx([100 * 2 / 6])
+    assert np.isnan(course.percent(np.full((1, 3), 4, np.uint8), np.zeros((1, 3), bool))).all()
+
+
 def test_the_region_is_where_relu_fires_once_in_a_thousand():
     run = by_hand()
     corners = course.non_trainable(run, half_width=1.0, bottom=-10.0)
@@ -287,6 +311,23 @@ class TestPage:
         assert page.js("document.querySelectorAll('#paths .js-plotly-plot').length") == 1
         assert page.errors == []
 
+    def test_a_layer_without_relu_and_the_share_of_the_finite_filters(self, tmp_path, browse):
+        page = browse(write_page({"a": without_relu()}, tmp_path / "a.html"))
+        assert page.js("document.querySelector('#runs b').textContent") == "33.33%"
+        heat = page.js("document.querySelector('#maps .chart').data[0].z")
+        assert np.ravel(heat) == pytest.approx([100 / 3, 100 / 3])
+        legend = "[...document.querySelectorAll('#legend > span')].filter(e => e.offsetParent)"
+        assert "not finite" in page.js(f"{legend}.map(e => e.innerText.trim())")
+        zones = "document.querySelector('#paths .chart').data.filter(d => d.fill).length"
+        for layer, text, zone in [("1", "Something other than a ReLU follows it: none", 0),
+                                  ("4", "A ReLU follows it.", 1)]:  # fmt: skip
+            page.js(f"choose({{layer: '{layer}', filter: null}})")
+            assert page.js("document.getElementById('follows').textContent").startswith(text)
+            assert page.js(zones) == zone
+        caption = "document.querySelector('#paths figcaption').textContent"
+        assert page.js(caption) == "Of 4 filters 1 live, 1 inactive, 1 dead, 1 not finite."
+        assert page.errors == []
+
 
 class TestTool:
     @pytest.fixture
@@ -316,7 +357,13 @@ class TestTool:
     def test_bad_input_is_one_line(self, tmp_path, plot):
         a = self.work_dir(tmp_path / "a")
         assert "say where to" in plot.refuses(a)
-        assert "exists already" in plot.refuses(a, "--html", a / "collapse.trace")
+        taken = tmp_path / "taken.html"
+        taken.write_text("mine")
+        assert "exists already" in plot.refuses(a, "--html", taken)
+        assert taken.read_text() == "mine"
+        assert plot(a, "--html", taken, "--overwrite").returncode == 0
+        assert taken.stat().st_size > 4_000_000
+        assert "there is no folder" in plot.refuses(a, "--html", tmp_path / "none" / "a.html")
         out = ["--html", tmp_path / "p.html"]
         assert "no such file" in plot.refuses(tmp_path / "none", *out)
         (tmp_path / "empty.trace").touch()
