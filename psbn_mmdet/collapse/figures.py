@@ -58,7 +58,7 @@ def write_figures(trace: Trace | str | os.PathLike, folder: str | os.PathLike) -
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with mpl.rc_context(FIGURE_STYLE):
+    with mpl.rc_context(FIGURE_STYLE):  # type: ignore[arg-type]
         for name, draw in [
             ("collapse", _draw_course),
             ("layers", _draw_heat_map),
@@ -125,10 +125,8 @@ def _draw_heat_map(figure: Any, trace: Trace) -> bool:
     return True
 
 
-def _most_collapsed(trace: Trace, among: NDArray[np.bool_]) -> int | None:
+def _most_collapsed(trace: Trace, among: NDArray[np.bool_]) -> int:
     """The layer among some with the largest share of filters that are not live at the end."""
-    if not among.any():
-        return None
     found = states(trace, slice(len(trace.iterations) - 1, None))
     share = sum_by_layer(trace, found > 0)[0] / np.diff(starts(trace))
     return int(np.where(among, share, -1).argmax())
@@ -136,9 +134,9 @@ def _most_collapsed(trace: Trace, among: NDArray[np.bool_]) -> int | None:
 
 def _draw_norms(figure: Any, trace: Trace) -> bool:
     paired = np.array([layer.conv is not None for layer in trace.layers])
-    layer = _most_collapsed(trace, paired) if trace.norms else None
-    if layer is None:
+    if not (trace.norms and paired.any()):
         return False
+    layer = _most_collapsed(trace, paired)
     start, end = starts(trace)[layer : layer + 2]
     axes = figure.add_subplot()
     times = sorted(trace.norms)

@@ -1,8 +1,9 @@
 """A hook that shows, while a model trains, which of its filters collapse."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.dist import is_main_process
@@ -104,8 +105,9 @@ class SparsityLoggerHook(Hook):
                 "evaluated and saved; all else is of the weights that are trained"
             )
         self._open_trace(runner, start)
-        if runner.iter == 0:
-            self._write(runner, lambda writer: writer.write_norms(0, start))
+        if self._writer and runner.iter == 0:
+            with self._writing(runner):
+                self._writer.write_norms(0, start)
         # Also after a resume: the last record may have been lost with the machine.
         if (not self.by_epoch and runner.iter % self.interval == 0) or runner.iter == 0:
             self._measure(runner, runner.iter)
@@ -128,11 +130,13 @@ class SparsityLoggerHook(Hook):
             return
         self._measure(runner, runner.iter)
         report = self._report(runner)
-        self._write(runner, lambda writer: writer.write_norms(runner.iter, report))
         runner.logger.info(f"after training:\n{report.summary()}")
         if self._writer is None:
             return
-        self._write(runner, Writer.close)
+        with self._writing(runner):
+            self._writer.write_norms(runner.iter, report)
+        with self._writing(runner):
+            self._writer.close()
         if self.figures:
             self._draw(runner, self._writer.path)
 
@@ -163,12 +167,15 @@ class SparsityLoggerHook(Hook):
         if iteration == self._last:
             return
         self._last = iteration
-        scalars = {"iter": iteration}  # as LoggerHook: for trackers that know no steps
+        scalars: dict[str, float] = {
+            "iter": iteration
+        }  # as LoggerHook: for trackers that know no steps
         lines = []
         for prefix, (layers, modules) in self._measured.items():
             gamma, bias = gather(modules)
-            if not prefix:
-                self._write(runner, lambda writer, g=gamma, b=bias: writer.write(iteration, g, b))
+            if self._writer and not prefix:
+                with self._writing(runner):
+                    self._writer.write(iteration, gamma, bias)
             report = layers.at(gamma, bias)
             self._warn_of(runner, iteration, report)
             scalars |= {f"collapse/{prefix}{name}": v for name, v in _scalars(report).items()}
@@ -179,17 +186,16 @@ class SparsityLoggerHook(Hook):
             self._warn_once(runner, "scalars", f"measures of collapse are not logged: {error}")
         runner.logger.info(f"collapse at iteration {iteration}: {'; '.join(lines)}")
 
-    def _write(self, runner: Runner, write: Callable[[Writer], None]) -> None:
-        """Write to the trace, if there is one; a warning at the first of several failures."""
-        if self._writer is None:
-            return
+    @contextmanager
+    def _writing(self, runner: Runner) -> Iterator[None]:
+        """A warning for what cannot be written to the trace, at the first of several failures."""
         try:
-            write(self._writer)
+            yield
         except (OSError, TraceError) as error:
             self._warn_once(
                 runner,
                 "trace",
-                f"{self._writer.path} misses a record, and more until it can be written: {error}",
+                f"{FILE_NAME} misses a record, and more until it can be written: {error}",
             )
         else:
             self._warned.discard("trace")
@@ -262,12 +268,12 @@ def _averaged(runner: Runner) -> nn.Module | None:
     """The model with the averaged weights of EMAHook, if the runner has one."""
     for hook in runner.hooks:
         if isinstance(hook, EMAHook):
-            return hook.ema_model.module
+            return cast(nn.Module, hook.ema_model.module)
     return None
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
+    return cast(nn.Module, model.module) if is_model_wrapper(model) else model
 
 
 def _optimizers(runner: Runner) -> Iterator[torch.optim.Optimizer]:
@@ -334,7 +340,11 @@ def responsible_key(name: str, optim_wrapper: Mapping[str, Any]) -> str:
 def _zero_gamma_warnings(model: nn.Module, iteration: int) -> Iterator[str]:
     if iteration > 0:
         return
-    zero = [name for name, m in norm_modules(model).items() if not m.weight.detach().any()]
+    zero = [
+        name
+        for name, module in norm_modules(model).items()
+        if isinstance(module.weight, torch.Tensor) and not module.weight.any()
+    ]
     if zero:
         yield (
             f"{len(zero)} layers (as {zero[0]}) start with gamma = 0 in all filters, as the last "

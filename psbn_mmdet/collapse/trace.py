@@ -43,7 +43,7 @@ from .report import Report
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 FILE_NAME = "collapse.trace"
 MAGIC = b"psbn-trace 1\n"
