@@ -308,6 +308,19 @@ class TestPage:
         assert page.js("document.querySelectorAll('#paths .js-plotly-plot').length") == 1
         assert page.errors == []
 
+    def test_long_names_of_checkpoints_are_shortened_by_what_they_share(self, tmp_path, browse):
+        page = browse(write_page({"a": by_hand(moments=3)}, tmp_path / "a.html"), width=380)
+        ticks = "document.getElementById('course').layout.xaxis.ticktext"
+        assert page.js(ticks) == ["round 0", "round 1", "round 2"]
+        for labels, short, pattern in [
+            (["runs/iter_1000.pth", "runs/iter_2000.pth"], ["1000", "2000"], "runs/iter_*.pth"),
+            (["a_long_name.pth", "another_name.pth"], ["a_long", "another"], "*_name.pth"),
+            (["the_same_name.pth"] * 2, ["the_same_name.pth"] * 2, ""),
+            (["the_same_name.pth", "the_same_"], ["the_same_name.pth", "the_same_"], ""),
+            (["something_else", "nothing in common"], ["something_else", "nothing in common"], ""),
+        ]:
+            assert page.js(f"shortened({json.dumps(labels)})") == [short, pattern]
+
     def test_a_layer_without_relu_and_the_share_of_the_finite_filters(self, tmp_path, browse):
         page = browse(write_page({"a": without_relu()}, tmp_path / "a.html"))
         assert page.js("document.querySelector('#runs b').textContent") == "33.33%"
