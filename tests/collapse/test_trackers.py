@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 import pytest
 
@@ -89,18 +90,31 @@ def test_wandb_offline(tmp_path):
     wandb = pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
-    train(tmp_path, {"type": "WandbVisBackend", "init_kwargs": {"mode": "offline", "project": "p"}})
+    backend = {
+        "type": "WandbVisBackend",
+        "init_kwargs": {"mode": "offline", "project": "p"},
+        "define_metric_cfg": [{"name": "collapse/*", "step_metric": "iter"}],
+    }
+    train(tmp_path, backend)
     wandb.finish()
-    (path,) = tmp_path.glob("**/*.wandb")
+    (path,) = tmp_path.glob("**/run-*.wandb")
+    records, deadline = [], time.monotonic() + 60
+    while not any(
+        r.WhichOneof("record_type") == "exit" for r in records
+    ):  # by a process of its own
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        records = [
+            wandb_internal_pb2.Record.FromString(data) for data in wandb_records(path.read_bytes())
+        ]
     curves = {}
-    for data in wandb_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in records:
         row = {
-            "/".join(item.nested_key) or item.key: json.loads(item.value_json)
-            for item in record.history.item
+            "/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item
         }
         for name, value in row.items():  # mmengine passes no step on: "iter" is the axis
             if not name.startswith("_"):
                 curves.setdefault(name, []).append((row["iter"], value))
     check(curves)
+    (metric,) = (r.metric for r in records if r.WhichOneof("record_type") == "metric")
+    assert (metric.glob_name, metric.step_metric) == ("collapse/*", "iter")
