@@ -94,8 +94,8 @@ class TestFigures:
         written = figures.write_figures(by_hand(moments=3), tmp_path)
         assert [p.name for p in written] == ["collapse.png", "layers.png", "norms.png", "paths.png"]
         for path in written:
-            picture = np.asarray(Image.open(path).convert("RGB"))
-            assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20, path
+            picture = Image.open(path).convert("RGB")
+            assert len(picture.getcolors(picture.width * picture.height)) > 20, path
 
     def test_what_is_drawn_are_the_numbers(self):
         from matplotlib.figure import Figure
@@ -200,7 +200,7 @@ return found; })()"""
 @needs_browser
 class TestPage:
     @pytest.mark.slow
-    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("variant", ["BN", "psBN"])  # all others: test_report.py
     def test_it_shows_exactly_the_filters_collapsed_by_hand(self, variant, tmp_path, browse):
         page = browse(write_page({"hand": by_hand(variant, 2)}, tmp_path / "a.html"))
         found = page.js(PLOTTED_SETS)
