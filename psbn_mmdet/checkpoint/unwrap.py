@@ -1,7 +1,7 @@
 """The one state dict of a checkpoint, however its project wrapped it.
 
-Every reader of this package and, once it is imported, everything that mmengine loads goes through
-:func:`state_dict_of`, so that what is checked, measured or converted is what is loaded.
+Every reader of this package and all that mmengine loads go through :func:`state_dict_of`, so what
+is checked, measured or converted is what is loaded.
 """
 
 from collections import OrderedDict
@@ -46,22 +46,21 @@ def state_dict_of(checkpoint: Any, name: str = "the checkpoint") -> "OrderedDict
     Raises:
         CheckpointError: There is none, or more than one could be meant.
     """
-    found = checkpoint
+    content = checkpoint
     for key in locate(checkpoint, name):
-        found = found[key]
-    tensors = tensors_of(found, name)
-    others = [key for key in tensors if key not in _COUNTERS]
-    wrapped = all(key.startswith(("module.", "_orig_mod.")) for key in others)
-    if wrapped and len(others) < len(tensors):
-        tensors = _renamed(tensors, {key: key for key in others}.get, name)
-    while others and all(key.startswith("module.") for key in others):
-        tensors = _renamed(tensors, lambda key: key.removeprefix("module."), name)
-        others = list(tensors)
-    return _renamed(tensors, without_compiled, name)
+        content = content[key]
+    tensors = _tensors_of(content, name)
+    while True:
+        unwrapped = _renamed(tensors, _without_compiled, name)
+        named = [key for key in unwrapped if key not in _COUNTERS]
+        if not named or not all(key.startswith("module.") for key in named):
+            return unwrapped
+        for counter in unwrapped.keys() - {*named}:
+            del unwrapped[counter]
+        tensors = _renamed(unwrapped, lambda key: key.removeprefix("module."), name)
 
 
-def without_compiled(key: str) -> str:
-    """A key or module name without what ``torch.compile`` puts into it."""
+def _without_compiled(key: str) -> str:
     return ".".join(part for part in key.split(".") if part != "_orig_mod")
 
 
@@ -71,10 +70,11 @@ def locate(checkpoint: Any, name: str = "the checkpoint") -> tuple[str, ...]:
     Raises:
         CheckpointError: As in :func:`state_dict_of`.
     """
+    nothing = f"{name}: holds no state dict (a mapping of names to tensors)"
     if not isinstance(checkpoint, Mapping):
-        raise CheckpointError(f"{name}: holds no state dict (a mapping of names to tensors)")
+        raise CheckpointError(nothing)
     for places in (WEIGHTS, AVERAGES):
-        held = [key for key in places if _holds_tensors(checkpoint.get(key))]
+        held = [key for key in places if holds_tensors(checkpoint.get(key))]
         if held[:1] == ["state_dict"]:  # mmengine reads it, whatever stands beside it
             held = ["state_dict"]
         if len(held) > 1:
@@ -90,15 +90,15 @@ def locate(checkpoint: Any, name: str = "the checkpoint") -> tuple[str, ...]:
                     "which are meant is unknown; save one state dict"
                 )
             return (held[0], *locate(checkpoint[held[0]], name))
-    if not any(isinstance(value, Tensor | np.ndarray) for value in checkpoint.values()):
-        inside = [str(key) for key, value in checkpoint.items() if _holds_tensors(value)]
-        hint = f"; there are tensors under {', '.join(inside[:5])}: save these" if inside else ""
-        raise CheckpointError(f"{name}: holds no state dict (a mapping of names to tensors){hint}")
-    return ()
+    if any(is_array(value) for value in checkpoint.values()):
+        return ()
+    inside = [str(key) for key, value in checkpoint.items() if holds_tensors(value)]
+    hint = f"; there are tensors under {', '.join(inside[:5])}: save one of them" if inside else ""
+    raise CheckpointError(nothing + hint)
 
 
-def tensors_of(mapping: Mapping[str, Any], name: str) -> "OrderedDict[str, Tensor]":
-    """The tensors of a mapping as PyTorch's modules load them, and nothing lost without a word.
+def _tensors_of(mapping: Mapping[str, Any], name: str) -> "OrderedDict[str, Tensor]":
+    """The tensors of a mapping as PyTorch's modules load them; none is lost without a word.
 
     Plain values (an epoch, a flag) are left out; modules load none of them, except the
     ``_extra_state`` of their own.
@@ -108,50 +108,76 @@ def tensors_of(mapping: Mapping[str, Any], name: str) -> "OrderedDict[str, Tenso
     """
     tensors: OrderedDict[str, Tensor] = OrderedDict()
     for key, value in mapping.items():
-        if isinstance(value, np.ndarray | np.number) and value.dtype.kind in "fiub":
-            value = torch.as_tensor(np.array(value))
-        if _holds_tensors(value):
+        if not isinstance(key, str) and (is_array(value) or holds_tensors(value)):
             raise CheckpointError(
-                f"{name}: the tensors under {key} stand in a mapping of their own beside other "
-                "tensors; save them in one state dict, with names such as "
-                f"{key}.{next(iter(value))}"
+                f"{name}: a tensor has {key!r} for a name, so it is no state dict of a model"
             )
-        if isinstance(value, Tensor) and not isinstance(key, str):
-            raise CheckpointError(f"{name}: its tensors have numbers for names, as {key!r}")
-        if isinstance(value, Tensor) or str(key).endswith("_extra_state"):
+        if holds_tensors(value) and not str(key).endswith("_extra_state"):
+            raise CheckpointError(
+                f"{name}: the tensors under {key} stand in a container of their own beside other "
+                "tensors; save all in one state dict, a name for each"
+            )
+        if is_array(value):
+            tensors[key] = as_tensor(value)
+        elif str(key).endswith("_extra_state"):
             tensors[key] = value
-    tensors._metadata = getattr(mapping, "_metadata", None) or OrderedDict()
+    _set_versions(tensors, _versions(mapping))
     return tensors
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is a tensor, or a NumPy array of numbers."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.dtype.kind in "fiubc"
+    return isinstance(value, Tensor)
+
+
+def as_tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether a container holds tensors that are, by their names, those of a model.
+
+    The state of an optimizer goes by numbers, so it has none.
+    """
+    if isinstance(value, Mapping):
+        return any(
+            isinstance(k, str) and (is_array(v) or holds_tensors(v)) for k, v in value.items()
+        )
+    if isinstance(value, list | tuple):
+        return any(is_array(v) or holds_tensors(v) for v in value)
+    return False
 
 
 def _is_weight(key: Any, value: Any) -> bool:
     """Whether an entry belongs to a state dict: ``conv1.weight``, but no counter of epochs."""
-    return isinstance(value, Tensor | np.ndarray) and "." in str(key)
+    return is_array(value) and "." in str(key)
 
 
-def _holds_tensors(value: Any) -> bool:
-    """Whether there are tensors with names in a mapping.
+def _versions(state_dict: Any) -> Mapping[str, Any]:
+    """``_metadata``, which torch puts on a state dict: the version of each module's class."""
+    found = getattr(state_dict, "_metadata", None)
+    return found if isinstance(found, Mapping) else {}
 
-    The state of an optimizer goes by numbers, so it has none.
-    """
-    return isinstance(value, Mapping) and any(
-        isinstance(key, str) and (isinstance(v, Tensor | np.ndarray) or _holds_tensors(v))
-        for key, v in value.items()
-    )
+
+def _set_versions(state_dict: "OrderedDict[str, Tensor]", versions: Mapping[str, Any]) -> None:
+    if versions:
+        state_dict._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
 
 
 def _renamed(
-    tensors: "OrderedDict[str, Tensor]", rename: Callable[[str], str | None], name: str
+    tensors: "OrderedDict[str, Tensor]", rename: Callable[[str], str], name: str
 ) -> "OrderedDict[str, Tensor]":
-    """A state dict under other names; those for which there is none are left out."""
-    names = {key: new for key in tensors if (new := rename(key)) is not None}
-    if len(set(names.values())) < len(names):
-        taken = next(new for key, new in names.items() if key != new and new in tensors)
-        raise CheckpointError(f"{name}: holds {taken} twice, once as the model was wrapped")
-    renamed = OrderedDict((new, tensors[key]) for key, new in names.items())
-    # A module's own name is that of its tensors without the last part.
-    renamed._metadata = OrderedDict(
-        ((rename(f"{module}.x".lstrip(".")) or "").rpartition(".")[0], version)
-        for module, version in tensors._metadata.items()
-    )
+    """A state dict under other names."""
+    renamed: OrderedDict[str, Tensor] = OrderedDict()
+    for key, tensor in tensors.items():
+        new = rename(key)
+        if new in renamed:
+            raise CheckpointError(f"{name}: holds {new} twice, once as the model was wrapped")
+        renamed[new] = tensor
+    # Modules are renamed as tensors of theirs would be. A wrapper and what it wraps get the same
+    # name; the inner one comes later and stays.
+    modules = ((rename(f"{m}.x" if m else "x"), v) for m, v in _versions(tensors).items())
+    _set_versions(renamed, {key.rpartition(".")[0]: version for key, version in modules})
     return renamed
