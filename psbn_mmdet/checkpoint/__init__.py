@@ -16,7 +16,7 @@ from .fit import mismatch, require_fit
 from .install import install
 from .latest import latest_whole
 from .read import is_whole, load
-from .unwrap import CheckpointError, state_dict_of
+from .unwrap import CheckpointError, locate, state_dict_of
 
 install()
 
@@ -27,6 +27,7 @@ __all__ = [
     "is_whole",
     "latest_whole",
     "load",
+    "locate",
     "mismatch",
     "psbn_state_dict",
     "require_fit",

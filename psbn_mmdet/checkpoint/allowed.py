@@ -54,6 +54,7 @@ def _getattr(owner: Any, name: str) -> Any:
     raise pickle.UnpicklingError(f"GLOBAL getattr({owner!r}, {name!r})")
 
 
+_REBUILD: tuple[Any, ...] = (np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0])
 # None of it runs anything when it is built. numpy's arrays and scalars of numbers and strings, not
 # of objects, stand in log histories and in what data sets say of themselves; numpy 2 renamed its
 # core.
@@ -74,7 +75,7 @@ _ALLOWED: dict[str, Any] = {
     **{
         f"numpy.{core}.multiarray.{rebuild.__name__}": rebuild
         for core in ("core", "_core")
-        for rebuild in (np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0])
+        for rebuild in _REBUILD
     },
     **{
         f"numpy.dtypes.{kind.__name__}": kind

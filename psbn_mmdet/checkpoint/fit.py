@@ -5,7 +5,7 @@ import warnings
 from collections import namedtuple
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ def _inner(module: nn.Module) -> nn.Module:
         mmengine
         and (mmengine.is_model_wrapper(module) or isinstance(module, mmengine.BaseTTAModel))
     ):
-        module = module.module
+        module = cast(nn.Module, module.module)
     return module
 
 
@@ -180,15 +180,16 @@ def _try_to_load(
 def _without_data(module: nn.Module) -> Iterator[None]:
     """Tensors on the meta device in the place of a module's own."""
 
-    def meta(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    def meta(tensor: Tensor | None) -> Any:
+        if tensor is None or nn.parameter.is_lazy(tensor):
             return tensor
         twin = torch.empty_like(tensor, device="meta")
         return (
             nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
         )
 
-    parameters, buffers = module._parameters, module._buffers
+    parameters: dict[str, Any] = module._parameters
+    buffers = module._buffers
     module._parameters = {name: meta(tensor) for name, tensor in parameters.items()}
     module._buffers = {name: meta(tensor) for name, tensor in buffers.items()}
     try:

@@ -43,8 +43,9 @@ def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
         return _load_safetensors(path, map_location)
     try:
         with warnings.catch_warnings():
-            # torch speaks of a pickle protocol where it is about to refuse a plain pickle.
+            # What torch says where it is about to refuse a file.
             warnings.filterwarnings("ignore", "Detected pickle protocol")
+            warnings.filterwarnings("ignore", "'torch.load' received a zip file that looks like")
             checkpoint = torch_load(path, map_location)
     except Exception as error:  # a damaged file can raise anything
         name = text if str(path) == text else f"{text} (kept at {path})"
