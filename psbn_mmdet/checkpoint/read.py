@@ -3,7 +3,9 @@
 import hashlib
 import os
 import pickle
+import pickletools
 import re
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -20,6 +22,8 @@ from .unwrap import CheckpointError, state_dict_of
 
 _LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 """What files of torch < 1.6, and those that are no zip archives, begin with."""
+_LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of storages; then the data
+_CUT_OFF = "is cut off or damaged; copy or download it again"
 
 
 def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
@@ -61,24 +65,39 @@ def _reason(path: Path, error: Exception) -> str:
     """Why a file could not be read, and what to do."""
     if "TorchScript" in str(error):
         return "is a TorchScript archive; save the model's state_dict() instead"
+    with open(path, "rb") as file:
+        start = file.read(len(_LEGACY))
+    zipped, legacy = zipfile.is_zipfile(path), start == _LEGACY
+    if legacy and not _pickles_end(path):
+        return _CUT_OFF
     carried = re.search(r"GLOBAL (.+?)(?= was not| whose module|[.,]? *$)", str(error), re.M)
     if isinstance(error, pickle.UnpicklingError) and carried:
         return (
             f"refused, since it carries {carried[1]}, which is neither a tensor nor a "
             "plain value (nothing in it was run); save the model's state_dict() instead"
         )
-    with open(path, "rb") as file:
-        start = file.read(len(_LEGACY))
-    if zipfile.is_zipfile(path):
-        if isinstance(error, pickle.UnpicklingError):
-            return (
-                "refused, since it carries something other than tensors and plain values "
-                "(nothing in it was run); save the model's state_dict() instead"
-            )
+    if zipped and isinstance(error, pickle.UnpicklingError):
+        return (
+            "refused, since it carries something other than tensors and plain values "
+            "(nothing in it was run); save the model's state_dict() instead"
+        )
+    if zipped:
         return f"cannot be read: {str(error).splitlines()[0]}"
-    if _LEGACY.startswith(start) or start == _LEGACY or start[:4] == b"PK\3\4"[: len(start)]:
-        return "is cut off or damaged; copy or download it again"
+    if legacy or any(form.startswith(start[: len(form)]) for form in (_LEGACY, b"PK\3\4")):
+        return _CUT_OFF
     return "is no checkpoint of torch"
+
+
+def _pickles_end(path: Path) -> bool:
+    """Whether the pickles at the start of a file in torch's legacy format are all there."""
+    try:
+        with open(path, "rb") as file:
+            for _ in range(_LEGACY_PICKLES):
+                for _ in pickletools.genops(file):
+                    pass
+    except (ValueError, EOFError, IndexError, struct.error):
+        return False
+    return True
 
 
 def is_whole(path: str | os.PathLike) -> bool:
