@@ -64,11 +64,6 @@ _ALLOWED: dict[str, Any] = {
     "mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler": _one_cycle,
     "builtins.getattr": _getattr,
     "collections.Counter": collections.Counter,
-    "collections.defaultdict": collections.defaultdict,
-    "builtins.dict": dict,  # what a defaultdict is filled with
-    "builtins.list": list,
-    "builtins.int": int,
-    "builtins.float": float,
     "_codecs.encode": codecs.encode,  # how bytes are pickled
     "numpy.ndarray": np.ndarray,
     "numpy.dtype": np.dtype,
@@ -79,7 +74,7 @@ _ALLOWED: dict[str, Any] = {
     },
     **{
         f"numpy.dtypes.{kind.__name__}": kind
-        for kind in {type(np.dtype(code)) for code in "?bhilqBHILQefdFDUS"}
+        for kind in {type(np.dtype(code)) for code in "?bhilBHILefdFDUS"}
     },
 }
 # Named pairs on torch's own list are there from torch 2.6 on.

@@ -97,7 +97,9 @@ def test_a_part_of_a_psbn_layer_is_refused(lost):
 
 
 def test_layers_without_parameters_are_no_parts():
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False), nn.PReLU(3))
+    model = nn.Sequential(
+        nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3, affine=False), nn.PReLU(3)
+    )
     assert psbn_state_dict(copied(model)).keys() == to_psbn(model).state_dict().keys()
 
 
