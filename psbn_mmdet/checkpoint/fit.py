@@ -50,8 +50,8 @@ def mismatch(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool) -
     if state_dict and len(unexpected) + len(errors) >= len(state_dict):
         example = next(iter(state_dict))
         return (
-            f"none of its {len(state_dict)} tensors fits the model, as {example}; "
-            "is it of this config?"
+            f"none of its {len(state_dict)} tensors fits the model, as {example}, and "
+            f"{len(missing)} tensors are missing; is it of this config?"
         )
     if not strict:
         return None
