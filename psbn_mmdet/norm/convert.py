@@ -137,7 +137,7 @@ def to_bn(model: nn.Module) -> nn.Module:
             )
     biases: dict[nn.Parameter, nn.Parameter] = {}
     for _, module in found:
-        bias = module.bias.detach()
+        bias = (module.beta + module.alpha).detach()
         beta = module._parameters.pop("beta")
         if beta not in biases:
             biases[beta] = nn.Parameter(bias, beta.requires_grad)

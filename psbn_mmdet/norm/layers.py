@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from .bias import Bias
+
 # torch < 2.3 has none and breaks the graph at the check instead.
 _is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
 
@@ -128,10 +130,16 @@ class PostShift(nn.Module):
 
     @property
     def bias(self) -> Tensor:
-        """``beta + alpha``, what the layer adds; a new tensor at each reading."""
-        if not torch.jit.is_scripting():
-            _refuse_sync_conversion()
-        return self.beta + self.alpha
+        """``beta + alpha``, what the layer adds; see :class:`Bias` for writing into it."""
+        if torch.jit.is_scripting():
+            return self.beta + self.alpha
+        else:  # or the compiler would look into what it cannot compile
+            return _bias_for_reader(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "bias" and isinstance(value, Bias) and value._origin.layer is self:
+            return  # the end of `layer.bias += ...`, which has been passed on to beta
+        super().__setattr__(name, value)
 
     def __call__(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):
@@ -182,20 +190,30 @@ class PostShift(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _refuse_sync_conversion() -> None:
-    """Raise if ``bias`` is read in order to build a plain SyncBatchNorm from it.
+# Where the layers' own forward stands: it reads a plain sum and pays nothing for others' writes.
+_FORWARD = {"torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm", f"{__package__}.sync"}
 
-    torch's and mmengine's ``convert_sync_batchnorm`` would end in a TypeError
-    that speaks of tensors and parameters and says no way out.
+
+def _bias_for_reader(layer: PostShift) -> Tensor:
+    """A plain sum for the layer's forward and whoever records a graph, else a :class:`Bias`.
+
+    Raises:
+        TypeError: It is read in order to build a plain SyncBatchNorm from it.
+            ``convert_sync_batchnorm`` of torch and mmengine would end in an error that speaks of
+            tensors and parameters and says no way out.
     """
-    if _is_compiling():
-        return
-    if sys._getframe(2).f_code.co_name == "convert_sync_batchnorm":
+    if _is_compiling() or torch.jit.is_tracing():
+        return layer.beta + layer.alpha
+    reader = sys._getframe(2)
+    if reader.f_code.co_name == "convert_sync_batchnorm":
         raise TypeError(
             "a psBN layer cannot become a SyncBatchNorm, which would lose alpha: use psSyncBN "
             "(norm_cfg=dict(type='psSyncBN') instead of sync_bn=..., or "
             "to_psbn(nn.SyncBatchNorm.convert_sync_batchnorm(to_bn(model))))"
         )
+    if reader.f_globals.get("__name__") in _FORWARD:
+        return layer.beta + layer.alpha
+    return Bias.of(layer)
 
 
 def _call_as_leaf(module: PostShift, proxy: torch.fx.Proxy) -> torch.fx.Proxy:
@@ -221,9 +239,11 @@ class psBN2d(PostShift, nn.BatchNorm2d, _BatchNorm):
         y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \alpha
 
     Parameters ``weight`` (gamma, initially 1) and ``beta`` (initially 0), shape
-    (C,); buffers ``alpha`` (0-dim) and BN's own. ``bias`` is the read-only sum
-    ``beta + alpha``: writing into it in place, as ``nn.init.constant_(m.bias,
-    0)`` does, writes into a temporary and changes nothing.
+    (C,); buffers ``alpha`` (0-dim) and BN's own. ``bias`` is the sum ``beta +
+    alpha``. Writing into it, as ``m.bias.data.mul_(mask)`` does, sets beta to
+    what was written minus alpha; functions of ``torch.nn.init`` initialise beta
+    itself, so ``nn.init.constant_(m.bias, 0)`` is the start of psBN. Writes within
+    compiled or traced code and through other libraries' kernels are not seen.
 
     Without weight decay on ``beta`` the layer trains as BN does. Rules of
     mmengine that match the name ``bias`` do not see ``beta``;
