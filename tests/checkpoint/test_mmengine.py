@@ -17,6 +17,7 @@ from torch import nn
 from psbn_mmdet import psBN2d
 from psbn_mmdet.checkpoint import CheckpointError
 from psbn_mmdet.checkpoint.loaders import CheckpointGuard
+from tests.helpers.distributed import run as run_distributed
 from tests.helpers.layers import randomize
 from tests.helpers.malicious import Malicious
 from tests.helpers.paths import ROOT
@@ -276,6 +277,34 @@ def test_an_unknown_scheme_is_refused():
         CheckpointLoader.load_checkpoint("mmpose://a.pth")
 
 
+def download(rank, fails):
+    """Rank 0 downloads for all on one disk; what each process ends with."""
+    calls = []
+
+    def save(url, to, *args):
+        calls.append(rank)
+        if fails:
+            raise OSError("no route")
+        torch.save({"a.weight": torch.ones(2)}, to)
+
+    torch.hub.download_url_to_file = save  # in this process, which ends here
+    try:
+        CheckpointLoader.load_checkpoint("https://localhost/a.pth")
+    except CheckpointError as error:
+        return calls, str(error)
+    return calls, None
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_of_two_processes_one_downloads_and_both_end_alike(fails, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    (first, error), (second, other) = run_distributed(download, 2, tmp_path, fails)
+    assert (first, second) == ([0], [])
+    assert error == other
+    assert (error is not None) == fails
+    assert not fails or "https://localhost/a.pth: could not be downloaded (no route)" in error
+
+
 # -- from the plain import on ----------------------------------------------------------
 
 PROGRAM = """
@@ -298,7 +327,7 @@ except ValueError as error:
 
 @pytest.mark.parametrize(
     "imports",
-    ["import psbn_mmdet", "import mmengine.runner, psbn_mmdet", "import psbn_mmdet.norm"],
+    ["import psbn_mmdet", "import mmengine.runner, psbn_mmdet"],
 )
 def test_whatever_is_imported_first(imports, tmp_path):
     done = subprocess.run(
