@@ -11,11 +11,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .layers import PostShift
 
 
 class Bias(Tensor):
@@ -44,15 +47,15 @@ class Bias(Tensor):
         origin = biases[0]._origin
         first = args[0] if args else None
         if isinstance(first, Bias) and first._plain is first._origin.total:
-            if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__):
+            if func in (Tensor.requires_grad_, _setter("requires_grad")):
                 origin.layer.beta.requires_grad_(*args[1:], **kwargs)
                 return first
-            if func == Tensor.grad.__get__:
+            if func == _getter("grad"):
                 return origin.layer.beta.grad
-            if func == Tensor.grad.__set__:
+            if func == _setter("grad"):
                 origin.layer.beta.grad = args[1]
                 return None
-            if func == Tensor.data.__set__:
+            if func == _setter("data"):
                 return origin.replace(args[1])
         before = [bias._plain._version for bias in biases]
         result = func(*_map(args, _to_plain), **_map(kwargs, _to_plain))
@@ -62,7 +65,7 @@ class Bias(Tensor):
         return _map(result, lambda value: _guarded(value, origin))
 
     @staticmethod
-    def of(layer: nn.Module) -> Tensor:
+    def of(layer: PostShift) -> Tensor:
         """`beta + alpha` of a layer; plain where there is nothing to write to (meta, DTensor)."""
         if layer.beta.is_inference():
             return layer.beta + layer.alpha
@@ -88,7 +91,7 @@ class Bias(Tensor):
 class _Origin:
     """One reading of a layer's bias."""
 
-    def __init__(self, layer: nn.Module, total: Tensor) -> None:
+    def __init__(self, layer: PostShift, total: Tensor) -> None:
         self.layer = layer
         self.total = total
         self.beta = layer.beta
@@ -127,6 +130,14 @@ class _Origin:
             if value.shape == self.beta.shape:
                 beta = torch.where(value == self.beta + self.layer.alpha, self.beta, beta)
         self.layer.beta.data = beta
+
+
+def _getter(attribute: str) -> Any:
+    return getattr(Tensor, attribute).__get__
+
+
+def _setter(attribute: str) -> Any:
+    return getattr(Tensor, attribute).__set__
 
 
 def _initialises(func: Callable) -> bool:

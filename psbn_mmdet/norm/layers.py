@@ -20,6 +20,7 @@ parameter is called ``beta``. A state dict holds ``beta`` and ``alpha`` and no
 
 import math
 import sys
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -45,9 +46,10 @@ LOAD_BN = ("preserve", "shift")
 def check_alpha(alpha: Any) -> float:
     if isinstance(alpha, bool) or not isinstance(alpha, Real):
         raise TypeError(f"alpha must be a number, got {alpha!r} ({type(alpha).__name__})")
-    if not (math.isfinite(alpha) and alpha >= 0):
+    value = float(alpha)
+    if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"alpha must be finite and not negative (the paper uses 0.1), got {alpha}")
-    return float(alpha)
+    return value
 
 
 def check_load_bn(load_bn: Any) -> str:
@@ -83,6 +85,11 @@ class PostShift(nn.Module):
     A mixin in front of one of torch's normalization layers, whose ``forward``
     reads ``weight`` and ``bias``.
     """
+
+    weight: nn.Parameter
+    beta: nn.Parameter
+    alpha: Tensor
+    reset_running_stats: Callable[[], None]
 
     def __init__(
         self,
@@ -222,17 +229,18 @@ def _call_as_leaf(module: PostShift, proxy: torch.fx.Proxy) -> torch.fx.Proxy:
     Stepping into it would freeze ``self.training`` as it is while tracing, and
     the traced network would then normalize by batch statistics in eval mode.
     """
-    target = proxy.tracer.path_of_module(module)
-    return proxy.tracer.create_proxy("call_module", target, (proxy,), {})
+    tracer: Any = proxy.tracer
+    target = tracer.path_of_module(module)
+    return tracer.create_proxy("call_module", target, (proxy,), {})
 
 
-class psBN1d(PostShift, nn.BatchNorm1d, _BatchNorm):
+class psBN1d(PostShift, nn.BatchNorm1d, _BatchNorm):  # type: ignore[misc]
     """Post-shifted batch normalization over (N, C) or (N, C, L); see :class:`psBN2d`."""
 
 
 # _BatchNorm stands among the direct bases because mmengine's init_cfg with
 # layer='_BatchNorm' looks at the names of direct bases only.
-class psBN2d(PostShift, nn.BatchNorm2d, _BatchNorm):
+class psBN2d(PostShift, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
     r"""Post-shifted batch normalization over (N, C, H, W) (arXiv 2001.11216, Eq. 6).
 
     .. math::
@@ -279,7 +287,7 @@ class psBN2d(PostShift, nn.BatchNorm2d, _BatchNorm):
 psBN = psBN2d
 
 
-class psBN3d(PostShift, nn.BatchNorm3d, _BatchNorm):
+class psBN3d(PostShift, nn.BatchNorm3d, _BatchNorm):  # type: ignore[misc]
     """Post-shifted batch normalization over (N, C, D, H, W); see :class:`psBN2d`."""
 
 
@@ -298,11 +306,11 @@ class _PostShiftIN(PostShift):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
 
 
-class psIN1d(_PostShiftIN, nn.InstanceNorm1d, _InstanceNorm):
+class psIN1d(_PostShiftIN, nn.InstanceNorm1d, _InstanceNorm):  # type: ignore[misc]
     """Post-shifted instance normalization over (N, C, L); see :class:`psIN2d`."""
 
 
-class psIN2d(_PostShiftIN, nn.InstanceNorm2d, _InstanceNorm):
+class psIN2d(_PostShiftIN, nn.InstanceNorm2d, _InstanceNorm):  # type: ignore[misc]
     """Post-shifted instance normalization over (N, C, H, W).
 
     Eq. 6 with mean and variance of each sample's plane; the paper's section 3.4
@@ -315,5 +323,5 @@ class psIN2d(_PostShiftIN, nn.InstanceNorm2d, _InstanceNorm):
 psIN = psIN2d
 
 
-class psIN3d(_PostShiftIN, nn.InstanceNorm3d, _InstanceNorm):
+class psIN3d(_PostShiftIN, nn.InstanceNorm3d, _InstanceNorm):  # type: ignore[misc]
     """Post-shifted instance normalization over (N, C, D, H, W); see :class:`psIN2d`."""
