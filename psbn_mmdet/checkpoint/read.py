@@ -23,10 +23,11 @@ import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 from torch import Tensor
 
+from ..errors import PsbnError
 from .latest import is_whole
 
 
-class CheckpointError(ValueError):
+class CheckpointError(PsbnError, ValueError):
     """A checkpoint cannot be used; the message is one line that says why and what to do."""
 
 
