@@ -13,8 +13,10 @@ keeps a state of its own between images does not take part: the caches of ``Cach
 and ``CachedMixUp``, the size that ``BatchSyncRandomResize`` holds for some steps.
 """
 
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -153,9 +155,18 @@ def init_worker(worker_id: int, inner: Callable[[int], None] | None = None) -> N
         worker_id: Its number.
         inner: Further initialisation.
     """
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_outlive, daemon=True).start()
     if inner is not None:
         inner(worker_id)
+
+
+def _outlive() -> None:
+    while True:
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
+            os._exit(0)  # the training has no more use for it: what torch's own handler does
+        signal.alarm(WORKER_GRACE)
 
 
 class SeededLoaders:
