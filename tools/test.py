@@ -21,8 +21,7 @@ def main() -> None:
         with launch.process_group(cfg, launcher):
             launch.configure_test(cfg, args.checkpoint)
             if args.check is not None:
-                launch.check_processes(args.check, cfg)
-                launch.check_weights(cfg, strict=True)
+                launch.check(cfg, args.check, strict=True)
             else:
                 launch.evaluate(cfg)
 

@@ -30,8 +30,7 @@ def main() -> None:
                 cfg, resume=args.resume, amp=args.amp, auto_scale_lr=args.auto_scale_lr
             )
             if args.check is not None:
-                launch.check_processes(args.check, cfg)
-                launch.check_weights(cfg)
+                launch.check(cfg, args.check, strict=False)
             else:
                 launch.train(cfg)
 

@@ -11,27 +11,19 @@
 from .config import (
     UsageError,
     add_arguments,
-    check_data,
-    check_processes,
-    check_weights,
-    check_work_dir,
     load_config,
 )
-from .distributed import on_all_ranks, process_group
-from .run import configure_test, configure_training, evaluate, train
+from .distributed import process_group
+from .run import check, configure_test, configure_training, evaluate, train
 
 __all__ = [
     "UsageError",
     "add_arguments",
-    "check_data",
-    "check_processes",
-    "check_weights",
-    "check_work_dir",
+    "check",
     "configure_test",
     "configure_training",
     "evaluate",
     "load_config",
-    "on_all_ranks",
     "process_group",
     "train",
 ]

@@ -1,7 +1,10 @@
 """A config with a command line's overrides, and whether it can work on this machine."""
 
 import argparse
+import itertools
 import os
+import re
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +12,9 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.dataset import BaseDataset
 from mmengine.hub import get_config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from mmengine.utils import is_installed
 
@@ -97,26 +101,28 @@ def load_config(
     return cfg
 
 
-def _move_paths(node: Any, old: str, new: str) -> Any:
+def _move_paths(node: Any, old: str, new: str, key: str = "") -> Any:
     """Return ``node`` with every path at or below ``old`` moved to ``new``.
 
     Paths are compared part by part, so ``data/coco_pretrained`` is not below
     ``data/coco``, and ``data/coco`` is the same folder as ``./data/coco/``.
     """
     if isinstance(node, dict):
-        return type(node)({key: _move_paths(value, old, new) for key, value in node.items()})
+        return type(node)({k: _move_paths(v, old, new, k) for k, v in node.items()})
     if isinstance(node, list | tuple):
-        return type(node)(_move_paths(value, old, new) for value in node)
+        return type(node)(_move_paths(value, old, new, key) for value in node)
     if not isinstance(node, str) or not node:
         return node
     root, path = os.path.normpath(old), os.path.normpath(node)
+    if key != "data_root" and os.sep not in node:  # a word, which may only sound like the folder
+        return node
     if path != root and not path.startswith(os.path.join(root, "")):
         return node
     ending = "/" if node.endswith("/") else ""
     return os.path.normpath(os.path.join(new, os.path.relpath(path, root))) + ending
 
 
-def check_processes(processes: int, cfg: Config | None = None) -> None:
+def check_processes(processes: int, cfg: Config) -> None:
     """Check that this machine can run so many, one per GPU where there are GPUs.
 
     Args:
@@ -130,8 +136,28 @@ def check_processes(processes: int, cfg: Config | None = None) -> None:
     if processes < 1 or (gpus and processes > gpus):
         have = f"1 to {gpus}, one per GPU of this machine" if gpus else "at least 1"
         raise UsageError(f"{processes} processes asked for, {have} can run")
-    if cfg is not None:
-        check_synchronised_norm(cfg, processes)
+    check_synchronised_norm(cfg, processes)
+
+
+def check_port() -> None:
+    """Check that the first machine's torchrun can listen on ``PORT`` of tools/launch.sh.
+
+    Raises:
+        UsageError: It is no port, or another program listens there.
+    """
+    port = os.environ.get("PORT")
+    if not port or os.environ.get("NODE_RANK", "0") != "0":
+        return
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"PORT={port}: wanted a number from 1 to 65535")
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
+        try:
+            listener.bind(("", int(port)))
+        except OSError as error:
+            raise UsageError(
+                f"PORT={port}: {error.strerror}; name another one, or none on a single machine"
+            ) from error
 
 
 def check_synchronised_norm(cfg: Config, processes: int) -> None:
@@ -144,11 +170,10 @@ def check_synchronised_norm(cfg: Config, processes: int) -> None:
     Raises:
         UsageError: PyTorch's SyncBN would run without a GPU, or ``sync_bn`` meets psBN.
     """
-    if processes < 2:  # one process turns SyncBN into BN by itself
+    if processes < 2:  # mmengine turns SyncBN into BN there, and passes over sync_bn
         return
-    types = {str(node.get("type")) for node in _dicts(cfg.get("model"))}
-    names = {name.rpartition(".")[2] for name in types}
-    if cfg.get("sync_bn") and any(n.startswith("psBN") for n in names):
+    names = {type_name(node) for node in _dicts(cfg.get("model"))}
+    if cfg.get("sync_bn") and any(re.match("ps(Sync)?BN", name) for name in names):
         raise UsageError(
             f"sync_bn={cfg.sync_bn!r} cannot convert psBN; leave it out and write psSyncBN for psBN"
         )
@@ -160,6 +185,12 @@ def check_synchronised_norm(cfg: Config, processes: int) -> None:
             f"{plain[0]} needs a GPU for every process; on CPU take one process, or psSyncBN, "
             "which also runs there"
         )
+
+
+def type_name(node: dict) -> str:
+    """The name of a type without its scope or module; '' where a config has none."""
+    kind = node.get("type") or ""
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
 
 
 def check_data(cfg: Config, *phases: str) -> None:
@@ -178,6 +209,7 @@ def check_data(cfg: Config, *phases: str) -> None:
     for phase in phases:
         for dataset in _datasets(cfg.get(f"{phase}_dataloader") or {}):
             root = dataset.get("data_root") or ""
+            _require_one_file(cfg, dataset)
             folder = (dataset.get("data_prefix") or {}).get("img")
             named = [("annotation file", name) for name in _listed(dataset.get("ann_file"))]
             # Images are read by the pipeline, annotations by the data set.
@@ -186,10 +218,24 @@ def check_data(cfg: Config, *phases: str) -> None:
                 named.append(("folder of images", folder))
             for what, name in [] if _elsewhere(dataset) else named:
                 _require(os.path.join(root, name), what, hint)
-        for evaluator in _listed(cfg.get(f"{phase}_evaluator")):
-            if not _elsewhere(evaluator):
-                for name in _listed(evaluator.get("ann_file")):
+        for metric in _dicts(cfg.get(f"{phase}_evaluator")):
+            if not _elsewhere(metric):
+                for name in _listed(metric.get("ann_file")):
                     _require(name, "annotation file", hint)
+
+
+def _require_one_file(cfg: Config, dataset: dict) -> None:
+    """Refuse a list of annotation files where a data set would join it to a path."""
+    if not isinstance(dataset["ann_file"], list | tuple):
+        return
+    with DATASETS.switch_scope_and_registry(cfg.get("default_scope")) as registry:
+        kind = dataset.get("type")
+        kind = registry.get(kind) if isinstance(kind, str) else kind
+    if getattr(kind, "_join_prefix", None) is BaseDataset._join_prefix:
+        raise UsageError(
+            f"ann_file={dataset['ann_file']}: {type_name(dataset)} reads one file; list one data "
+            "set for each in a ConcatDataset"
+        )
 
 
 def _require(path: str, what: str, hint: str) -> None:
@@ -268,9 +314,9 @@ def _datasets(node: dict) -> Iterator[dict]:
 
 
 def write_coco_results(cfg: Config, prefix: str) -> None:
-    """Let every COCO evaluator of the test phase write its results to ``PREFIX.bbox.json``.
+    """Let every COCO metric of the test phase write its results to ``PREFIX.bbox.json``.
 
-    An evaluator that names a place itself keeps it.
+    A second one writes to ``PREFIX_2``, and so on. One that names a place itself keeps it.
 
     Args:
         cfg: The config, changed in place.
@@ -282,11 +328,11 @@ def write_coco_results(cfg: Config, prefix: str) -> None:
     from mmdet.evaluation import CocoMetric
     from mmdet.registry import METRICS
 
-    evaluators = _listed(cfg.get("test_evaluator"))
-    if not evaluators:
+    if not cfg.get("test_evaluator"):
         raise UsageError(f"{cfg.filename}: has no test_evaluator, so nothing would be measured")
-    for evaluator in evaluators:
-        kind: str | Callable | None = evaluator.get("type")
+    prefixes = itertools.chain([prefix], (f"{prefix}_{n}" for n in itertools.count(2)))
+    for metric in _dicts(cfg.test_evaluator):
+        kind: str | Callable | None = metric.get("type")
         kind = METRICS.get(kind) if isinstance(kind, str) else kind
         if isinstance(kind, type) and issubclass(kind, CocoMetric):
-            evaluator["outfile_prefix"] = evaluator.get("outfile_prefix") or prefix
+            metric["outfile_prefix"] = metric.get("outfile_prefix") or next(prefixes)

@@ -1,11 +1,11 @@
 """The process group of one job, and what its ranks must agree on.
 
-mmengine's own start puts every Slurm job on port 29500, needs a GPU and waits for ever
-longer than a link that went down deserves; so the group is made here, before a Runner is built:
+mmengine's own start puts every Slurm job on port 29500, needs a GPU, and waits without end
+when a link goes down. So the group is made here, before a Runner is built:
 
-- the port follows from the job's number, so jobs on one node do not meet;
-- whoever meets the store of another job all the same is told so, and cannot take part in
-  its exchange, since every key carries the name of the job;
+- the port is computed from the job's number, so jobs on one node use different ports;
+- a process that reaches the store of another job all the same is told so, and cannot take
+  part in its exchange, since every key carries the name of the job;
 - every wait ends (:func:`timeout`).
 """
 
@@ -92,11 +92,14 @@ def process_group(cfg: Config, launcher: str) -> Iterator[None]:
         yield
         return
     place = _place(launcher)
+    if place.processes == 1:  # needs no group; mmengine then turns SyncBN into BN
+        cfg.launcher = "none"
+        yield
+        return
     os.environ.update(
         RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.processes)
     )
     try:
-        check_synchronised_norm(cfg, place.processes)
         if get_device() in ("cpu", "cuda") and _dist_cfg(cfg).get("init_backend") in (
             None,
             "torch",
@@ -104,6 +107,7 @@ def process_group(cfg: Config, launcher: str) -> Iterator[None]:
             _join(cfg, place)
             agree("config", _what_is_trained(cfg))
         # else: mmengine starts the group, with the address and port set above
+        on_all_ranks(lambda: check_synchronised_norm(cfg, place.processes))
         if not torch.cuda.is_available():
             cfg.setdefault(
                 "model_wrapper_cfg",

@@ -1,7 +1,7 @@
 """Random numbers that depend on where a run stands, and not on how it came there.
 
 mmengine seeds the workers of the data loader once, when they start. A resumed run starts
-them again, so its images are flipped and cropped in another way than an uninterrupted
+them again, so its images are flipped and cropped differently from an uninterrupted
 run's. Here every image and every step begins with random numbers of its own, a function of
 
     (seed, epoch, batch of the epoch, place in the batch, rank)     for an image,
@@ -26,11 +26,13 @@ import torch
 from mmengine.dataset import worker_init_fn as mmengine_worker_init_fn
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, Dataset, IterableDataset, Sampler
 
 from ..checkpoint import CheckpointError
+from .config import UsageError
 
 POSITION = "position_in_epoch"
 """Key in a checkpoint's ``meta``: a dictionary of ``batches``, how many of the epoch were
@@ -148,6 +150,13 @@ class SeededBatchSampler(Sampler):
         return len(self._batches)
 
 
+def gradients_are_pending(runner: Runner) -> bool:
+    """Whether gradients have been accumulated since the last update; no checkpoint holds them."""
+    wrapper = runner.optim_wrapper
+    parts = wrapper.optim_wrappers.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+    return not all(part.should_update() for part in parts)
+
+
 def init_worker(worker_id: int, inner: Callable[[int], None] | None = None) -> None:
     """Start a worker of a data loader that a SIGTERM to all of a job does not end at once.
 
@@ -192,9 +201,15 @@ class SeededLoaders:
                 "type": init_worker,
                 "inner": _inner_init(dataloader, seed or 0),
             }
-            if self._for_training:
+        try:
+            if self._for_training and isinstance(dataloader, dict):
                 dataloader = _seeded(dataloader, seed or 0)
-        return super().build_dataloader(dataloader, seed, diff_rank_seed)
+            return super().build_dataloader(dataloader, seed, diff_rank_seed)
+        except FileNotFoundError as error:  # of a kind that check_data does not know
+            raise UsageError(
+                f"{error.filename or error}: no such file, and a data set of the config reads it; "
+                "--data-root says where the data is"
+            ) from error
 
 
 def _inner_init(dataloader: dict, seed: int) -> Callable[[int], None]:
@@ -276,6 +291,7 @@ class ExactResume(Hook):
         sampler = getattr(runner.train_dataloader, "batch_sampler", None)
         if isinstance(sampler, SeededBatchSampler):
             sampler.skip = skip
+            sampler.epoch = runner.epoch  # also where a config has no DistSamplerSeedHook
         elif skip:
             raise CheckpointError(
                 f"{runner._load_from}: was saved in the middle of an epoch, and this data loader "

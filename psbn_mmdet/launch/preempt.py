@@ -17,7 +17,7 @@ from mmengine.dist import get_world_size
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from .exact import POSITION
+from .exact import POSITION, gradients_are_pending
 
 PREEMPTED = 75
 """Exit status of a run that was asked to end and saved: ``EX_TEMPFAIL`` of sysexits.h."""
@@ -65,8 +65,11 @@ class Preemption(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """Save after the step in which the signal came; all ranks after the same one."""
-        if self._any_rank_asked():
+        """Save after the step in which the signal came, or after the update that it belongs to.
+
+        All ranks save after the same one.
+        """
+        if self._any_rank_asked() and not gradients_are_pending(runner):
             self._save(runner, {"epoch": runner.epoch, "iter": runner.iter + 1})
 
     def after_val_iter(

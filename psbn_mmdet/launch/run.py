@@ -16,7 +16,16 @@ from mmengine.runner import Runner
 from ..checkpoint import CheckpointError, is_whole, latest_whole, load
 from ..checkpoint.loaders import CheckpointGuard
 from .amp import BFloat16OptimWrapper, cpu_has_bfloat16
-from .config import UsageError, check_data, check_work_dir, write_coco_results
+from .config import (
+    UsageError,
+    check_data,
+    check_port,
+    check_processes,
+    check_weights,
+    check_work_dir,
+    type_name,
+    write_coco_results,
+)
 from .distributed import agree, from_rank_0, on_all_ranks, rank
 from .exact import ExactResume, SeededLoaders
 from .preempt import FILE as PREEMPTED_FILE
@@ -45,8 +54,9 @@ def configure_training(
         CheckpointError: The checkpoint to resume from is missing, not whole, or not the
             same on all nodes.
     """
-    if not cfg.get("train_dataloader"):
-        raise UsageError(f"{cfg.filename}: has no train_dataloader, so nothing to train on")
+    for key in ("train_dataloader", "train_cfg", "optim_wrapper"):
+        if not cfg.get(key):
+            raise UsageError(f"{cfg.filename}: has no {key}, so it cannot be trained")
     if amp:
         _use_amp(cfg)
     if auto_scale_lr:
@@ -70,6 +80,9 @@ def _check_machine(cfg: Config) -> None:
 
 
 def _use_amp(cfg: Config) -> None:
+    kind = type_name(cfg.optim_wrapper) or "OptimWrapper"
+    if kind not in ("OptimWrapper", "AmpOptimWrapper", BFloat16OptimWrapper.__name__):
+        raise UsageError(f"--amp would replace the config's optim_wrapper {kind}; leave it out")
     if get_device() != "cpu":
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     elif cpu_has_bfloat16():
@@ -78,8 +91,8 @@ def _use_amp(cfg: Config) -> None:
         cfg.optim_wrapper.type = BFloat16OptimWrapper.__name__
     else:
         raise UsageError(
-            "--amp needs a GPU or a processor with bfloat16 (avx512_bf16 or amx_bf16 in "
-            "/proc/cpuinfo), which this one has not; it would only be slower: leave it out"
+            "--amp needs a GPU or a processor that computes in bfloat16 (avx512_bf16 or amx_bf16 "
+            "in /proc/cpuinfo); on this one it would only be slower: leave it out"
         )
 
 
@@ -183,6 +196,23 @@ def train(cfg: Config) -> None:
         except Preempted:
             del runner  # an exception would hold it, and it the process group
     raise SystemExit(PREEMPTED)
+
+
+def check(cfg: Config, processes: int, *, strict: bool) -> None:
+    """Check what :func:`configure_training` or :func:`configure_test` leaves to the start.
+
+    Args:
+        cfg: The config that one of them has seen.
+        processes: How many are to be started on this machine.
+        strict: As in :func:`.check_weights`.
+
+    Raises:
+        PsbnError: That many processes cannot run here, their port is taken, or the weights
+            cannot be had or do not fit.
+    """
+    check_processes(processes, cfg)
+    check_port()
+    check_weights(cfg, strict)
 
 
 def configure_test(cfg: Config, checkpoint: str) -> None:
