@@ -133,7 +133,7 @@ def _choose(cfg: Config, resume: str | None) -> tuple[str | None, int | None]:
         return None, None
     if resume == "auto":
         folder = checkpoint_folder(cfg)
-        paths = [latest_whole(folder), Path(folder, PREEMPTED_FILE)]
+        paths = [Path(folder, PREEMPTED_FILE), latest_whole(folder)]
         metas = {p: _meta(p) for p in paths if p is not None and is_whole(p)}
         if not metas:
             print(f"{folder}: nothing to resume: starting from scratch")

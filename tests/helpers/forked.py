@@ -11,7 +11,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+# What a training imports late: once here, and not in every process.
+import matplotlib.pyplot  # noqa: F401
+import mmcv.transforms  # noqa: F401
 import torch
+import torch._dynamo
 
 from tests.helpers.paths import ROOT
 
@@ -45,7 +49,7 @@ def slurm(processes, job=7, **extra):
     return [common | {"SLURM_PROCID": r, "SLURM_LOCALID": r} for r in range(processes)]
 
 
-def _main(tool, arguments, environment, log):
+def _main(tool, arguments, environment, log, directory):
     with open(log, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -54,7 +58,7 @@ def _main(tool, arguments, environment, log):
         del os.environ[name]
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    os.chdir(ROOT)
+    os.chdir(directory)
     spec = importlib.util.spec_from_file_location(tool, ROOT / "tools" / f"{tool}.py")
     module = importlib.util.module_from_spec(spec)
     sys.argv = [f"{tool}.py", *map(str, arguments)]
@@ -65,10 +69,10 @@ def _main(tool, arguments, environment, log):
 class Process:
     """A started ``tools/TOOL.py ARGUMENTS``."""
 
-    def __init__(self, tool, arguments, environment, log):
+    def __init__(self, tool, arguments, environment, log, directory=ROOT):
         self.log = Path(log)
         self.process = mp.get_context("fork").Process(
-            target=_main, args=(tool, arguments, environment, log)
+            target=_main, args=(tool, arguments, environment, log, directory)
         )
         self.process.start()
 
@@ -87,7 +91,8 @@ def train(config, work_dir, *arguments, processes=1, environments=None):
 
     Args:
         config: A file.
-        work_dir: One for all, or a list with one for each rank.
+        work_dir: One for all; or a list of folders, one for each rank, in which they run with the
+            relative work dir ``w``, as on nodes that share no disk.
         arguments: Further ones of tools/train.py.
         processes: How many; one has no launcher.
         environments: Variables by rank, in place of torchrun's.
@@ -95,7 +100,7 @@ def train(config, work_dir, *arguments, processes=1, environments=None):
     Returns:
         How each of them ended.
     """
-    work_dirs = work_dir if isinstance(work_dir, list) else [work_dir] * processes
+    unshared = isinstance(work_dir, list)
     launcher = ()
     if environments is not None:
         launcher = ("--launcher", "slurm" if "SLURM_PROCID" in environments[0] else "pytorch")
@@ -103,8 +108,9 @@ def train(config, work_dir, *arguments, processes=1, environments=None):
         launcher, environments = ("--launcher", "pytorch"), torchrun(processes)
     started = []
     for rank, environment in enumerate(environments or [{}]):
-        own = Path(work_dirs[rank])
-        own.mkdir(exist_ok=True, parents=True)
-        line = [config, "--work-dir", own, *launcher, *arguments]
-        started.append(Process("train", line, environment, own / f"rank{rank}.log"))
+        folder = Path(work_dir[rank] if unshared else work_dir)
+        folder.mkdir(exist_ok=True, parents=True)
+        line = [config, "--work-dir", "w" if unshared else folder, *launcher, *arguments]
+        log, directory = folder / f"rank{rank}.log", folder if unshared else ROOT
+        started.append(Process("train", line, environment, log, directory))
     return [process.end() for process in started]

@@ -199,7 +199,8 @@ def state(checkpoint):
 
 def last(work_dir):
     """The state at the end of a training."""
-    return state(Path(work_dir, "last_checkpoint").read_text())
+    name = Path(Path(work_dir, "last_checkpoint").read_text()).name
+    return state(Path(work_dir, name))
 
 
 def equal(a, b):

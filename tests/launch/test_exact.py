@@ -52,9 +52,7 @@ def within_an_epoch(tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", ["processes", "batch size", "mmengine's own"])
-def test_within_an_epoch_that_is_divided_otherwise_it_is_refused(
-    change, within_an_epoch, tmp_path
-):
+def test_within_an_epoch_that_is_divided_otherwise_it_is_refused(change, within_an_epoch, tmp_path):
     work_dir = shutil.copytree(within_an_epoch, tmp_path / "w")
     options, processes = {"every": 2}, 1
     message = "was saved after 2 of 4 batches of an epoch on 1 processes, now there are 2 on"
