@@ -182,16 +182,22 @@ def _join(cfg: Config, place: Place) -> None:
     elif "nccl" in backend:
         backend = "gloo"
     wait = timeout(cfg)
-    if not place.job:  # torchrun made the store, under a name of its own
-        dist.init_process_group(backend, timeout=wait)
-        return
-    dist.init_process_group(
-        backend,
-        store=_store(place, wait),
-        rank=place.rank,
-        world_size=place.processes,
-        timeout=wait,
-    )
+    # torchrun made the store itself, under a name of its own
+    own: dict[str, Any] = {}
+    if place.job:
+        own = dict(rank=place.rank, world_size=place.processes, store=_store(place, wait))
+    try:
+        dist.init_process_group(backend, timeout=wait, **own)
+    except RuntimeError as error:
+        raise UsageError(
+            f"rank {place.rank} of {place.processes} did not find the others in "
+            f"{wait.total_seconds():g} s: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What torch says before it lists its stack."""
+    return str(error).splitlines()[0].split(" Exception raised")[0].rstrip(".")
 
 
 def _store(place: Place, wait: timedelta) -> dist.Store:
@@ -209,10 +215,9 @@ def _store(place: Place, wait: timedelta) -> dist.Store:
             store.set("job", place.job)
         owner = store.get("job").decode()
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
-        reason = str(error).splitlines()[0].split(" Exception raised")[0]
         raise UsageError(
-            f"rank {place.rank} of {place.job}: no store at {host}:{port}: {reason}; is the port "
-            "taken? MASTER_PORT names another"
+            f"rank {place.rank} of {place.job}: no store at {host}:{port}: {_first_line(error)}; "
+            "is the port taken? MASTER_PORT names another"
         ) from error
     if owner != place.job:
         raise UsageError(
