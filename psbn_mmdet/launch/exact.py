@@ -28,7 +28,7 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, Dataset, IterableDataset, Sampler
 
 from ..checkpoint import CheckpointError
@@ -284,6 +284,11 @@ class ExactResume(Hook):
             )
         self._skip = position["batches"]
 
+    @property
+    def within_an_epoch(self) -> bool:
+        """Whether the run is to go on after the beginning of an epoch."""
+        return self._skip > 0
+
     def before_train_epoch(self, runner: Runner) -> None:
         """Leave out what was trained with."""
         skip, self._skip = self._skip, 0
@@ -313,3 +318,35 @@ class ExactResume(Hook):
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             position["batches_per_epoch"] = len(runner.train_dataloader)
             meta.setdefault(POSITION, position)
+
+
+class MissedValidation(Hook):
+    """Makes up for the validation that was due when the checkpoint of a resumed run was saved.
+
+    Checkpoints are saved before it, and mmengine goes on after it: the schedulers that look at its
+    metrics (``ReduceOnPlateauLR``) and the best checkpoint would miss one.
+
+    Args:
+        exact: The hook of the same run.
+    """
+
+    priority = "LOWEST"  # when the other hooks are ready for a validation
+
+    def __init__(self, exact: ExactResume) -> None:
+        self._exact = exact
+
+    def before_train(self, runner: Runner) -> None:
+        """Validate, if the uninterrupted run would have done so at this point."""
+        loop = runner.train_loop
+        if not runner._resume or runner.val_loop is None or self._exact.within_an_epoch:
+            return
+        if isinstance(loop, EpochBasedTrainLoop):
+            done, end = loop.epoch, loop.max_epochs
+        elif isinstance(loop, IterBasedTrainLoop):
+            done, end = loop.iter, loop.max_iters
+        else:
+            return
+        loop._decide_current_val_interval()
+        if done >= max(loop.val_begin, 1) and (done % loop.val_interval == 0 or done == end):
+            runner.logger.info("validating first, which was due when the checkpoint was saved")
+            runner.val_loop.run()

@@ -75,12 +75,12 @@ class Preemption(Hook):
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """Do not wait for the end of a validation; a resumed run does not repeat it."""
+        """Do not wait for the end of a validation; a resumed run begins with it."""
         loader = runner.val_dataloader
         # so many batches every rank has, and can exchange after
         common = len(loader.dataset) // (get_world_size() * (loader.batch_size or 1))
         if runner.train_loop is not None and batch_idx < common and self._any_rank_asked():
-            runner.logger.warning("the validation was interrupted; --resume does not repeat it")
+            runner.logger.warning("the validation was interrupted; --resume begins with it")
             for hook in runner.hooks:  # it has put the averaged weights into the model
                 if isinstance(hook, EMAHook):
                     hook.after_val_epoch(runner)

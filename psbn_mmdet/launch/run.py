@@ -27,7 +27,7 @@ from .config import (
     write_coco_results,
 )
 from .distributed import agree, from_rank_0, on_all_ranks, rank
-from .exact import ExactResume, SeededLoaders
+from .exact import ExactResume, MissedValidation, SeededLoaders
 from .preempt import FILE as PREEMPTED_FILE
 from .preempt import PREEMPTED, Preempted, Preemption
 
@@ -188,7 +188,8 @@ def train(cfg: Config) -> None:
     """
     with Preemption(checkpoint_folder(cfg)) as preemption:
         runner = _make_runner(cfg, strict=False)
-        for hook in (ExactResume(), preemption):
+        exact = ExactResume()
+        for hook in (exact, preemption, MissedValidation(exact)):
             runner.register_hook(hook)
         try:
             runner.train()

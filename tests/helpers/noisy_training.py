@@ -64,6 +64,12 @@ class Stripes(BaseDataset):
         return [{"img": img, "img_shape": (6, 6), "label": i % 3} for i, img in enumerate(images)]
 
 
+@DATASETS.register_module()
+class ReadsAList(Stripes):
+    def load_data_list(self):
+        return Path("no/such/list.txt").read_text().split()
+
+
 @METRICS.register_module()
 class MeanScore(BaseMetric):
     def process(self, data_batch, data_samples):

@@ -36,30 +36,31 @@ def interrupted_and_whole(folder, processes, terminate, **options):
     assert f"resuming from {folder}/w/preempted.pth" in ended[0].text
     assert equal(last(folder / "w"), last(folder / "whole"))
     assert not (folder / "w" / "preempted.pth").exists()  # it has done its work
-    return saved, text
+    return saved, text, ended[0].text
 
 
 def test_sigterm_to_a_step_and_its_workers(tmp_path):
-    saved, _ = interrupted_and_whole(tmp_path, 1, {"iteration": 6}, workers=2)
+    saved, *_ = interrupted_and_whole(tmp_path, 1, {"iteration": 6}, workers=2)
     assert saved["meta"]["iter"] == 6  # within the second epoch of four iterations
 
 
 def test_sigterm_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path):
-    saved, _ = interrupted_and_whole(tmp_path, 2, {"iteration": 3, "ranks": [1]})
+    saved, *_ = interrupted_and_whole(tmp_path, 2, {"iteration": 3, "ranks": [1]})
     assert saved["meta"]["iter"] == 3
 
 
 def test_accumulated_gradients_are_used_before_the_run_ends(tmp_path):
     """No checkpoint holds them."""
     options = {"optim_wrapper__accumulative_counts": 2}
-    saved, _ = interrupted_and_whole(tmp_path, 1, {"iteration": 5}, **options)
+    saved, *_ = interrupted_and_whole(tmp_path, 1, {"iteration": 5}, **options)
     assert saved["meta"]["iter"] == 6
 
 
 def test_sigterm_in_a_validation_saves_the_raw_weights_and_not_the_averaged(tmp_path):
     at = {"iteration": 4, "validation": True}
-    saved, text = interrupted_and_whole(tmp_path, 1, at, hooks=[EMA], validate=True)
+    saved, text, resumed = interrupted_and_whole(tmp_path, 1, at, hooks=[EMA], validate=True)
     assert "the validation was interrupted" in text
+    assert resumed.count("Epoch(val) [1]") == 1 and "Epoch(train) [1]" not in resumed
     epoch = load(tmp_path / "w" / "epoch_1.pth")
     weights, averaged = saved["state_dict"], epoch["ema_state_dict"]
     assert equal(weights, epoch["state_dict"])
