@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from psbn_mmdet import psBN2d
 from psbn_mmdet.checkpoint import load
+from psbn_mmdet.launch.preempt import Preemption
 
 
 @MODELS.register_module()
@@ -134,6 +135,20 @@ class WaitFor(At):
         while not self.path.exists():
             if time.monotonic() > deadline:
                 raise TimeoutError(self.path)
+            time.sleep(0.02)
+
+
+@HOOKS.register_module()
+class WaitForSigterm(At):
+    """Writes WORK_DIR/waiting and waits until the run has been asked to end."""
+
+    def act(self, runner):
+        (preemption,) = (hook for hook in runner.hooks if isinstance(hook, Preemption))
+        Path(runner.work_dir, "waiting").touch()
+        deadline = time.monotonic() + 120
+        while not preemption._asked:
+            if time.monotonic() > deadline:
+                raise TimeoutError("no SIGTERM")
             time.sleep(0.02)
 
 
