@@ -45,6 +45,7 @@ class Cluster:
             ("NS=psbnslurm", f"NS={self.name}"),  # no other cluster is touched
             # a requeued job waits until the credentials of its first start have expired
             ("AuthInfo=socket=", "AuthInfo=cred_expire=5,socket="),
+            ("sched_interval=5,bf_interval=5", "sched_interval=1,bf_interval=1"),
         ]:
             assert text.count(old) == 1, f"{SCRIPT} has changed: {old}"
             text = text.replace(old, new)

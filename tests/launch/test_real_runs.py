@@ -5,55 +5,42 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from psbn_mmdet.checkpoint import load
 from psbn_mmdet.launch import load_config
+from tests.helpers import forked
+from tests.helpers.noisy_training import equal, last
 from tests.helpers.paths import ROOT
-from tests.helpers.real_runs import TINY, command, environment, run, weights
+from tests.helpers.real_runs import TINY, environment, run, weights
 
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(shapes, tmp_path):
-    """The shipped demo with its flips; test_exact.py has the property in many more cases."""
-    config, processes = "configs/demo/demo_psbn_finetune.py", 2
+    """The shipped demo in two processes; test_exact.py has the property in many more cases."""
+    text = f"""
+_base_ = {str(ROOT / "configs/demo/demo_psbn_finetune.py")!r}
+custom_imports = dict(imports=["psbn_mmdet", "tests.helpers.noisy_training"])
+"""
+    (tmp_path / "whole.py").write_text(text)
+    kill = 'custom_hooks = [dict(type="Kill", iteration=5)]\n'
+    (tmp_path / "killed.py").write_text(text + kill)
     options = ["--data-root", shapes, "--cfg-options", *TINY]
-    run(processes, config, tmp_path / "whole", *options)
-
+    ended = forked.train(tmp_path / "whole.py", tmp_path / "whole", *options, processes=2)
+    assert [e.status for e in ended] == [0, 0], ended[0].text
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(processes, config, killed, *options),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (killed / "epoch_2.pth").exists():  # it is being written just then
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    family = [*psutil.Process(process.pid).children(recursive=True), process]
-    for member in family:
-        member.kill()
-    process.wait()
-    assert not (killed / "epoch_3.pth").exists()
-    # Wherever the kill fell, leave the newest file cut off as well.
-    newest = killed / "epoch_2.pth"
+    ended = forked.train(tmp_path / "killed.py", killed, *options, processes=2)
+    assert [e.status for e in ended] == [-9, -9], ended[0].text
+    newest = killed / "epoch_2.pth"  # as if it had been killed while it wrote that
     newest.write_bytes(newest.read_bytes()[:10000])
 
-    result = run(processes, config, killed, "--resume", *options)
-    assert f"resuming from {killed / 'epoch_1.pth'}" in result.stdout
-    expected, found = weights(tmp_path / "whole"), weights(killed)
-    assert expected.keys() == found.keys()
-    for key, value in expected.items():
-        assert torch.equal(found[key], value), key
-    first = weights(killed, 1)
-    assert any(not torch.equal(first[key], value) for key, value in expected.items())
+    ended = forked.train(tmp_path / "whole.py", killed, "--resume", *options, processes=2)
+    assert f"resuming from {killed / 'epoch_1.pth'}\n" in ended[0].text
+    assert equal(last(killed), last(tmp_path / "whole"))
+    assert not equal(weights(killed), weights(killed, 1))
 
 
 @pytest.mark.slow
@@ -147,33 +134,25 @@ def test_no_thread_of_gloo_is_left_that_could_abort_a_finished_job(shapes, tmp_p
         assert result.stdout.count("left behind: []") == 2, result.stdout[-3000:]
 
 
-FAKE_SRUN = """#!/usr/bin/env bash
-while [[ $1 == -* ]]; do
-    [[ $1 != --ntasks ]] || tasks=$2
-    [[ $1 == *=* ]] && shift || shift 2
-done
-for ((i = 0; i < tasks; i++)); do
-    SLURM_JOB_ID=$$ SLURM_STEP_ID=0 SLURM_NODELIST=localhost SLURM_NTASKS=$tasks \
-        SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
-done
-wait -n && wait -n
-"""
-
-
-@pytest.mark.slow
-def test_slurm_scripts_on_cpu_with_a_stand_in_for_slurm(shapes, tmp_path):
-    for name, text in [("srun", FAKE_SRUN), ("scontrol", "#!/bin/sh\necho localhost\n")]:
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    env = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", GPUS="2", GPUS_PER_NODE="0")
-    config, options = "configs/demo/demo_bn.py", ["--data-root", shapes, "--cfg-options", *TINY]
-    options += ["train_cfg.max_epochs=1", "model.test_cfg.score_thr=0.0"]
-    train = ["tools/slurm_train.sh", "part", "job", config, tmp_path / "w", *options]
-    subprocess.run(train, env=env, check=True, capture_output=True)
-    test = ["tools/slurm_test.sh", "part", "job", config, tmp_path / "w" / "epoch_1.pth"]
-    test += ["--work-dir", tmp_path / "w", *options]
-    subprocess.run(test, env=env, check=True, capture_output=True)
-    assert "coco/bbox_mAP" in json.loads((tmp_path / "w" / "metrics.json").read_text())
+def test_slurm_scripts_start_the_tools_in_tasks(tmp_path):
+    """A stub in place of srun; test_slurm.py has the real one."""
+    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    env = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", GPUS="16", SRUN_ARGS="-x a --exact")
+    for tool, arguments, expected in [
+        ("train", ["C", "W", "--resume"], ["C", "--work-dir", "W", "--resume"]),
+        ("test", ["C", "F", "--work-dir", "W"], ["C", "F", "--work-dir", "W"]),
+    ]:
+        line = [f"tools/slurm_{tool}.sh", "part", "name", *arguments]
+        printed = subprocess.run(line, env=env, capture_output=True, text=True).stdout.splitlines()
+        program = ["-u", f"tools/{tool}.py", *expected, "--launcher", "slurm"]
+        at = printed.index(sys.executable)
+        assert printed[at + 1 :] == program
+        wanted = "--partition part --job-name name --ntasks 16 --cpus-per-task 5 --gres gpu:8"
+        wanted += " --ntasks-per-node 8 --kill-on-bad-exit=1 -x a --exact"
+        assert printed[:at] == wanted.split()
+        missing = subprocess.run(line[:4], env=env, capture_output=True, text=True)
+        assert (missing.returncode, missing.stdout) == (2, "") and "PARTITION" in missing.stderr
 
 
 @pytest.mark.slow
