@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -134,7 +134,8 @@ def _place(launcher: str) -> Place:
         names = [f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "LOCAL_RANK", "SIZE")]
         _demand(launcher, (*names, "MASTER_ADDR"), "start it with mpirun, MASTER_ADDR=HOST before")
         env.setdefault("MASTER_PORT", "29500")
-        return Place(*(int(env[n]) for n in names), env.get("PMIX_NAMESPACE", "mpi"))
+        number, local, processes = (int(env[name]) for name in names)
+        return Place(number, local, processes, env.get("PMIX_NAMESPACE", "mpi"))
     needed = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
     _demand(launcher, needed, "start it with tools/slurm_*.sh or srun")
     job, step = env["SLURM_JOB_ID"], env["SLURM_STEP_ID"]
@@ -143,7 +144,8 @@ def _place(launcher: str) -> Place:
         env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"])
     name = f"{env.get('SLURM_CLUSTER_NAME', 'slurm')} job {job}.{step}"
     name += f" start {env.get('SLURM_RESTART_COUNT', 0)}"
-    return Place(*(int(env[n]) for n in needed[2:]), name)
+    number, local, processes = (int(env[name]) for name in needed[2:])
+    return Place(number, local, processes, name)
 
 
 def _demand(launcher: str, names: tuple[str, ...], how: str) -> None:
@@ -265,12 +267,11 @@ def from_rank_0(decide: Callable[[], T]) -> T:
     Args:
         decide: Called on rank 0 alone. What it raises as :class:`PsbnError`, all raise.
     """
-    decision = on_all_ranks(lambda: decide() if rank() == 0 else None)
     if not dist.is_initialized():
-        return decision
-    box = [decision]
+        return decide()
+    box = [on_all_ranks(lambda: decide() if rank() == 0 else None)]
     broadcast_object_list(box, src=0)
-    return box[0]
+    return cast(T, box[0])
 
 
 def on_all_ranks(check: Callable[[], T]) -> T:
@@ -287,19 +288,17 @@ def on_all_ranks(check: Callable[[], T]) -> T:
     Raises:
         PsbnError: On rank 0. The other ranks exit with :data:`BAD_INPUT`, in silence.
     """
+    if not dist.is_initialized():
+        return check()
     result, error = None, None
     try:
         result = check()
     except PsbnError as caught:
         error = caught
-    if not dist.is_initialized():
-        if error:
-            raise error
-        return result
     errors = all_gather_object(str(error) if error else None)
     bad = [number for number, text in enumerate(errors) if text]
     if not bad:
-        return result
+        return cast(T, result)
     if rank() == 0:
         raise error or UsageError(f"rank {bad[0]}: {errors[bad[0]]}")
     time.sleep(2)  # a launcher kills all when one exits: let rank 0 say its line before

@@ -19,7 +19,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -116,11 +116,12 @@ class SeededBatchSampler(Sampler):
         batch_sampler: dict | None = None,
         drop_last: bool = False,
     ) -> None:
-        arguments = {"sampler": sampler, "batch_size": batch_size}
         self._batches = (
-            DATA_SAMPLERS.build(batch_sampler, default_args=arguments)
+            DATA_SAMPLERS.build(
+                batch_sampler, default_args={"sampler": sampler, "batch_size": batch_size}
+            )
             if batch_sampler
-            else BatchSampler(**arguments, drop_last=drop_last)
+            else BatchSampler(sampler, batch_size, drop_last)
         )
         self._indices = sampler
         self._seed = seed
@@ -178,7 +179,7 @@ def _outlive() -> None:
         signal.alarm(WORKER_GRACE)
 
 
-class SeededLoaders:
+class SeededLoaders(Runner if TYPE_CHECKING else object):  # type: ignore[misc]
     """A mixin for a Runner class: its data loaders are made of the pieces above."""
 
     _for_training = False

@@ -69,7 +69,7 @@ def configure_training(
         print(
             "max_keep_ckpts=1 would leave no whole checkpoint while the next is written: keeping 2"
         )
-        hook.max_keep_ckpts = 2
+        hook["max_keep_ckpts"] = 2
     on_all_ranks(lambda: _check_machine(cfg))
     _resume(cfg, resume)
 
@@ -113,7 +113,8 @@ def _resume(cfg: Config, resume: str | None) -> None:
         cfg.resume = False
         return
     if "://" not in path:
-        path = on_all_ranks(lambda: _find(path, checkpoint_folder(cfg)))
+        chosen = path
+        path = on_all_ranks(lambda: _find(chosen, checkpoint_folder(cfg)))
         agree(f"checkpoint {os.path.basename(path)}", _fingerprint(path))
     cfg.update(resume=True, load_from=path)
 
@@ -173,8 +174,8 @@ def _fingerprint(path: str) -> str:
 
 
 def _make_runner(cfg: Config, strict: bool) -> Runner:
-    kind = RUNNERS.get(cfg.get("runner_type", "Runner"))
-    seeded = type(kind.__name__, (SeededLoaders, kind), {})
+    kind: type[Runner] = RUNNERS.get(cfg.get("runner_type", "Runner"))
+    seeded: Any = type(kind.__name__, (SeededLoaders, kind), {})
     runner = seeded.from_cfg(cfg)
     runner.register_hook(CheckpointGuard(strict), priority="VERY_HIGH")
     return runner
