@@ -38,8 +38,8 @@ FIRST_PORT, PORTS = 15000, 17000
 """Below 32768, where Linux begins to give ports to connections by itself."""
 
 TIMEOUT = 1800
-"""Seconds. The longest honest wait is for rank 0, which alone evaluates COCO (minutes) or
-writes to a slow disk; what takes longer than half an hour has died."""
+"""Seconds. The longest legitimate wait is for rank 0, which alone evaluates COCO (minutes) or
+writes to a slow disk; what takes longer than half an hour is dead."""
 
 
 class Place(NamedTuple):
@@ -56,7 +56,7 @@ def timeout(cfg: Config) -> timedelta:
 
     Args:
         cfg: ``env_cfg.dist_cfg.timeout`` in seconds, mmengine's own key, if there.
-            The environment's ``PSBN_DIST_TIMEOUT`` goes before it.
+            The environment variable ``PSBN_DIST_TIMEOUT`` takes precedence.
 
     Raises:
         UsageError: It is no positive number.
@@ -77,7 +77,9 @@ def _dist_cfg(cfg: Config) -> dict:
 
 @contextmanager
 def process_group(cfg: Config, launcher: str) -> Iterator[None]:
-    """Be one of the processes that ``launcher`` started; leave them at the end.
+    """Take part in the process group of a launcher; leave it at the end.
+
+    One process alone needs no group and runs as without a launcher.
 
     Args:
         cfg: The config, changed in place so that a Runner takes part.

@@ -1,8 +1,8 @@
-"""Random numbers that depend on where a run stands, and not on how it came there.
+"""Random numbers that depend on where a run stands, and not on how it got there.
 
 mmengine seeds the workers of the data loader once, when they start. A resumed run starts
-them again, so its images are flipped and cropped differently from an uninterrupted
-run's. Here every image and every step begins with random numbers of its own, a function of
+them again, so its images are flipped and cropped differently from those of an uninterrupted
+run. Here every image and every step begins with random numbers of its own, a function of
 
     (seed, epoch, batch of the epoch, place in the batch, rank)     for an image,
     (seed, iteration, rank)                                         for a step,
@@ -67,10 +67,11 @@ class Draw(NamedTuple):
 class SeededDataset(Dataset):
     """A data set whose items are drawn with random numbers that their :class:`Draw` names.
 
-    In all else it is the data set it holds: hooks read and set attributes of that one.
+    Everything else is passed on to the data set that it wraps: hooks read and set attributes of
+    that one.
 
     Args:
-        dataset: It, or its config.
+        dataset: The data set, or its config.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -131,7 +132,7 @@ class SeededBatchSampler(Sampler):
 
     @property
     def sampler(self) -> "SeededBatchSampler":
-        """Whom mmengine tells the epoch."""
+        """The object on which mmengine sets the epoch."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -195,7 +196,11 @@ class SeededLoaders(Runner if TYPE_CHECKING else object):  # type: ignore[misc]
     def build_dataloader(
         self, dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False
     ) -> Any:
-        """As the Runner does; a loader that is no config is taken as it is."""
+        """As the Runner does; a loader that is not a config is used as it is.
+
+        Raises:
+            UsageError: A file of the data set is not there.
+        """
         if isinstance(dataloader, dict):
             dataloader = dict(dataloader)
             dataloader["worker_init_fn"] = {

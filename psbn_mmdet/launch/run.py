@@ -167,7 +167,12 @@ def _find(path: str, folder: str) -> str:
 
 
 def _fingerprint(path: str) -> str:
-    """A fingerprint of a checkpoint's content, from the checksums in its zip directory."""
+    """A fingerprint of a checkpoint's content, from the checksums in its zip directory.
+
+    A file of torch's format before 1.6, which is no zip archive, is read whole.
+    """
+    if not zipfile.is_zipfile(path):
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     with zipfile.ZipFile(path) as archive:
         content = sorted((i.filename.partition("/")[2], i.CRC) for i in archive.infolist())
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]

@@ -1,12 +1,14 @@
 """The shipped configs: they build, hold the paper's protocol, and differ in the norm alone."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 
 from psbn_mmdet import psBN2d, psSyncBN
-from psbn_mmdet.launch import load_config
+from psbn_mmdet.launch import UsageError, load_config
+from psbn_mmdet.launch.config import check_processes
 from tests.helpers.paths import ROOT
 from tests.helpers.real_runs import build
 
@@ -23,6 +25,15 @@ def test_config_loads_and_builds_its_norm(path):
     expected = {"bn": "BatchNorm2d", "psbn": "psBN2d", "syncbn": "SyncBatchNorm"}
     expected["pssyncbn"] = "psSyncBN"
     assert kinds == {expected[name.split("_")[1]]}
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_without_a_gpu_two_processes_train_all_but_pytorchs_syncbn(path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = pytest.raises(UsageError, match="SyncBN needs a GPU for every process")
+    with refused if "_syncbn" in path else contextlib.nullcontext():
+        check_processes(2, load_config(path))
 
 
 @pytest.mark.parametrize("path", [c for c in CONFIGS if "_ps" in c])
