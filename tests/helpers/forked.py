@@ -22,6 +22,18 @@ from tests.helpers.paths import ROOT
 LAUNCHERS = ("SLURM_", "OMPI_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
 
 
+_started: list[mp.process.BaseProcess] = []
+
+
+def kill_all():
+    """End what a failed test has left running."""
+    while _started:
+        process = _started.pop()
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
 class Ended(NamedTuple):
     """How a process ended."""
 
@@ -75,6 +87,7 @@ class Process:
             target=_main, args=(tool, arguments, environment, log, directory)
         )
         self.process.start()
+        _started.append(self.process)
 
     def end(self, seconds=120):
         """Wait for its end; killed, and a failure, where that takes too long."""

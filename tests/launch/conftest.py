@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from studies.demo.drawn_shapes import write_shapes
+from tests.helpers import forked
 from tests.helpers.layers import randomize
 from tests.helpers.paths import ROOT
 
@@ -9,6 +10,12 @@ from tests.helpers.paths import ROOT
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_process():
+    yield
+    forked.kill_all()
 
 
 @pytest.fixture(scope="module")
