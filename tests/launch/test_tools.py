@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-import psbn_mmdet.checkpoint
 from psbn_mmdet.checkpoint import load
 from tests.helpers.forked import Process, train
 from tests.helpers.noisy_training import equal, last, make_config
@@ -73,14 +72,7 @@ SCHEDULERS = {
 }
 
 
-NOT_READ_YET = pytest.mark.xfail(
-    not hasattr(psbn_mmdet.checkpoint, "locate"), reason="not on the list of what may be read"
-)
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=NOT_READ_YET if k == "one cycle" else ()) for k in SCHEDULERS]
-)
+@pytest.mark.parametrize("kind", SCHEDULERS)
 def test_every_scheduler_resumes_exactly(kind, tmp_path):
     """The last one looks at validations, of which none may be missed or be counted twice."""
     schedulers, options = SCHEDULERS[kind], {"validate": kind == "plateau"}
@@ -97,7 +89,6 @@ def test_every_scheduler_resumes_exactly(kind, tmp_path):
     assert equal(last(tmp_path / "w"), last(tmp_path / "whole"))
 
 
-@NOT_READ_YET
 def test_metainfo_of_any_shape_resumes(tmp_path):
     """mmengine puts it into the checkpoint as a ConfigDict."""
     metainfo = {"classes": ("a", "b"), "palette": [(1, 2, 3)], "nested": {"deep": {"x": [1]}}}
