@@ -238,21 +238,21 @@ def bench_measure(rounds: int = 200) -> str:
     layers: list[Any] = list(norm_modules(model).values())
 
     def loop_of_the_same_counts() -> None:
-        found = dict.fromkeys(("filters", "collapsed", "constant", "inactive", "probability"), 0.0)
+        counts = dict.fromkeys(("filters", "collapsed", "constant", "inactive", "probability"), 0.0)
         for layer in layers:
             gamma, bias = layer.weight.detach(), layer.bias.detach()
             collapsed = gamma.abs() < 1e-3
             probability = activation_probability(gamma, bias)
-            found["filters"] += gamma.numel()
-            found["collapsed"] += collapsed.sum().item()
-            found["constant"] += (collapsed & (bias >= 1e-3)).sum().item()
-            found["inactive"] += (probability < 1e-3).sum().item()
-            found["probability"] += probability.sum().item()
+            counts["filters"] += gamma.numel()
+            counts["collapsed"] += collapsed.sum().item()
+            counts["constant"] += (collapsed & (bias >= 1e-3)).sum().item()
+            counts["inactive"] += (probability < 1e-3).sum().item()
+            counts["probability"] += probability.sum().item()
 
     def loop_of_gamma_alone() -> None:
-        found = 0.0
+        collapsed = 0.0
         for layer in layers:
-            found += (layer.weight.detach().abs() < 1e-3).sum().item()
+            collapsed += (layer.weight.detach().abs() < 1e-3).sum().item()
 
     variants = {
         "loop of the same counts": loop_of_the_same_counts,

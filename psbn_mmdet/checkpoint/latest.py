@@ -28,8 +28,10 @@ def latest_whole(work_dir: str | os.PathLike) -> Path | None:
         next((path for _, path in sorted(paths.items(), reverse=True) if is_whole(path)), None)
         for paths in numbers.values()
     ]
-    found = [path for path in newest if path is not None]
-    return max(found, key=_iteration) if len(found) > 1 else next(iter(found), None)
+    candidates = [path for path in newest if path is not None]
+    if len(candidates) > 1:
+        return max(candidates, key=_iteration)
+    return next(iter(candidates), None)
 
 
 def _iteration(path: Path) -> int:

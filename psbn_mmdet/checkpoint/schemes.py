@@ -37,8 +37,8 @@ def resolve(source: str) -> str:
         if (home / "open_mmlab.json").is_file():
             table |= json.loads((home / "open_mmlab.json").read_text())
         name = _table("deprecated.json").get(name, name)
-        found = _look_up(f"{scheme}://{name}", table)
-        return found if split(found)[0] else str(home / found)
+        target = _look_up(f"{scheme}://{name}", table)
+        return target if split(target)[0] else str(home / target)
     if scheme == "mmcls":
         return _look_up(source, _table("mmcls.json"))
     raise CheckpointError(

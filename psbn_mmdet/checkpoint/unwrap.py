@@ -157,8 +157,8 @@ def _is_weight(key: Any, value: Any) -> bool:
 
 def _versions(state_dict: Any) -> Mapping[str, Any]:
     """``_metadata``, which torch puts on a state dict: the version of each module's class."""
-    found = getattr(state_dict, "_metadata", None)
-    return found if isinstance(found, Mapping) else {}
+    metadata = getattr(state_dict, "_metadata", None)
+    return metadata if isinstance(metadata, Mapping) else {}
 
 
 def _set_versions(state_dict: "OrderedDict[str, Tensor]", versions: Mapping[str, Any]) -> None:

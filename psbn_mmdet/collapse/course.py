@@ -28,11 +28,11 @@ def states(trace: Trace, index: slice | NDArray[np.int64] = slice(None)) -> NDAr
     """
     gamma, bias = torch.tensor(trace.gamma[index]), torch.tensor(trace.bias[index])
     relu = torch.tensor(trace.relu)
-    found = inactive(gamma, bias, trace.inactive_below, relu).byte()
-    found[collapsed(gamma, trace.threshold)] = 2
-    found[constant(gamma, bias, trace.threshold, relu)] = 3
-    found[not_finite(gamma, bias)] = 4
-    return found.numpy()
+    state = inactive(gamma, bias, trace.inactive_below, relu).byte()
+    state[collapsed(gamma, trace.threshold)] = 2
+    state[constant(gamma, bias, trace.threshold, relu)] = 3
+    state[not_finite(gamma, bias)] = 4
+    return state.numpy()
 
 
 def is_collapsed(states: NDArray[np.uint8]) -> NDArray[np.bool_]:

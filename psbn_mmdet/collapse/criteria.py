@@ -110,8 +110,8 @@ def inactive(
         below: Threshold of the activation probability.
         relu: (C,) bool, whether a ReLU follows; True everywhere by default.
     """
-    found = (activation_probability(gamma, bias) < below) & ~not_finite(gamma, bias)
-    return found if relu is None else found & relu
+    silent = (activation_probability(gamma, bias) < below) & ~not_finite(gamma, bias)
+    return silent if relu is None else silent & relu
 
 
 def nearly_linear(

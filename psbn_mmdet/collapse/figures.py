@@ -75,16 +75,16 @@ def write_figures(trace: Trace | str | os.PathLike, folder: str | os.PathLike) -
 
 def _draw_course(figure: Any, trace: Trace) -> bool:
     axes = figure.add_subplot()
-    found = states(trace)
+    state = states(trace)
     inactive = inactive_states(trace)
-    marker = "o" if len(found) < 30 else ""
+    marker = "o" if len(state) < 30 else ""
     for label, mask, color, line in [
         ("inactive", inactive, COLORS["inactive"], "-"),
-        ("collapsed", is_collapsed(found), COLORS["dead"], "-"),
-        ("of these constant", found == 3, COLORS["constant"], "--"),  # often all of them
+        ("collapsed", is_collapsed(state), COLORS["dead"], "-"),
+        ("of these constant", state == 3, COLORS["constant"], "--"),  # often all of them
     ]:
         axes.plot(
-            trace.iterations, percent(found, mask), line, marker=marker, color=color, label=label
+            trace.iterations, percent(state, mask), line, marker=marker, color=color, label=label
         )
     axes.set(ylabel="% of the filters", title=trace.report().summary().splitlines()[0])
     axes.set_ylim(bottom=0)
@@ -127,8 +127,8 @@ def _draw_heat_map(figure: Any, trace: Trace) -> bool:
 
 def _most_collapsed(trace: Trace, among: NDArray[np.bool_]) -> int:
     """The layer among some with the largest share of filters that are not live at the end."""
-    found = states(trace, slice(len(trace.iterations) - 1, None))
-    share = sum_by_layer(trace, found > 0)[0] / np.diff(starts(trace))
+    state = states(trace, slice(len(trace.iterations) - 1, None))
+    share = sum_by_layer(trace, state > 0)[0] / np.diff(starts(trace))
     return int(np.where(among, share, -1).argmax())
 
 
@@ -172,7 +172,7 @@ def _draw_paths(figure: Any, trace: Trace) -> bool:
     layer = _most_collapsed(trace, np.ones(len(trace.layers), bool))
     start, end = starts(trace)[layer : layer + 2]
     gamma, bias = _finite(trace.gamma[:, start:end]), _finite(trace.bias[:, start:end])
-    found = states(trace, slice(len(gamma) - 1, None))[0, start:end]
+    last = states(trace, slice(len(gamma) - 1, None))[0, start:end]
     axes = figure.add_subplot()
     figure.set_size_inches(7, 5.5)
     width = 1.05 * float(np.nanmax(np.abs(gamma), initial=1e-6))
@@ -184,7 +184,7 @@ def _draw_paths(figure: Any, trace: Trace) -> bool:
         label = f"non-trainable: P(ReLU fires) < {trace.inactive_below:g}"
         axes.fill(*zip(*corners, strict=True), color="#f3d9d6", lw=0, label=label, zorder=0)
     for code, state in enumerate(STATES):
-        chosen = found == code
+        chosen = last == code
         if chosen.any():
             axes.plot(
                 gamma[:, chosen], bias[:, chosen], color=COLORS[state], lw=0.7, alpha=0.5, zorder=1

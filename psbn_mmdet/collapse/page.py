@@ -80,8 +80,14 @@ def write_page(
 def _page_data(name: str, trace: Trace, path_bytes: int) -> dict[str, Any]:
     """What the page's script reads of a run; arrays are base64, row by row."""
     shown = evenly(len(trace.iterations), MOMENTS)
-    found, inactive = states(trace)[shown], inactive_states(trace)[shown]
-    masks = (is_collapsed(found), found == 2, found == 3, inactive, found == 4)
+    states_shown, inactive = states(trace)[shown], inactive_states(trace)[shown]
+    masks = (
+        is_collapsed(states_shown),
+        states_shown == 2,
+        states_shown == 3,
+        inactive,
+        states_shown == 4,
+    )
     counts = np.stack([sum_by_layer(trace, mask) for mask in masks])
     filters = trace.gamma.shape[1]
     kept = evenly(len(trace.iterations), path_bytes * 3 // 4 // (_BYTES_PER_VALUE * filters))

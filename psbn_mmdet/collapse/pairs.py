@@ -174,12 +174,12 @@ class _Block:
         if not self.norm_first:
             return {norm: conv for norm, _, conv, _ in self.members}
         by_number = {_number(norm): (conv, filters) for norm, _, conv, filters in self.members}
-        found = {}
+        paired = {}
         for norm, channels, *_ in self.members:
             conv, filters = by_number.get(_number(norm) - 1, (None, None))
             if conv and filters == channels:
-                found[norm] = conv
-        return found
+                paired[norm] = conv
+        return paired
 
 
 def _twin(
@@ -206,8 +206,8 @@ def _twin(
     siblings = [child for child in children[parent] if child in convs]
     layers = [child for child in children[parent] if child in norms]
     order = next((o for o in _KNOWN_ORDERS if {_join(parent, c) for c in o} <= {*siblings}), ())
-    if order and (found := re.fullmatch(r"bn(\d+)", leaf)) and 0 < int(found[1]) <= len(order):
-        conv = _join(parent, order[int(found[1]) - 1])
+    if order and (number := re.fullmatch(r"bn(\d+)", leaf)) and 0 < int(number[1]) <= len(order):
+        conv = _join(parent, order[int(number[1]) - 1])
         return conv, conv
     if len(siblings) == len(layers) == 1 and not leaf.isdigit():
         return siblings[0], siblings[0]

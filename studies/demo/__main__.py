@@ -4,7 +4,7 @@ Draws a small detection data set, trains a small RetinaNet on it with BN,
 finetunes from that checkpoint twice, once with BN and once with psBN, and ends
 with a table and a page. A demonstration, not a measurement: one seed, one tiny
 network, and decay and learning rate chosen so that filters collapse in minutes.
-Steps that are done are kept; remove the folder to begin anew.
+Finished steps are kept; remove the folder to start again.
 """
 
 import argparse
