@@ -208,7 +208,7 @@ def _estimate(
     else:
         draws, stretch = images, 1.0
     draws = value + stretch * (draws - np.nanmean(draws, 0))
-    # these plotting positions leave (1 - confidence) / 2 outside at each end for any number of draws
+    # at these plotting positions each end leaves its tail outside for any number of draws
     low, high = np.nanquantile(draws, [tail, 1 - tail], axis=0, method="weibull")
     above = np.nanmean(np.where(np.isnan(draws), np.nan, (np.sign(draws) + 1) / 2), 0)
     return value, low, high, above

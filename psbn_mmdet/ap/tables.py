@@ -199,8 +199,8 @@ def _carries(c: Comparison, images: int) -> str:
     if not single:
         return f"{said} and of the runs."
     return (
-        f"{said} and, for {', '.join(several)}, of the runs. Those of {', '.join(single)}, with one "
-        "run each, and of differences from them carry no seeds."
+        f"{said} and, for {', '.join(several)}, of the runs. Those of {', '.join(single)}, with "
+        "one run each, and of differences that involve them carry no seeds."
     )
 
 
