@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import expit
 
-from psbn_mmdet.ap import compare, evaluate
+from psbn_mmdet.ap import compare, evaluate, matching
 from psbn_mmdet.ap.coco_files import Annotations, Results
 
 
@@ -149,7 +149,7 @@ def bench_speed(images: int = 5000, classes: int = 80, resamples: int = 1000) ->
         boxes = " and ".join(f"{len(r.score):,}" for r in found)
         print(f"{images:,} images, {len(truth.image):,} objects, {boxes} boxes\n")
 
-        matches = [evaluate.match(truth, r) for r in found]
+        matches = [matching.match(truth, r) for r in found]
         dataset = hotcoco.COCO(str(ann))
         evals = []
         for file in files:
@@ -245,7 +245,7 @@ def _true_ap(setting: Setting, arm: int, quantile: float, images: int = 20000) -
     rng = np.random.default_rng([1, arm, round(1e6 * quantile)])
     truth, hardness = setting.images_of(rng, images)
     skill = setting.skill(arm, quantile)
-    m = evaluate.match(truth, simulate_detector(rng, truth, skill, setting.false_boxes, hardness))
+    m = matching.match(truth, simulate_detector(rng, truth, skill, setting.false_boxes, hardness))
     per_class = evaluate.weighted_ap(m, np.ones((1, images), int))[0][0, :, 0]
     return 100 * float(evaluate.mean_over_classes(per_class))
 
@@ -272,7 +272,7 @@ def _draw(setting: Setting, number: int) -> tuple[float, float, float, float]:
         return d.low[0], d.high[0], np.nan, np.nan
     once = np.minimum(evaluate.draw_images(setting.images, 200, rng), 1)
     a, b = (
-        evaluate.mean_over_classes(evaluate.weighted_ap(evaluate.match(truth, r), once)[0][..., 0])
+        evaluate.mean_over_classes(evaluate.weighted_ap(matching.match(truth, r), once)[0][..., 0])
         for r in results
     )
     return d.low[0], d.high[0], *(100 * np.quantile(b - a, [0.025, 0.975], method="weibull"))

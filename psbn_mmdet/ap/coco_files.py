@@ -6,6 +6,7 @@ raises an :class:`InputError` whose one line names the file, the record and what
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class InputError(PsbnError, ValueError):
 
 class _Image(msgspec.Struct, gc=False):
     id: Id
-    file_name: str = ""
+    file_name: str | None = ""
 
 
 class _Category(msgspec.Struct, gc=False):
@@ -72,6 +73,16 @@ class Annotations:
     nameless: np.ndarray  # (G,) bool, id 0: see _match_cells
     left_out: int = 0  # objects of images or classes that the file does not list
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know of the file."""
+        if not self.left_out:
+            return []
+        return [
+            f"{self.path}: {self.left_out} objects are of images or classes that the file does "
+            "not list and were left out, as pycocotools does"
+        ]
+
 
 @dataclass(frozen=True)
 class Results:
@@ -96,8 +107,10 @@ def read_annotations(path: str | Path) -> Annotations:
             type (``"3"`` for ``3``), which would drop it.
     """
     data = decode(path, _Dataset, "an object of images, annotations (with area) and categories")
-    images = {i.id: i.file_name for i in data.images}
+    images = {i.id: i.file_name or "" for i in data.images}
     classes = {c.id: str(c.id if c.name is None else c.name) for c in data.categories}
+    times = Counter(classes.values())  # classes of equal names would be one row of a table
+    classes = {i: name if times[name] == 1 else f"{name} (id {i})" for i, name in classes.items()}
     image_of = _places(path, "images", images)
     class_of = _places(path, "categories", classes)
     kept = [o for o in data.annotations if o.image_id in image_of and o.category_id in class_of]

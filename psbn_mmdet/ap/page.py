@@ -1,11 +1,11 @@
 """A comparison of AP as one self-contained HTML page that opens from disk.
 
-Everything is computed before anything is rendered: the tables are ``tables.Report``, the images
-:func:`weigh_images`; ``page.html`` lays them out.
+Nothing is computed here: the numbers are a ``tables.Report`` and the images come from
+``images.weigh_images``; ``page.html`` lays them out.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,8 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from . import tables
-from .coco_files import Annotations, Results
-from .compare import Comparison, Difference
-from .evaluate import RECALL, Matches, leave_one_out, match
-
-DRAWN = 24
-"""Images whose boxes are in the page: those that weigh most on the difference."""
-
-SHOWN_SCORE = 0.3
-"""Boxes with a lower score are left out of the drawings."""
+from .evaluate import RECALL
+from .images import SHOWN_SCORE
 
 _COLORS = ("#4c6a92", "#c8553d")  # baseline, arm
 _GAIN, _LOSS, _OPEN = "#2b7a4b", "#b3392f", "#8a8f98"
@@ -37,29 +30,25 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def page(
-    c: Comparison,
-    report: tables.Report,
-    annotations: Annotations,
-    results: Sequence[Results],
-    threads: int = 2,
-) -> str:
+def page(report: tables.Report, images: Sequence[Mapping[str, Any]]) -> str:
     """The page: verdict, tables, differences per class, precision-recall curves, images.
 
     It opens from disk without a network; plotly's JavaScript is in it (4.8 MB).
+
+    Args:
+        report: What the comparison says.
+        images: :func:`images.weigh_images` of the same comparison.
     """
-    images = weigh_images(c, annotations, results, threads)
     title = ", ".join(f"{p.arm} against {p.baseline}" for p in report.pairs)
     pairs = [
         {
             "data": p,
-            "rows": [*p.overall],
             "overall": _figure(f"overall{n}", _differences(p, p.overall)),
             "classes": _figure(f"classes{n}", _differences(p, p.sorted_classes)),
-            "curves": _figure(f"curves{n}", _curves(c, d)),
+            "curves": _figure(f"curves{n}", _curves(p)),
             "images": _script_json(weights),
         }
-        for n, (p, d, weights) in enumerate(zip(report.pairs, c.differences, images, strict=True))
+        for n, (p, weights) in enumerate(zip(report.pairs, images, strict=True))
     ]
     return _TEMPLATES.get_template("page.html").render(
         title=f"AP: {title}",
@@ -71,45 +60,6 @@ def page(
         shown_score=SHOWN_SCORE,
         plotly=get_plotlyjs(),
     )
-
-
-def weigh_images(
-    c: Comparison, annotations: Annotations, results: Sequence[Results], threads: int = 2
-) -> list[dict[str, Any]]:
-    """For each difference, the images by falling weight, with the boxes of the first ones.
-
-    What an image weighs on a difference is exact: the difference of AP with it, minus without
-    it. That is one evaluation per image and run, a few seconds per run on COCO val2017.
-
-    Returns:
-        Per difference the columns ``id``, ``file``, ``weight`` (AP points), ``objects`` and
-        ``matched`` (objects matched at IoU 0.50, mean over runs; baseline, arm), all by falling
-        absolute weight; ``boxes`` of the first :data:`DRAWN`; ``arms``.
-    """
-    compared = {arm for d in c.differences for arm in (d.arm, d.baseline)}
-    matches = {i: match(annotations, results[i]) for arm in compared for i in c.runs[arm]}
-    without = {i: 100 * leave_one_out(m, threads) for i, m in matches.items()}
-    weighed = []
-    for d in c.differences:
-        b, a = c.runs[d.baseline], c.runs[d.arm]
-        gap = np.mean([without[i] for i in a], 0) - np.mean([without[i] for i in b], 0)
-        weight = np.nan_to_num(d.value[0] - gap)
-        objects = np.bincount(matches[a[0]].object_image, minlength=len(weight))
-        matched = [np.mean([_matched(matches[i]) for i in arm], 0) for arm in (b, a)]
-        order = np.argsort(-np.abs(weight), kind="stable")
-        first = [(results[r], matches[r]) for r in (b[0], a[0])]
-        weighed.append(
-            {
-                "id": [annotations.image_ids[i] for i in order],
-                "file": [annotations.file_names[i] for i in order],
-                "weight": weight[order].round(5).tolist(),
-                "objects": objects[order].tolist(),
-                "matched": [m[order].round(2).tolist() for m in matched],
-                "boxes": [_boxes(i, annotations, first) for i in order[:DRAWN]],
-                "arms": [d.baseline, d.arm],
-            }
-        )
-    return weighed
 
 
 def _script_json(data: Any) -> str:
@@ -156,19 +106,14 @@ def _differences(pair: tables.Pair, rows: Sequence[tables.Row]) -> go.Figure:
     return figure
 
 
-def _curves(c: Comparison, d: Difference) -> go.Figure:
+def _curves(pair: tables.Pair) -> go.Figure:
     figure = go.Figure()
-    tail = (1 - c.confidence) / 2
     thresholds = ("IoU 0.50:0.95", "IoU 0.50", "IoU 0.75")
     for t in range(len(thresholds)):
-        for arm, color in ((d.baseline, _COLORS[0]), (d.arm, _COLORS[1])):
-            members = c.runs[arm]
-            mean = c.measured.curve[members, t].mean(0)
-            draws = c.measured.curve_resampled[:, members, t].mean(1)
-            low, high = np.quantile(draws, [tail, 1 - tail], axis=0) - draws.mean(0) + mean
-            band = dict(x=[*RECALL, *RECALL[::-1]], y=np.clip([*high, *low[::-1]], 0, 1).round(4))
+        for (arm, curves), color in zip(pair.curves.items(), _COLORS, strict=True):
             figure.add_scatter(
-                **band,
+                x=[*RECALL, *RECALL[::-1]],
+                y=np.append(curves.high[t], curves.low[t, ::-1]).round(4),
                 fill="toself",
                 fillcolor=color,
                 opacity=0.22,
@@ -179,7 +124,7 @@ def _curves(c: Comparison, d: Difference) -> go.Figure:
             )
             figure.add_scatter(
                 x=RECALL,
-                y=mean.round(4),
+                y=curves.value[t].round(4),
                 name=arm,
                 line=dict(color=color, width=2),
                 visible=t == 0,
@@ -215,34 +160,3 @@ def _figure(name: str, figure: go.Figure) -> str:
         div_id=name,
         config=dict(responsive=True, displaylogo=False, displayModeBar=False),
     )
-
-
-def _matched(m: Matches) -> np.ndarray:
-    return np.bincount(m.image[m.status[0] == 1], minlength=m.images)
-
-
-def _boxes(i: int, annotations: Annotations, models: list[tuple[Results, Matches]]) -> dict:
-    """Objects and boxes of an image: x, y, w, h, label and, for boxes, whether true at IoU 0.50."""
-
-    def one(box: np.ndarray, label: str, *more) -> list:
-        return [*box.round(1).tolist(), label, *more]
-
-    name = annotations.class_names
-    objects = np.flatnonzero(annotations.image == i)
-    shown = []
-    for results, m in models:
-        at = np.flatnonzero((m.image == i) & (m.score >= SHOWN_SCORE))
-        shown.append(
-            [
-                one(
-                    results.box[m.source[k]],
-                    f"{name[results.cls[m.source[k]]]} {m.score[k]:.2f}",
-                    int(m.status[0, k]),
-                )
-                for k in at
-            ]
-        )
-    return {
-        "objects": [one(annotations.box[o], name[annotations.cls[o]]) for o in objects],
-        "models": shown,
-    }

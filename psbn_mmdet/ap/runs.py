@@ -179,8 +179,10 @@ def check_same_images(
         What was seen but not refused, in words.
 
     Raises:
-        InputError: A model was evaluated on fewer images than another.
+        InputError: A model was evaluated on fewer images than another, or none has a box.
     """
+    if not any(len(r.score) for r in results):
+        raise InputError(f"nothing to measure: {results[0].path} and all other runs hold no box")
     ids = np.array(annotations.image_ids, dtype=object)
     seen = [np.bincount(r.image, minlength=len(ids)) > 0 for r in results]
     said = []

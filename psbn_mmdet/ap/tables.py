@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .coco_files import InputError
-from .compare import METHODS, NOT_SHOWN, Comparison, Difference, Estimate
+from .compare import METHODS, NOT_SHOWN, Comparison, Curves, Difference, Estimate
 from .runs import RunFiles
 
 # arXiv 2001.11216, Table 2: AP on COCO-2017, one run each as far as the paper says
@@ -66,6 +66,7 @@ class Pair:
     overall: list[Row]  # AP, AP50, AP75 and, if measured, the size classes
     classes: list[Row]  # in the order of the annotations
     classes_apart: str
+    curves: dict[str, Curves]  # of the baseline and of the arm
 
     @property
     def sorted_classes(self) -> list[Row]:
@@ -183,6 +184,7 @@ def _pair(c: Comparison, d: Difference) -> Pair:
             f"{apart} of {len(measured)} classes have an interval without 0; "
             f"about {(1 - c.confidence) * len(measured):.0f} would by chance alone"
         ),
+        curves={a: c.curves[a] for a in (d.baseline, d.arm)},
     )
 
 
