@@ -28,6 +28,11 @@ class Expectation:
     bound: float
     observed: bool = False
 
+    @property
+    def option(self) -> str:
+        """As on the command line."""
+        return f"--expect{'-observed' if self.observed else ''} {self.text}"
+
     def check(self, c: Comparison) -> tuple[bool, str]:
         """Whether it holds in a comparison that has the pair, and a sentence that says by what."""
         pair = (self.arm, self.baseline)
@@ -54,9 +59,8 @@ def parse(text: str, arms: Sequence[str], observed: bool = False) -> Expectation
     parts = re.fullmatch(r"\s*(.+?)\s*(>=|<=|>|<)\s*([-+]?\d*\.?\d+)\s*", text)
     pairs = [(a, b) for a in arms for b in arms if a != b and parts and parts[1] == f"{a}-{b}"]
     if len(pairs) != 1:
-        option = "--expect-observed" if observed else "--expect"
         raise InputError(
-            f"{option} {text!r}: wanted ARM-BASELINE>=AP, as 'psbn-bn>=0.3', with arms of "
+            f"--expect{'-observed' if observed else ''} {text!r}: wanted ARM-BASELINE>=AP, as 'psbn-bn>=0.3', with arms of "
             f"{', '.join(arms)}"
         )
     return Expectation(text, *pairs[0], parts[2], float(parts[3]), observed)
