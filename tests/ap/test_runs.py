@@ -151,7 +151,7 @@ def test_a_run_named_twice_is_no_second_seed(tmp_path):
     said = runs.check_distinct(files, results)
     assert len(said) == 2 and "are of the same seed, 0" in said[0]
     copies = [results[0], results[0], *results[2:]]
-    with pytest.raises(InputError, match="arm bn: .* hold the same boxes, so they are one run"):
+    with pytest.raises(InputError, match=r"arm bn: .* hold the same boxes, so they are one run"):
         runs.check_distinct(files, copies)
     # the same boxes in two arms are two arms that do not differ
     assert len(runs.check_distinct(files, [results[0], results[1], results[0], results[3]])) == 2
