@@ -25,9 +25,7 @@ def one_image_apart(tmp_path_factory):
     ann = coco_files.read_annotations(folder / "ann.json")
     results = [coco_files.read_results(p, ann) for p in (a, b)]
     c = compare.compare(compare.measure(ann, results, 100), {"bn": [0], "psbn": [1]})
-    report = tables.report(
-        c, [RunFiles("bn", a), RunFiles("psbn", b)], {"images": 40}, expected={}
-    )
+    report = tables.report(c, [RunFiles("bn", a), RunFiles("psbn", b)], {"images": 40}, expected={})
     return c, report, images.weigh_images(c, ann, results), boxes
 
 

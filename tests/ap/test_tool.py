@@ -80,7 +80,9 @@ def test_an_expectation_is_of_the_whole_interval(tmp_path, tool):
     args = ("--ann", tmp_path / "ann.json", *named, "--resamples", 100)
     done = tool(*args, "--expect", "psbn-bn>=0.3")
     assert done.returncode == FAILED and "psbn-bn>=0.3: DOES NOT HOLD" in done.stderr
-    done = tool(*args, "--expect", "bn-psbn>=0.3", "--expect", "psbn-bn<0", "--json", tmp_path / "o")
+    done = tool(
+        *args, "--expect", "bn-psbn>=0.3", "--expect", "psbn-bn<0", "--json", tmp_path / "o"
+    )
     assert done.returncode == 0
     d = json.loads((tmp_path / "o").read_text())["differences"][0]["AP"]
     between = f"psbn-bn<={(d['value'] + d['high']) / 2:.3f}"
@@ -169,7 +171,9 @@ def test_missing_packages_are_named_with_what_brings_them(tmp_path, tool, monkey
     gone = {"msgspec", "jinja2"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in gone else real(n))
     said = tool.refuses("bn=a", "psbn=b")
-    assert said == "compare_ap.py: needs msgspec, not installed here; pip install 'psbn_mmdet[ap]'\n"
+    assert (
+        said == "compare_ap.py: needs msgspec, not installed here; pip install 'psbn_mmdet[ap]'\n"
+    )
     gone.remove("msgspec")
     assert "needs jinja2" in tool.refuses("bn=a", "psbn=b", "--html", tmp_path / "a.html")
     assert "a: does not exist" in tool.refuses("bn=a", "psbn=b")
