@@ -125,7 +125,11 @@ def _run(args: argparse.Namespace) -> bool:
         "seed": args.seed,
     }
     report = tables.report(
-        c, files, settings, args.table2, {e.option: holds for e, (holds, _) in zip(expectations, checked, strict=True)}
+        c,
+        files,
+        settings,
+        args.table2,
+        {e.option: holds for e, (holds, _) in zip(expectations, checked, strict=True)},
     )
 
     texts = {}

@@ -1,5 +1,6 @@
 """The images that weigh most, and the page."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -64,3 +65,13 @@ def test_the_page_shows_what_the_report_says(one_image_apart):
 def test_what_one_run_per_arm_shows_is_not_in_the_colour_of_a_verdict(one_image_apart):
     _, report, weights, _ = one_image_apart
     assert '<span class="open">' in page.page(report, weights)
+
+
+def test_several_pairs_are_listed_at_the_top(one_image_apart):
+    _, report, weights, _ = one_image_apart
+    assert 'href="#pair' not in page.page(report, weights)
+    (p,) = report.pairs
+    html = page.page(dataclasses.replace(report, pairs=[p, p]), [*weights, *weights])
+    for n in (0, 1):
+        assert f'<li><a href="#pair{n}">{p.headline}</a></li>' in html
+        assert f'<section id="pair{n}">' in html
