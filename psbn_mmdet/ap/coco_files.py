@@ -128,8 +128,7 @@ def read_annotations(path: str | Path) -> Annotations:
                     )
     ids = [o.id for o in kept]
     if len(set(ids)) < len(ids):
-        seen: set = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))
+        twice = next(i for i, times in Counter(ids).items() if times > 1)
         raise InputError(f"{path}: two annotations have the id {twice!r}; ids must be unique")
     n = len(kept)
     return Annotations(

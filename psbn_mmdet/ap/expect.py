@@ -60,7 +60,7 @@ def parse(text: str, arms: Sequence[str], observed: bool = False) -> Expectation
     pairs = [(a, b) for a in arms for b in arms if a != b and parts and parts[1] == f"{a}-{b}"]
     if len(pairs) != 1:
         raise InputError(
-            f"--expect{'-observed' if observed else ''} {text!r}: wanted ARM-BASELINE>=AP, as 'psbn-bn>=0.3', with arms of "
-            f"{', '.join(arms)}"
+            f"--expect{'-observed' if observed else ''} {text!r}: wanted ARM-BASELINE>=AP, as "
+            f"'psbn-bn>=0.3', with arms of {', '.join(arms)}"
         )
     return Expectation(text, *pairs[0], parts[2], float(parts[3]), observed)

@@ -139,25 +139,26 @@ def read_shared_annotations(runs: Sequence[RunFiles], path: str | None) -> Annot
                 f"{run.annotations}: the annotation file named by {run.config} does not exist "
                 "here; pass --ann FILE"
             )
-    read = {f: read_annotations(f) for f in dict.fromkeys(run.annotations for run in runs)}
-    (first, a), *others = read.items()
-    for other, b in others:
-        only_a, only_b = set(a.image_ids) - set(b.image_ids), set(b.image_ids) - set(a.image_ids)
-        if only_a or only_b:
+    files = list(dict.fromkeys(run.annotations for run in runs if run.annotations))
+    first, one = files[0], read_annotations(files[0])
+    for other in files[1:]:
+        two = read_annotations(other)
+        ids, other_ids = set(one.image_ids), set(two.image_ids)
+        if ids != other_ids:
             raise InputError(
-                f"evaluated on different images: {first} ({len(a.image_ids)} images, only there: "
-                f"{_some(only_a)}) and {other} ({len(b.image_ids)} images, only there: "
-                f"{_some(only_b)}); test all models on the same images"
+                f"evaluated on different images: {first} ({len(one.image_ids)} images, only there: "
+                f"{_some(ids - other_ids)}) and {other} ({len(two.image_ids)} images, only there: "
+                f"{_some(other_ids - ids)}); test all models on the same images"
             )
-        same = a.class_names == b.class_names and a.class_ids == b.class_ids
+        same = one.class_names == two.class_names and one.class_ids == two.class_ids
         for column in ("image", "cls", "box", "area", "crowd"):
-            same = same and np.array_equal(getattr(a, column), getattr(b, column))
+            same = same and np.array_equal(getattr(one, column), getattr(two, column))
         if not same:
             raise InputError(
                 f"{first} and {other}: the same images with other objects or classes; test all "
                 "models with one of them"
             )
-    return a
+    return one
 
 
 def check_same_images(
