@@ -197,7 +197,7 @@ def _freedom(arms: Sequence[_Arm], images: np.ndarray) -> np.ndarray:
     ]
     freedom = np.full(images.shape, np.inf)
     for parts in ([(a.between, a.within) for a in several], [pooled] * len(several)):
-        total, doubt = images, 0.0
+        total, doubt = images, np.zeros_like(images)
         for arm, (between, within) in zip(several, parts, strict=True):
             total = total + np.maximum(between - within, 0) / arm.runs
             doubt = doubt + (between / arm.runs) ** 2 / (arm.runs - 1)

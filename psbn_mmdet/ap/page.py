@@ -69,7 +69,7 @@ def _script_json(data: Any) -> str:
 
 def _differences(pair: tables.Pair, rows: Sequence[tables.Row]) -> go.Figure:
     """One dot and one interval per name, coloured where the interval is on one side of 0."""
-    rows = [r for r in rows if r.difference.value is not None][::-1]  # plotly starts at the bottom
+    rows = [r for r in rows if r.difference.measured][::-1]  # plotly starts at the bottom
     figure = go.Figure()
     for color, side in ((_GAIN, 1), (_LOSS, -1), (_OPEN, 0)):
         shown = [r for r in rows if r.difference.apart * np.sign(r.difference.value) == side]

@@ -16,16 +16,21 @@ TABLE2_ARMS = [("bn_500", "psbn_500"), ("bn_800", "psbn_800")]
 
 @dataclass(frozen=True)
 class Cell:
-    """A number in AP points and its interval; all None where nothing could be measured."""
+    """A number in AP points and its interval; all NaN where nothing could be measured."""
 
-    value: float | None
-    low: float | None
-    high: float | None
-    p_positive: float | None = None  # of a difference: the share of the draws above 0
+    value: float
+    low: float
+    high: float
+    p_positive: float = math.nan  # of a difference: the share of the draws above 0
+
+    @property
+    def measured(self) -> bool:
+        """Whether there was an object to measure on."""
+        return not math.isnan(self.value)
 
     def text(self, sign: str = "") -> str:
         """``0.62 (0.21 to 1.03)``; with ``sign="+"``, ``+0.62 (+0.21 to +1.03)``."""
-        if self.value is None:
+        if not self.measured:
             return "–"
         v, low, high = (f"{x:{sign}.2f}" for x in (self.value, self.low, self.high))
         return f"{v} ({low} to {high})"
@@ -33,12 +38,12 @@ class Cell:
     @property
     def p_text(self) -> str:
         """P(difference > 0), three decimals."""
-        return "–" if self.p_positive is None else f"{self.p_positive:.3f}"
+        return "–" if math.isnan(self.p_positive) else f"{self.p_positive:.3f}"
 
     @property
     def apart(self) -> bool:
         """Whether the interval leaves 0 out."""
-        return self.value is not None and (self.low > 0 or self.high < 0)
+        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Pair:
     @property
     def sorted_classes(self) -> list[Row]:
         """The classes that could be measured, by falling difference."""
-        measured = [r for r in self.classes if r.difference.value is not None]
+        measured = [r for r in self.classes if r.difference.measured]
         return sorted(measured, key=lambda r: -r.difference.value)
 
 
@@ -153,7 +158,7 @@ def cells(e: Estimate) -> Iterator[Cell]:
     """An estimate, name by name."""
     positive = e.positive if isinstance(e, Difference) else [math.nan] * len(e.value)
     for numbers in zip(e.value, e.low, e.high, positive, strict=True):
-        yield Cell(*map(_known, numbers))
+        yield Cell(*map(float, numbers))
 
 
 def _known(x: float) -> float | None:
@@ -164,7 +169,7 @@ def _pair(c: Comparison, d: Difference) -> Pair:
     columns = map(cells, (c.arms[d.baseline], c.arms[d.arm], d))
     rows = [Row(*row) for row in zip(c.measured.names, *columns, strict=True)]
     overall, classes = rows[: c.measured.overall], rows[c.measured.overall :]
-    measured = [r for r in classes if r.difference.value is not None]
+    measured = [r for r in classes if r.difference.measured]
     apart = sum(r.difference.apart for r in measured)
     return Pair(
         arm=d.arm,
@@ -225,10 +230,10 @@ def as_json(r: Report) -> dict[str, Any]:
     """The report as JSON data; AP in points, null where nothing could be measured."""
 
     def numbers(cell: Cell) -> dict[str, float | None]:
-        return {"value": cell.value, "low": cell.low, "high": cell.high}
+        return {"value": _known(cell.value), "low": _known(cell.low), "high": _known(cell.high)}
 
     def difference(row: Row) -> dict[str, float | None]:
-        return {**numbers(row.difference), "p_positive": row.difference.p_positive}
+        return {**numbers(row.difference), "p_positive": _known(row.difference.p_positive)}
 
     return {
         "settings": {"confidence": r.confidence, **r.settings},

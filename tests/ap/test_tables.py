@@ -55,7 +55,7 @@ def test_a_cell_says_value_and_interval():
     assert cell.text("+") == "+0.62 (+0.21 to +1.03)"
     assert cell.p_text == "0.988" and cell.apart
     assert not tables.Cell(0.1, -0.1, 0.3).apart and tables.Cell(-1.0, -2.0, -0.1).apart
-    none = tables.Cell(None, None, None)
+    none = tables.Cell(np.nan, np.nan, np.nan)
     assert (none.text(), none.p_text, none.apart) == ("–", "–", False)
 
 
