@@ -171,10 +171,11 @@ def bench_speed(images: int = 5000, classes: int = 80, resamples: int = 1000) ->
         whole = time.perf_counter() - begin
         command = [sys.executable, f"{Path(__file__).parent}/compare_ap.py", "--ann", str(ann)]
         command += [f"a={files[0]}", f"b={files[1]}", "--resamples", str(resamples)]
-        begin = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        begin = time.perf_counter()
+        cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         subprocess.run(command, check=True, capture_output=True)
-        command_took = time.perf_counter() - begin[0]
-        command_cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begin[1]
+        command_took = time.perf_counter() - begin
+        command_cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu
     ratio = statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
     print(f"| {'per paired resample, median of 7 turns':44} | time |\n| --- | ---: |")
     print(f"| {'evaluate.resample, 2 threads':44} | {1e3 * statistics.median(ours):.2f} ms |")

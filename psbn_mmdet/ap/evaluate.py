@@ -11,7 +11,6 @@ threshold we therefore keep just those, and read the number of detections above 
 running sum of weights that all ten thresholds share.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -228,7 +227,7 @@ def leave_one_out(matches: Matches, threads: int = 2) -> np.ndarray:
     bounds = np.linspace(0, n, 8 * threads + 1).astype(int)
     shared = _arrays(matches), RECALL, touched % k, start, base, out
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda part: _leave_out(*part, *shared), itertools.pairwise(bounds)))
+        list(pool.map(lambda a, b: _leave_out(a, b, *shared), bounds[:-1], bounds[1:]))
     return out
 
 

@@ -58,7 +58,7 @@ def parse(text: str, arms: Sequence[str], observed: bool = False) -> Expectation
     """
     parts = re.fullmatch(r"\s*(.+?)\s*(>=|<=|>|<)\s*([-+]?\d*\.?\d+)\s*", text)
     pairs = [(a, b) for a in arms for b in arms if a != b and parts and parts[1] == f"{a}-{b}"]
-    if len(pairs) != 1:
+    if parts is None or len(pairs) != 1:
         raise InputError(
             f"--expect{'-observed' if observed else ''} {text!r}: wanted ARM-BASELINE>=AP, as "
             f"'psbn-bn>=0.3', with arms of {', '.join(arms)}"

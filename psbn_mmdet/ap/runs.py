@@ -1,7 +1,7 @@
 """The runs that are compared: result files and work dirs, and whether they belong together."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,7 +231,7 @@ def check_distinct(runs: Sequence[RunFiles], results: Sequence[Results]) -> list
     return said
 
 
-def check_reported(runs: Sequence[RunFiles], ap: Sequence[float], annotations: Annotations) -> None:
+def check_reported(runs: Sequence[RunFiles], ap: Iterable[float], annotations: Annotations) -> None:
     """Compare each AP (in [0, 1]) with the one that mmdet wrote into the work dir.
 
     They agree to the three decimals that mmdet writes, or the results, the annotations and the
