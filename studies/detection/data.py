@@ -54,8 +54,15 @@ class Images:
         return self.pixels.shape[3], self.pixels.shape[2]
 
 
-def read_annotations(root: str | os.PathLike, parts: tuple[str, ...]) -> dict[str, Any]:
+def read_annotations(
+    root: str | os.PathLike, parts: tuple[str, ...], count: int | None = None
+) -> dict[str, Any]:
     """The annotations of some parts as one COCO file, image and box ids counted from 1.
+
+    Args:
+        root: Folder with ``annotations/PART.json`` and ``images/``.
+        parts: :data:`TRAIN` or :data:`TEST`.
+        count: Only so many images, from the first, and their boxes; None for all.
 
     Raises:
         RunError: A file is missing or is not in COCO's format.
@@ -82,13 +89,16 @@ def read_annotations(root: str | os.PathLike, parts: tuple[str, ...]) -> dict[st
         if merged["categories"] not in (None, content["categories"]):
             raise RunError(f"{path}: has other categories than {parts[0]}.json")
         merged["categories"] = content["categories"]
+    merged["images"] = merged["images"][:count]
+    kept = {image["id"] for image in merged["images"]}
+    merged["annotations"] = [box for box in merged["annotations"] if box["image_id"] in kept]
     return merged
 
 
-def write_test_annotations(root: str | os.PathLike, path: Path) -> None:
+def write_test_annotations(root: str | os.PathLike, path: Path, count: int | None = None) -> None:
     """The annotations that results of this study are compared by."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, read_annotations(root, TEST))
+    write_json(path, read_annotations(root, TEST, count))
 
 
 def fingerprint(root: str | os.PathLike) -> str:
@@ -116,21 +126,18 @@ def load(
     """Images of some parts, resized to (width, height) by area averaging.
 
     Args:
-        root: Folder with ``annotations/PART.json`` and ``images/``.
-        parts: :data:`TRAIN` or :data:`TEST`.
+        root, parts, count: As in :func:`read_annotations`.
         size: Of the result; the proportion of the images is not kept if it differs.
-        count: Only so many, from the first; None for all.
 
     Raises:
         RunError: A file is missing or cannot be read.
     """
-    content = read_annotations(root, parts)
+    content = read_annotations(root, parts, count)
     categories = tuple(c["id"] for c in content["categories"])
-    chosen = content["images"][:count]
+    chosen = content["images"]
     by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in chosen}
     for box in content["annotations"]:
-        if box["image_id"] in by_image:
-            by_image[box["image_id"]].append(box)
+        by_image[box["image_id"]].append(box)
     pixels, boxes, labels = [], [], []
     for image in chosen:
         path = _image_file(root, image)
@@ -161,9 +168,7 @@ def samples(images: Images, indices: list[int]) -> dict[str, list]:
     """Images as mmdet's data preprocessor takes them, as they are."""
     return {
         "inputs": [images.pixels[i] for i in indices],
-        "data_samples": [
-            _sample(images, i, images.boxes[i], images.labels[i]) for i in indices
-        ],
+        "data_samples": [_sample(images, i, images.boxes[i], images.labels[i]) for i in indices],
     }
 
 

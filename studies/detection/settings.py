@@ -66,6 +66,8 @@ class Settings:
         if self.method not in METHODS:
             raise RunError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         for name in ("alpha", "batch_size", "lr", "rounds", "epochs", "base_channels"):
+            if not isinstance(getattr(self, name), int | float):
+                raise RunError(f"{name} must be a number, got {getattr(self, name)!r}")
             if not getattr(self, name) > 0:
                 raise RunError(f"{name} must be positive, got {getattr(self, name)}")
         if self.backbone and self.backbone_round < 1:
@@ -73,7 +75,7 @@ class Settings:
 
 
 def learning_rate(settings: Settings, iteration: int, per_round: int) -> float:
-    """lr of an iteration: linear warm-up times a cosine from lr to 0, again in each round."""
+    """Lr of an iteration: linear warm-up times a cosine from lr to 0, again in each round."""
     step = iteration % per_round
     warm = min(1.0, (step + 1) / max(1, settings.warmup))
     return settings.lr * warm * (1 + math.cos(math.pi * step / per_round)) / 2

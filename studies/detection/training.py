@@ -7,7 +7,6 @@ the end of each round, so a run that was killed goes on exactly, to the bit, fro
 import json
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 import psbn_mmdet  # noqa: F401  registers psBN and the hooks
@@ -147,7 +146,7 @@ class RoundsHook(Hook):
     def _end_round(self, runner: Runner, number: int) -> None:
         results = Path(runner.work_dir, f"round_{number}.bbox.json")
         found = detect(runner.model, self.test)
-        write_json(results, found)
+        write_results(results, found)
         row = {
             "round": number,
             "train_loss": sum(self.losses[-self.per_epoch :]) / self.per_epoch,
@@ -171,6 +170,13 @@ class RoundsHook(Hook):
         study = checkpoint["study"]
         self.rounds, self.start = list(study["rounds"]), study["start"]
         self.seconds = study["seconds"]
+
+
+def write_results(path: Path, found: list[dict[str, Any]]) -> None:
+    """A COCO result file, whole or not at all; without the indentation that triples its size."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(found))
+    new.rename(path)
 
 
 def average_precision(
