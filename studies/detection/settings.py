@@ -27,7 +27,7 @@ class Settings:
             train from scratch.
         backbone_round: After which round of that run.
         base_channels: Of the backbone: 16 is a quarter of ResNet-18's width.
-        size: (width, height) of the images.
+        width, height: The images are resized to.
         train_images, test_images: How many are used; None for all.
         batch_size: Images of a step.
         lr: At the start of each round; it falls along a cosine to 0 within it.
@@ -48,7 +48,8 @@ class Settings:
     backbone: str | None = None
     backbone_round: int = 0
     base_channels: int = 16
-    size: tuple[int, int] = (160, 120)
+    width: int = 160
+    height: int = 120
     train_images: int | None = None
     test_images: int | None = None
     batch_size: int = 8
@@ -62,16 +63,21 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", tuple(self.size))  # a list where it comes from JSON
         if self.method not in METHODS:
             raise RunError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        for name in ("alpha", "batch_size", "lr", "rounds", "epochs", "base_channels"):
+        positive = ("alpha", "batch_size", "lr", "rounds", "epochs", "base_channels")
+        for name in (*positive, "width", "height"):
             if not isinstance(getattr(self, name), int | float):
                 raise RunError(f"{name} must be a number, got {getattr(self, name)!r}")
             if not getattr(self, name) > 0:
                 raise RunError(f"{name} must be positive, got {getattr(self, name)}")
         if self.backbone and self.backbone_round < 1:
             raise RunError(f"backbone_round must be at least 1, got {self.backbone_round}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height)."""
+        return self.width, self.height
 
 
 def learning_rate(settings: Settings, iteration: int, per_round: int) -> float:

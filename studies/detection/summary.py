@@ -41,18 +41,13 @@ def finished(experiment: Experiment, out: str | os.PathLike) -> list[Outcome]:
         result = result_of(experiment, run, out)
         if result is None:
             continue
-        if _plain(result["settings"]) != _plain(asdict(run.settings)):
+        if result["settings"] != asdict(run.settings):
             raise RunError(
                 f"{folder_of(experiment, run, out)}: holds a result of other settings; "
                 "name another --out"
             )
         outcomes.append((run, result))
     return outcomes
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 def by_arm(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
@@ -88,7 +83,7 @@ def summarise(
     arms = {}
     for arm, of_arm in members.items():
         first, _ = of_arm[0]
-        settings = _plain(asdict(first.settings))
+        settings = asdict(first.settings)
         del settings["seed"]
         settings["backbone"] = settings["backbone"] and settings["backbone"].partition("-seed")[0]
         arms[arm] = {
