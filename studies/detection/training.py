@@ -15,6 +15,7 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.hooks import Hook
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
@@ -44,10 +45,11 @@ def build_model(settings: Settings, classes: int, pretrained: Path | None = None
     Raises:
         RunError: The checkpoint does not fit.
     """
-    register_all_modules(init_default_scope=True)
+    register_all_modules(init_default_scope=False)
     torch.manual_seed(settings.seed)
-    model = MODELS.build(model_config(settings, classes))
-    model.init_weights()
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        model = MODELS.build(model_config(settings, classes))
+        model.init_weights()
     if pretrained:
         load_backbone(model.backbone, pretrained)
     return model.to(memory_format=torch.channels_last)  # a sixth faster on a CPU
@@ -139,7 +141,7 @@ class RoundsHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        self.losses.append(float(outputs["loss"]))
+        self.losses.append(float(outputs["loss"].detach()))
         if len(self.losses) == self.per_round:
             self._end_round(runner, (runner.iter + 1) // self.per_round)
 

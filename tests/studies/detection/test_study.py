@@ -31,7 +31,7 @@ from tests.helpers.cifar_files import write_cifar
 from tests.helpers.paths import ROOT
 from tests.helpers.smears import write_smears
 
-TOY = dict(base_channels=8, width=64, height=48, batch_size=2, epochs=1, warmup=1)
+TOY = dict(base_channels=8, width=64, height=48, batch_size=2, epochs=4, warmup=1, lr=0.1)
 PRETRAINING = dict(width=8 / 64, images=40, test_images=20, batch_size=20, epochs=1)
 
 
