@@ -161,7 +161,7 @@ class RoundsHook(Hook):
         self.seconds += time.monotonic() - self._began
         self._began = time.monotonic()
         name = f"round_{number}.pth"
-        runner.save_checkpoint(runner.work_dir, f"{name}.new", None, dict(iter=runner.iter + 1))
+        runner.save_checkpoint(runner.work_dir, f"{name}.new", by_epoch=False)
         Path(runner.work_dir, f"{name}.new").rename(Path(runner.work_dir, name))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
