@@ -23,7 +23,7 @@ from studies.cifar.settings import RunError, write_json
 from . import experiments
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m studies.detection",
         description=__doc__,
@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--plan", action="store_true", help="only say what is left and how long")
     what.add_argument("--draw", action="store_true", help="only draw what is finished so far")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _nested(changes: dict) -> dict:
@@ -60,9 +60,9 @@ def _nested(changes: dict) -> dict:
 
 
 def run(name: str, args: argparse.Namespace) -> None:
+    experiment = experiments.build(name, _nested(args.set), args.seeds)
     from . import engine  # which imports mmdet: seconds that a wrong argument need not wait
 
-    experiment = experiments.build(name, _nested(args.set), args.seeds)
     if args.plan:
         print(engine.plan(experiment, args.out))
         return
@@ -89,9 +89,8 @@ def run(name: str, args: argparse.Namespace) -> None:
         print(folder / f"{name}.{end}")
 
 
-def main() -> None:
-    args = parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     try:
         for name in dict.fromkeys(args.experiments):
             run(name, args)
@@ -103,4 +102,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     main()

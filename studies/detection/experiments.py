@@ -8,18 +8,22 @@ from studies.cifar.networks import MMDET_RESNET18
 from studies.cifar.settings import RunError
 from studies.cifar.settings import Settings as CifarSettings
 
-from .settings import ANCHORED, BN, PRESERVE, SHIFT, Settings
+from .settings import BN, METHODS, PRESERVE, SHIFT, Settings
 
 PRETRAINING = CifarSettings(
     network=MMDET_RESNET18, width=0.25, batch_size=64, lr=0.2, weight_decay=2e-3, rounds=6, epochs=2
 )
-"""How a backbone is pretrained, with BN; the more rounds, the more of its filters have collapsed.
+"""How a backbone is pretrained; with BN, the more rounds, the more of its filters collapse.
 
 1,562 steps a round, in which decay takes a factor of exp(-3.1) from a filter without a gradient
 (exp(-9.75) in the paper's rounds of 39,000 steps)."""
 
-DEGREES = {"none": 1, "about 20%": 3, "about 40%": 4, "about 60%": 6}
-"""Degree of collapse of a backbone -> the round of its pretraining that ends with it."""
+DEGREES = {"1 round": 1, "2 rounds": 2, "3 rounds": 3, "6 rounds": 6}
+"""Degree of collapse of a backbone -> the round of its pretraining with BN that ends with it: in a
+pilot 1, 28, 45 and 56% of the filters."""
+
+TWIN = "6 rounds of psBN"
+"""As long a pretraining without the collapse: the other side of what collapse costs."""
 
 Pair = tuple[str, str]
 
@@ -113,39 +117,41 @@ def _slug(text: str) -> str:
     return "_".join(text.lower().replace("%", "").replace(",", " ").split())
 
 
-def backbone_name(seed: int) -> str:
-    return f"bn-seed{seed}"
+def backbone_name(norm: str, seed: int) -> str:
+    return f"{_slug(norm)}-seed{seed}"
 
 
-@_experiment("transfer", Settings(epochs=24, weight_decay=1e-3), seeds=5)
+@_experiment("transfer", Settings(epochs=16, weight_decay=1e-3), seeds=5)
 def _transfer(base: Settings, seeds: int) -> Experiment:
-    methods = (BN, PRESERVE, SHIFT, ANCHORED)
+    starts = [
+        (f"{method}, {degree}", degree, method, "BN", number)
+        for degree, number in DEGREES.items()
+        for method in METHODS
+    ]
+    last = max(DEGREES.values())
+    starts += [(f"{method}, {TWIN}", TWIN, method, "psBN", last) for method in (BN, PRESERVE)]
     runs, backbones = [], {}
     for seed in range(seeds):
-        backbones[backbone_name(seed)] = replace(PRETRAINING, seed=seed)
-        for degree, number in DEGREES.items():
-            for method in methods:
-                settings = replace(
-                    base,
-                    method=method,
-                    seed=seed,
-                    backbone=backbone_name(seed),
-                    backbone_round=number,
-                )
-                arm = f"{method}, {degree}"
-                runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, method, degree))
+        for arm, degree, method, norm, number in starts:
+            name = backbone_name(norm, seed)
+            backbones[name] = replace(PRETRAINING, norm=norm, seed=seed)
+            settings = replace(base, method=method, seed=seed, backbone=name, backbone_round=number)
+            runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, method, degree))
     healthy, *collapsed = DEGREES
     pairs = [(f"{BN}, {degree}", f"{BN}, {healthy}") for degree in collapsed]
-    pairs += [(f"{m}, {degree}", f"{BN}, {degree}") for degree in DEGREES for m in methods[1:]]
+    pairs += [(f"{BN}, {collapsed[-1]}", f"{BN}, {TWIN}"), (f"{PRESERVE}, {TWIN}", f"{BN}, {TWIN}")]
+    pairs += [(f"{m}, {degree}", f"{BN}, {degree}") for degree in DEGREES for m in METHODS[1:]]
     return Experiment(
         "transfer",
         "Finetuning from collapsed backbones: what collapse costs, what psBN gives back",
         tuple(runs),
         tuple(pairs),
         (
-            "Each seed has a backbone of its own, pretrained with BN on CIFAR-10; the degrees of "
-            f"collapse are the ends of its rounds {', '.join(map(str, DEGREES.values()))}, so a "
-            "more collapsed backbone has also been trained for longer.",
+            "Each seed has backbones of its own, pretrained on CIFAR-10; the degrees of collapse "
+            f"are the ends of rounds {', '.join(map(str, DEGREES.values()))} of one pretraining "
+            "with BN, so a more collapsed backbone has also been trained for longer.",
+            f"{TWIN}: a pretraining of the same length with psBN, in which little collapses. Its "
+            "checkpoint is converted to plain BN.",
             "preserve: beta = bias - alpha, the pretrained function stays; shift: beta = bias.",
             "All parameters are trained, all norm layers use batch statistics.",
         ),
@@ -157,7 +163,7 @@ def _psbn(alpha: float) -> str:
     return f"psBN, alpha {alpha:g}"
 
 
-@_experiment("rounds", Settings(epochs=24, rounds=5, weight_decay=5e-3), seeds=5)
+@_experiment("rounds", Settings(epochs=16, rounds=5, weight_decay=5e-3), seeds=5)
 def _rounds(base: Settings, seeds: int) -> Experiment:
     arms = {BN: dict(method=BN)} | {
         _psbn(alpha): dict(method=SHIFT, alpha=alpha) for alpha in (0.1, 0.01)
@@ -180,7 +186,7 @@ def _rounds(base: Settings, seeds: int) -> Experiment:
 ALPHAS = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 
-@_experiment("alpha", Settings(epochs=24, rounds=2), seeds=3)
+@_experiment("alpha", Settings(epochs=16, rounds=2), seeds=3)
 def _alpha(base: Settings, seeds: int) -> Experiment:
     runs, pairs = [], []
     decays = (1e-3, 5e-3)
