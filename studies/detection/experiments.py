@@ -121,7 +121,7 @@ def backbone_name(norm: str, seed: int) -> str:
     return f"{_slug(norm)}-seed{seed}"
 
 
-@_experiment("transfer", Settings(epochs=16, weight_decay=1e-3), seeds=5)
+@_experiment("transfer", Settings(), seeds=5)
 def _transfer(base: Settings, seeds: int) -> Experiment:
     starts = [
         (f"{method}, {degree}", degree, method, "BN", number)
@@ -163,7 +163,7 @@ def _psbn(alpha: float) -> str:
     return f"psBN, alpha {alpha:g}"
 
 
-@_experiment("rounds", Settings(epochs=16, rounds=5, weight_decay=5e-3), seeds=5)
+@_experiment("rounds", Settings(rounds=5), seeds=5)
 def _rounds(base: Settings, seeds: int) -> Experiment:
     arms = {BN: dict(method=BN)} | {
         _psbn(alpha): dict(method=SHIFT, alpha=alpha) for alpha in (0.1, 0.01)
@@ -186,7 +186,7 @@ def _rounds(base: Settings, seeds: int) -> Experiment:
 ALPHAS = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 
-@_experiment("alpha", Settings(epochs=16, rounds=2), seeds=3)
+@_experiment("alpha", Settings(rounds=2), seeds=3)
 def _alpha(base: Settings, seeds: int) -> Experiment:
     runs, pairs = [], []
     decays = (1e-3, 5e-3)

@@ -18,7 +18,10 @@ METHODS = (BN, PRESERVE, SHIFT, ANCHORED)
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the outcome of a run.
+    """All that decides the outcome of a run; the defaults are the published recipe.
+
+    A learning rate and decay far above those of COCO stand in for its many steps: at lr 0.02 and
+    decay 1e-3, AP is lower and what psBN moves in 400 steps is next to nothing (tried).
 
     Args:
         method: One of :data:`METHODS`.
@@ -53,13 +56,13 @@ class Settings:
     train_images: int | None = None
     test_images: int | None = None
     batch_size: int = 8
-    lr: float = 0.02
+    lr: float = 0.05
     warmup: int = 50
     momentum: float = 0.9
-    weight_decay: float = 1e-3
+    weight_decay: float = 5e-3
     max_norm: float = 10.0
     rounds: int = 1
-    epochs: int = 24
+    epochs: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
