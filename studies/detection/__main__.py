@@ -5,14 +5,17 @@
 
 Finished runs are skipped, killed ones go on from their last round: the same command again is the
 way to resume. The same command in a second process shares the work with the first. The JSON, the
-table and the figure are made when all runs of an experiment are finished.
+table and the figure are made when all runs of an experiment are finished. What mmengine logs goes
+to OUT/output.txt.
 """
 
 import argparse
+import contextlib
 import json
 import shlex
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from mmengine.config import DictAction
@@ -59,26 +62,13 @@ def _nested(changes: dict) -> dict:
     return nested
 
 
-def run(name: str, args: argparse.Namespace) -> None:
-    experiment = experiments.build(name, _nested(args.set), args.seeds)
-    from . import engine  # which imports mmdet: seconds that a wrong argument need not wait
-
-    if args.plan:
-        print(engine.plan(experiment, args.out))
-        return
-    if not args.draw:
-        engine.execute(
-            experiment,
-            args.out,
-            args.data_root,
-            args.cifar_root,
-            lambda line: print(line, flush=True),
-        )
+def write_results(experiment: experiments.Experiment, args: argparse.Namespace) -> None:
+    """JSON first; table and figure are made from what stands in it."""
     from . import figures, summary
 
-    content = summary.summarise(
-        experiment, args.out, "python -m studies.detection " + shlex.join(sys.argv[1:])
-    )
+    name = experiment.name
+    command = "python -m studies.detection " + shlex.join(sys.argv[1:])
+    content = summary.summarise(experiment, args.out, command)
     folder = Path(args.results or Path(args.out, name))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", content)
@@ -86,14 +76,39 @@ def run(name: str, args: argparse.Namespace) -> None:
     (folder / f"{name}.md").write_text(summary.markdown(content))
     figures.draw(content, folder / f"{name}.png")
     for end in ("json", "md", "png"):
-        print(folder / f"{name}.{end}")
+        print(folder / f"{name}.{end}", flush=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    wanted = [
+        experiments.build(name, _nested(args.set), args.seeds)
+        for name in dict.fromkeys(args.experiments)
+    ]
+    from . import engine  # which imports mmdet: seconds that a wrong argument need not wait
+
+    if args.plan:
+        for experiment in wanted:
+            print(engine.plan(experiment, args.out))
+        return
+    if args.draw:
+        for experiment in wanted:
+            write_results(experiment, args)
+        return
+    for experiment in wanted:
+        engine.prepare(experiment, args.out, args.data_root)
+    say = partial(print, file=sys.stdout, flush=True)
+    # mmengine's loggers write to what is sys.stdout when they are made, a page a run.
+    with open(Path(args.out, "output.txt"), "a") as log:
+        for experiment in wanted:
+            with contextlib.redirect_stdout(log):
+                engine.execute(experiment, args.out, args.data_root, args.cifar_root, say)
+            write_results(experiment, args)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
-        for name in dict.fromkeys(args.experiments):
-            run(name, args)
+        run(args)
     except RunError as error:
         print(f"studies.detection: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)

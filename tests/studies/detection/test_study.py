@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -59,7 +60,7 @@ def tool(*arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "studies.detection", *map(str, arguments)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
     )
@@ -279,22 +280,26 @@ def test_figure_is_drawn_from_the_json_alone(rounds, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["transfer", "alpha"])
 def test_command_does_everything_and_goes_on_after_an_interruption(name, root, cifar, tmp_path):
-    arguments = [name, "--data-root", root, "--cifar-root", cifar, "--out", tmp_path, "--seeds", 2]
-    arguments += ["--set", *(f"{k}={v}" for k, v in TOY.items())]
-    arguments += [f"pretraining.{k}={v}" for k, v in PRETRAINING.items()]
+    arguments = [name, "--data-root", root, "--cifar-root", cifar, "--out", tmp_path, "--seeds", 1]
+    settings = TOY | {f"pretraining.{key}": value for key, value in PRETRAINING.items()}
+    arguments += ["--set", *(f"{key}={value}" for key, value in settings.items())]
     process = tool(*arguments)
     for line in process.stdout:
         if "done" in line:
             break
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on from here" in process.communicate()[1]
+    assert "the same command goes on from here" in process.communicate()[0]
     process = tool(*arguments)
-    said, errors = process.communicate()
-    assert process.returncode == 0, errors
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
     content = json.loads((tmp_path / name / f"{name}.json").read_text())
-    assert content["runs_finished"] == content["runs_planned"]
+    assert 0 < content["runs_finished"] == content["runs_planned"]
     assert (tmp_path / name / f"{name}.png").exists()
     assert str(tmp_path / name / f"{name}.md") in said
+    first = re.search(r"(\d+) of (\d+) runs finished", said)  # by the interrupted command
+    assert 0 < int(first[1]) < int(first[2])
+    drawn = (tmp_path / name / f"{name}.md").read_text()
+    assert "One run per arm" in drawn
 
 
 @pytest.mark.parametrize(
