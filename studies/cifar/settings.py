@@ -127,8 +127,12 @@ class Settings:
         )
 
 
-def check_settings(settings: Settings, folder: Path) -> None:
+def check_settings(settings: Any, folder: Path) -> None:
     """Write ``settings.json``, or refuse a folder that holds another run.
+
+    Args:
+        settings: A dataclass of plain values.
+        folder: Of the run; made if need be.
 
     Raises:
         RunError: It was made with other settings.

@@ -113,7 +113,7 @@ _DRAW: dict[str, Callable[[Figure, dict[str, Any]], None]] = {
 
 def draw(summary: dict[str, Any], path: Path) -> None:
     """The figure of an experiment's JSON as a PNG file."""
-    with mpl.rc_context(FIGURE_STYLE):
+    with mpl.rc_context(dict[Any, Any](FIGURE_STYLE)):
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
         _DRAW[summary["experiment"]](figure, summary)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from psbn_mmdet.ap.coco_files import read_annotations, read_results
+from psbn_mmdet.ap.coco_files import Results, read_annotations, read_results
 from psbn_mmdet.ap.compare import Comparison, compare, measure
 from studies.cifar.settings import RunError
 from studies.cifar.summary import processor, spread
@@ -152,7 +152,7 @@ def compare_round(
     """All arms after a round, on the same resampled images, and the experiment's pairs."""
     annotations = read_annotations(annotations_of(experiment, out))
     indices: dict[str, list[int]] = {}
-    results = []
+    results: list[Results] = []
     for arm, of_arm in arms.items():
         files = results_of(experiment, out, of_arm, number)
         indices[arm] = list(range(len(results), len(results) + len(files)))

@@ -15,6 +15,7 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.hooks import Hook
+from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import nn
@@ -90,7 +91,7 @@ def filters_of(backbone: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
-def detect(model: nn.Module, images: Images) -> list[dict[str, Any]]:
+def detect(model: BaseModel, images: Images) -> list[dict[str, Any]]:
     """Boxes of all images in COCO's result format, in pixels of the original images."""
     was_training = model.training
     model.eval()
