@@ -168,8 +168,6 @@ def bench_step(rounds: int = 20) -> str:
 
 
 def bench_hook(rounds: int = 30) -> str:
-    from mmengine.logging import MessageHub
-
     from psbn_mmdet.collapse.hook import SparsityLoggerHook
 
     model = retinanet("bn")
@@ -182,7 +180,8 @@ def bench_hook(rounds: int = 30) -> str:
             optim_wrapper=SimpleNamespace(optimizer=optimizer),
             cfg={},
             logger=SimpleNamespace(info=lambda _: None, warning=lambda _: None),
-            message_hub=MessageHub.get_instance("benchmark"),
+            visualizer=SimpleNamespace(add_scalars=lambda *_, **__: None),
+            hooks=[],
         )
         hook = SparsityLoggerHook(interval=1, figures=False)
         hook.before_train(runner)

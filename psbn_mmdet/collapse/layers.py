@@ -37,7 +37,12 @@ class Layer:
     @property
     def relu(self) -> Tensor:
         """(C,) bool, whether a ReLU follows each filter; assumed where it is not known."""
-        return torch.full(self.gamma.shape, self.followed_by in ("relu", "unknown"))
+        return torch.full(self.gamma.shape, judged_as_relu(self.followed_by))
+
+
+def judged_as_relu(followed_by: str) -> bool:
+    """Whether filters of a layer are judged as ones that a ReLU follows: assumed if unknown."""
+    return followed_by in ("relu", "unknown")
 
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
