@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from psbn_mmdet import psBN2d
 from psbn_mmdet.ap.coco_files import read_annotations, read_results
 from psbn_mmdet.ap.evaluate import evaluate
 from psbn_mmdet.checkpoint import load
+from studies.cifar.networks import build_network
 from studies.cifar.settings import RunError
+from studies.cifar.settings import Settings as CifarSettings
 from studies.detection import data, engine, experiments, figures, summary, training
 from studies.detection.__main__ import main
 from studies.detection.settings import (
@@ -118,6 +121,8 @@ def test_wrong_names_and_settings_are_one_line():
         experiments.build("transfer", dict(lr="big"))
     with pytest.raises(RunError, match="at least one seed"):
         experiments.build("transfer", seeds=0)
+    with pytest.raises(RunError, match="mmdet_resnet18 always has a normalization and ReLU"):
+        CifarSettings(network="mmdet_resnet18", norm="none")
     with pytest.raises(RunError, match="method must be one of BN, psBN preserve"):
         Settings(method="GN")
 
@@ -154,6 +159,24 @@ def test_preserve_and_anchored_start_from_the_pretrained_function_and_shift_does
     layer = model.backbone.layer1[0].bn1
     torch.testing.assert_close(layer.beta, bn.backbone.layer1[0].bn1.bias)
     assert layer.alpha == torch.tensor(0.1)
+
+
+def test_backbone_pretrained_with_psbn_becomes_bn_of_the_same_function(tmp_path):
+    torch.manual_seed(1)
+    network = build_network("mmdet_resnet18", dict(type="psBN", alpha=0.3), None, width=8 / 64)
+    for layer in network.modules():
+        if isinstance(layer, psBN2d):
+            torch.nn.init.normal_(layer.beta)
+    state = {f"network.{key}": value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "round_1.pth")
+    network.eval()
+    x = torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    for method in METHODS:
+        found, model = backbone_outputs(method, tmp_path / "round_1.pth")
+        if method != SHIFT:
+            torch.testing.assert_close(found, network.backbone(x), rtol=1e-4, atol=1e-4)
+        if method in (BN, ANCHORED):
+            assert not any(isinstance(m, psBN2d) for m in model.modules())
 
 
 def test_methods_of_a_seed_differ_in_the_backbone_alone(pretrained):
