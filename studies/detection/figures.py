@@ -21,13 +21,18 @@ COLORS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d")
 def _points(axes: Axes, x: Any, values: list[dict], label: str, color: str, **style: Any) -> None:
     """Values with their interval, or where they have none, with their deviation over seeds."""
     mean = np.array([v["mean"] for v in values])
-    low = np.array([v.get("low", v["mean"] - (v["std"] or 0)) for v in values])
-    high = np.array([v.get("high", v["mean"] + (v["std"] or 0)) for v in values])
+    spread = [(v["low"], v["high"]) if "low" in v else _deviation(v) for v in values]
+    low, high = np.array(spread).T
     # A bootstrap's interval need not hold the value itself.
     error = np.maximum([mean - low, high - mean], 0)
     axes.errorbar(
         x, mean, error, fmt="o-", color=color, label=label, ms=4, lw=1.2, capsize=2, **style
     )
+
+
+def _deviation(value: dict[str, Any]) -> tuple[float, float]:
+    std = value["std"] or 0  # None for a single seed
+    return value["mean"] - std, value["mean"] + std
 
 
 def _lines(summary: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

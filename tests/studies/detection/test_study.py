@@ -293,11 +293,28 @@ def test_summary_has_ap_of_the_result_files_and_verdicts(rounds):
     assert text.count("| psBN, alpha 0.1 | BN |") == 2
 
 
-def test_figure_is_drawn_from_the_json_alone(rounds, tmp_path):
-    experiment, out = rounds
-    content = json.loads(json.dumps(summary.summarise(experiment, out, resamples=100)))
-    figures.draw(content, tmp_path / "rounds.png")
-    assert (tmp_path / "rounds.png").read_bytes()[:4] == b"\x89PNG"
+@pytest.mark.parametrize("name", experiments.names())
+def test_figure_is_drawn_from_the_json_alone(name, tmp_path):
+    experiment = experiments.build(name)
+    value = dict(mean=2.0, std=0.5, values=[1.5, 2.5])
+    row = dict.fromkeys(("AP50", "AP75", "train_loss", *summary.FILTERS), value)
+    row["AP"] = value | dict(low=1.0, high=2.8)
+    differences = [
+        dict(arm=a, baseline=b, AP=1.0, low=-1.0, high=2.0, verdict="better", further_seeds=0)
+        for a, b in experiment.pairs
+    ]
+    rounds = experiment.runs[0].settings.rounds
+    content = dict(
+        experiment=name,
+        title=experiment.title,
+        differences=[differences] * rounds,
+        arms={
+            run.arm: dict(line=run.line, x=run.x, start=row, rounds=[row] * rounds)
+            for run in experiment.runs
+        },
+    )
+    figures.draw(json.loads(json.dumps(content)), tmp_path / f"{name}.png")
+    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
