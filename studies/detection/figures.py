@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from psbn_mmdet.collapse.figures import FIGURE_STYLE
 
+from .experiments import TWIN
 from .settings import BN
 from .summary import FILTERS
 
@@ -25,9 +26,8 @@ def _points(axes: Axes, x: Any, values: list[dict], label: str, color: str, **st
     low, high = np.array(spread).T
     # A bootstrap's interval need not hold the value itself.
     error = np.maximum([mean - low, high - mean], 0)
-    axes.errorbar(
-        x, mean, error, fmt="o-", color=color, label=label, ms=4, lw=1.2, capsize=2, **style
-    )
+    style = dict(marker="o", ms=4, lw=1.2, capsize=2) | style
+    axes.errorbar(x, mean, error, color=color, label=label, **style)
 
 
 def _deviation(value: dict[str, Any]) -> tuple[float, float]:
@@ -48,10 +48,19 @@ def _draw_transfer(figure: Figure, summary: dict[str, Any]) -> None:
     left, middle, right = figure.subplots(1, 3)
     differences = {(d["arm"], d["baseline"]): d for d in summary["differences"][-1]}
     arms = {(e["line"], e["x"]): arm for arm, e in summary["arms"].items()}
-    for i, (color, (line, entries)) in enumerate(
+    for i, (color, (line, of_line)) in enumerate(
         zip(COLORS, _lines(summary).items(), strict=False)
     ):
-        x = np.array([e["start"]["collapsed"]["mean"] for e in entries]) + 0.6 * (i - 1.5)
+        aside = 0.6 * (i - 1.5)
+        entries = [e for e in of_line if e["x"] != TWIN]
+        for entry in (e for e in of_line if e["x"] == TWIN):
+            at = [entry["start"]["collapsed"]["mean"] + aside]
+            style = dict(
+                label=f"{line}, pretrained with psBN", color=color, mfc="white", marker="D"
+            )
+            _points(left, at, [entry["rounds"][-1]["AP"]], **style)
+            _points(right, at, [entry["rounds"][-1]["collapsed"]], **style)
+        x = np.array([e["start"]["collapsed"]["mean"] for e in entries]) + aside
         _points(left, x, [e["rounds"][-1]["AP"] for e in entries], line, color)
         _points(right, x, [e["rounds"][-1]["collapsed"] for e in entries], line, color)
         judged = [
