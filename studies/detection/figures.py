@@ -26,8 +26,8 @@ def _points(axes: Axes, x: Any, values: list[dict], label: str, color: str, **st
     low, high = np.array(spread).T
     # A bootstrap's interval need not hold the value itself.
     error = np.maximum([mean - low, high - mean], 0)
-    style = dict(marker="o", ms=4, lw=1.2, capsize=2) | style
-    axes.errorbar(x, mean, error, color=color, label=label, **style)
+    drawn: dict[str, Any] = dict(marker="o", ms=4, lw=1.2, capsize=2) | style
+    axes.errorbar(x, mean, error, color=color, label=label, **drawn)
 
 
 def _deviation(value: dict[str, Any]) -> tuple[float, float]:
@@ -55,7 +55,7 @@ def _draw_transfer(figure: Figure, summary: dict[str, Any]) -> None:
         entries = [e for e in of_line if e["x"] != TWIN]
         for entry in (e for e in of_line if e["x"] == TWIN):
             at = [entry["start"]["collapsed"]["mean"] + aside]
-            style = dict(
+            style: dict[str, Any] = dict(
                 label=f"{line}, pretrained with psBN", color=color, mfc="white", marker="D"
             )
             _points(left, at, [entry["rounds"][-1]["AP"]], **style)
