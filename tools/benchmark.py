@@ -111,7 +111,7 @@ def retinanet(norm: str) -> nn.Module:
     return model
 
 
-def training_step(model: nn.Module) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+def training_step(model: Any) -> tuple[Callable[[], None], torch.optim.Optimizer]:
     """A step of SGD on random images with random boxes."""
     from mmdet.testing import demo_mm_inputs
 
@@ -214,7 +214,7 @@ def bench_anchored(rounds: int = 30) -> str:
     # One model and one optimizer, so that memory lies the same.
     model = retinanet("bn")
     step, optimizer = training_step(model)
-    handles = []
+    handles: list[Any] = []
 
     def put_on_or_off(name: str) -> None:
         while handles:
@@ -235,10 +235,10 @@ def bench_anchored(rounds: int = 30) -> str:
 
 def bench_measure(rounds: int = 200) -> str:
     model = retinanet("bn")
-    layers = list(norm_modules(model).values())
+    layers: list[Any] = list(norm_modules(model).values())
 
     def loop_of_the_same_counts() -> None:
-        found = dict.fromkeys(("filters", "collapsed", "constant", "inactive", "probability"), 0)
+        found = dict.fromkeys(("filters", "collapsed", "constant", "inactive", "probability"), 0.0)
         for layer in layers:
             gamma, bias = layer.weight.detach(), layer.bias.detach()
             collapsed = gamma.abs() < 1e-3
@@ -250,7 +250,7 @@ def bench_measure(rounds: int = 200) -> str:
             found["probability"] += probability.sum().item()
 
     def loop_of_gamma_alone() -> None:
-        found = 0
+        found = 0.0
         for layer in layers:
             found += (layer.weight.detach().abs() < 1e-3).sum().item()
 

@@ -48,8 +48,8 @@ def _data_samples(images: Tensor, proposals: bool) -> list[Any]:
         )
         if proposals:  # Fast R-CNN has no network for them: the image and its quarters
             x, y = width / 2, height / 2
-            boxes = [(0, 0, width, height), (0, 0, x, y), (x, 0, width, y)]
-            boxes += [(0, y, x, height), (x, y, width, height)]
+            boxes: list[tuple[float, ...]] = [(0, 0, width, height)]
+            boxes += [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
             sample.proposals = InstanceData(bboxes=images.new_tensor(boxes))
         samples.append(sample)
     return samples

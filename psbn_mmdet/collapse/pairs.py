@@ -49,18 +49,21 @@ def pair_in_order(order: Iterable[tuple[str, bool, int]]) -> dict[str, str]:
     """
     channels_of: dict[str, int] = {}
     last_child: dict[str, str] = {}
-    pairs, taken = {}, set()
+    pairs: dict[str, str] = {}
+    taken: set[str] = set()
     for name, is_conv, channels in order:
         parent, leaf = _split(name)
         if is_conv:
             channels_of[name] = channels
         else:
-            candidates = []
+            candidates: list[str | None] = []
             for twin in _twin_names(leaf):
                 twin = _join(parent, twin)
                 candidates += [twin, _last_inside(channels_of, twin)]
             for candidate in [*candidates, parent, last_child.get(parent)]:
-                if channels_of.get(candidate) == channels and candidate not in taken:
+                if candidate in taken or candidate is None:
+                    continue
+                if channels_of.get(candidate) == channels:
                     pairs[name] = candidate
                     taken.add(candidate)
                     break
@@ -103,15 +106,15 @@ def pair_by_name(
     for norm, channels in norms.items():
         parent, leaf = _split(norm)
         if parent in convs:
-            conv = parent
+            conv: str | None = parent
         elif leaf.isdigit() and (before := _before(norm, children[parent])) in convs:
             conv = before
         else:
             first, last = _twin(norm, norms, convs, children)
-            if first is not None:
+            if first is not None and last is not None:
                 blocks[parent].add(norm, channels, convs[first], convs[last], last)
             continue
-        if convs[conv][0] == channels:
+        if conv and convs[conv][0] == channels:
             pairs[norm] = conv
     for kind_of in (_Block.names, _Block.unnumbered):
         votes: dict[object, set[bool]] = defaultdict(set)
@@ -174,7 +177,7 @@ class _Block:
         found = {}
         for norm, channels, *_ in self.members:
             conv, filters = by_number.get(_number(norm) - 1, (None, None))
-            if filters == channels:
+            if conv and filters == channels:
                 found[norm] = conv
         return found
 
@@ -232,7 +235,7 @@ def _before(name: str, siblings: Iterable[str]) -> str | None:
     return max(lower, key=natural_order, default=None)
 
 
-def _last_inside(names: Mapping[str, int], block: str) -> str | None:
+def _last_inside(names: dict[str, int], block: str) -> str | None:
     """The last name within a block, as conv1.6 in a ResNet's deep stem conv1."""
     return next((n for n in reversed(names) if n.startswith(block + ".")), None)
 

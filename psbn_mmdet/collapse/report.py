@@ -275,9 +275,8 @@ def measure(
     if isinstance(source, nn.Module):
         layers = layers_of_model(source)
         if inputs is not None:
-            live = {
-                m: ~collapsed(m.weight.detach(), threshold) for m in norm_modules(source).values()
-            }
+            norms: Any = norm_modules(source).values()
+            live = {m: ~collapsed(m.weight.detach(), threshold) for m in norms}
             flops = probe(source, live, inputs)
     elif isinstance(source, Mapping):
         layers = layers_of_state_dict(source)

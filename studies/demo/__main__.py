@@ -46,7 +46,7 @@ def run(title: str, log: Path, *command: str) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        for line in process.stdout:
+        for line in process.stdout or ():
             file.write(line)
             step = re.search(r"Epoch\(train\)\s+\[(\d+)\].* eta: (\S+) .* loss: (\S+)", line)
             if step and int(step[1]) % 4 == 0:

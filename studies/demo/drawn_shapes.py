@@ -61,7 +61,8 @@ def write_shapes(root: str | Path, train: int, val: int, size: int = 128, seed: 
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(exist_ok=True)
         rng = np.random.default_rng([seed, stream])
-        images, annotations = [], []
+        images: list[dict] = []
+        annotations: list[dict] = []
         for i in range(count):
             image, objects = _draw(rng, size)
             name = f"{i:06}.png"

@@ -294,7 +294,7 @@ class TestConvert:
             (["bn.pth", "bn.pth", "--to=psbn"], "exists already"),
             (["bn.pth", "new.pth", "--to=bn"], "holds no psBN layer"),
             (["bn.pth", "new.pth", "--to=psbn", "--alpha=-1"], "not negative"),
-            (["bn.pth", "none/new.pth", "--to=psbn"], "No such file or directory"),
+            (["bn.pth", "none/new.pth", "--to=psbn"], "there is no folder"),
             (["bn.pth", "a.safetensors", "--to=psbn", "--keep-training-state"], "name it .pth"),
             (["text.pth", "new.pth", "--to=psbn"], "text.pth"),
         ],
