@@ -8,6 +8,10 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from .installed import check_environment
+
+check_environment()  # before anything below fails in a less helpful way
+
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS

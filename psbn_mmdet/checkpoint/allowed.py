@@ -19,22 +19,6 @@ from mmengine.config import ConfigDict
 from mmengine.logging.history_buffer import HistoryBuffer
 
 
-def require_torch(version: str) -> None:
-    """Refuse a torch whose ``weights_only`` cannot be relied on.
-
-    Raises:
-        ImportError: It is older than 2.1.
-    """
-    if tuple(int(part) for part in version.split(".")[:2]) < (2, 1):
-        raise ImportError(
-            f"psbn_mmdet needs torch 2.1 or newer, which reads checkpoints without running code; "
-            f"this is {version}"
-        )
-
-
-require_torch(torch.__version__)
-
-
 def _one_cycle(*args: Any) -> Any:
     """Stands for ``OneCycleParamScheduler``, which a checkpoint must not construct."""
     raise pickle.UnpicklingError("GLOBAL OneCycleParamScheduler")
