@@ -33,14 +33,13 @@ def check_environment() -> None:
     installed = {module: _installed(module) for module in DISTRIBUTIONS}
     found = find_spec("mmengine")
     # Folders that an uninstall has left make a namespace package, which has no file.
-    if found is None or found.origin is None:
-        mmengine = None
-    else:
-        from mmengine.version import __version__ as mmengine
+    version = None
+    if found is not None and found.origin is not None:
+        from mmengine.version import __version__ as version
     import numpy
     import torch
 
-    if reason := why_unfit(torch.__version__, numpy.__version__, mmengine, installed):
+    if reason := why_unfit(torch.__version__, numpy.__version__, version, installed):
         raise UnfitEnvironmentError(reason)
 
 

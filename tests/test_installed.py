@@ -57,9 +57,6 @@ def test_old_mmengine():
 
 
 def test_no_mmengine_names_both_extras():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
     named = re.findall(r"psbn_mmdet\[(.+?)\]", one_line(mmengine=None))
     assert named == ["mmengine", "onedl-mmengine"]
     assert set(named) <= set(PROJECT["optional-dependencies"])
