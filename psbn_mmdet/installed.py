@@ -7,7 +7,7 @@ on neither by itself: an extra brings one of them, and the check here tells when
 
 import re
 from collections.abc import Mapping, Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 
 from .errors import PsbnError
@@ -35,7 +35,7 @@ def check_environment() -> None:
     # Folders that an uninstall has left make a namespace package, which has no file.
     version = None
     if found is not None and found.origin is not None:
-        from mmengine.version import __version__ as version
+        version = import_module("mmengine.version").__version__
     import numpy
     import torch
 
