@@ -180,6 +180,27 @@ def _step_of(kind: type[Optimizer]) -> Callable[..., Any]:
     return step
 
 
+def _let_hooks_run(kind: type[Optimizer]) -> None:
+    """Make the step of an optimizer's class call the hooks that are registered.
+
+    The compiler of torch 2.1 takes them away from the classes of all optimizers, without a word and
+    also from those that are made later, when `torch.compile` is first called. It does so once, so
+    it is made to do it here, before the class gets them back.
+    """
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+        from torch._dynamo.eval_frame import TorchPatcher
+
+        TorchPatcher.patch()
+    hooking = Optimizer.profile_hook_step(lambda *args: None).__code__
+    step: Any = kind.step
+    while step is not None and getattr(step, "__code__", None) is not hooking:
+        step = getattr(step, "__wrapped__", None)
+    if step is None:
+        step = Optimizer.profile_hook_step(kind.step)
+        step.hooked = True
+        kind.step = step  # type: ignore[method-assign]
+
+
 def _unwrapped(model: Any) -> Iterator[nn.Module]:
     """The model and what it wraps, from the outside in: compiled, (distributed) data parallel."""
     yield model
@@ -225,6 +246,7 @@ class AnchoredBiases:
             kinds.setdefault((p.device, p.dtype), {})[name] = p
         self._packs = [_Pack(group, alpha) for group in kinds.values()]
         self._stepping = False
+        _let_hooks_run(type(optimizer))
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
