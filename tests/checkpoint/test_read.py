@@ -194,7 +194,9 @@ def test_names_stand_for_the_urls_of_mmengines_tables(tmp_path, monkeypatch):
         assert old.endswith("third_party/resnet50_caffe-788b5fa3.pth")
         assert resolve(f"{scheme}://mine") == str(tmp_path / "mine.pth")
     url = resolve("mmcls://vgg11")
-    assert re.match(r"https://(download\.openmmlab\.com|mmassets\.onedl\.ai)/mmclassification/", url)
+    assert re.match(
+        r"https://(download\.openmmlab\.com|mmassets\.onedl\.ai)/mmclassification/", url
+    )
     for unknown in ("torchvision://no", "open-mmlab://no", "mmcls://no"):
         with pytest.raises(CheckpointError, match="has no such name"):
             resolve(unknown)
