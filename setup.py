@@ -1,8 +1,9 @@
-import re
+"""What pyproject.toml cannot say: configs and tools ship inside the wheel."""
+
 import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
@@ -12,6 +13,7 @@ class BuildWithConfigs(build_py):
     """Ship the configs and tools in psbn_mmdet/.mim, where mmengine and mim look for them."""
 
     def run(self) -> None:
+        """Copy them beside the modules; an editable install finds them in the checkout."""
         super().run()
         if self.editable_mode:
             return
@@ -26,31 +28,4 @@ class BuildWithConfigs(build_py):
         shutil.copy(ROOT / "model-index.yml", mim)
 
 
-setup(
-    name="psbn_mmdet",
-    version=re.search(r'__version__ = "(.+)"', (ROOT / "psbn_mmdet/__init__.py").read_text())[1],
-    description="Post-shifted batch normalization (psBN) for the MMDetection ecosystem",
-    long_description=(ROOT / "README.md").read_text(),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    packages=find_packages(include=["psbn_mmdet", "psbn_mmdet.*"]),
-    package_data={"psbn_mmdet": ["py.typed"], "psbn_mmdet.collapse": ["page.html"]},
-    cmdclass={"build_py": BuildWithConfigs},
-    python_requires=">=3.10",
-    # Not mmcv: it has to be built, or picked by mim, to fit torch (README).
-    install_requires=[
-        "torch>=2.1",
-        "mmengine>=0.10.7",
-        "mmdet>=3.3.0",
-        "numpy>=1.26",
-        "scipy",
-        "matplotlib",
-        "plotly",
-        "numba",
-        "jinja2",
-        "pycocotools",
-        "safetensors",
-        "tqdm",
-        "setuptools<81",  # mmengine imports pkg_resources
-    ],
-)
+setup(cmdclass={"build_py": BuildWithConfigs})

@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,24 @@ def shared_data() -> Path:
     if not (folder / "coco128").is_dir():
         pytest.skip(f"no real images at {folder} (PSBN_TEST_DATA names another place)")
     return folder
+
+
+# What may be skipped where CI is set, each with the reason why it cannot run on every machine.
+MAY_BE_SKIPPED = {
+    r"no CUDA device": "GPUs are not on every machine",
+    r"needs torch [<>=]": "the environment has one version of torch",
+    r"^could not import '(wandb|mlflow|mmseg|mmpose|mmaction|mmdet3d|mmyolo)'": "optional peers",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """In CI a test that could run there and was skipped is a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("CI") or reporter is None:
+        return
+    for report in reporter.stats.get("skipped", []):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not any(re.search(allowed, reason) for allowed in MAY_BE_SKIPPED):
+            reporter.write_line(f"\nmust not be skipped in CI: {report.nodeid}: {reason}", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
