@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiment", choices=experiments.names())
-    parser.add_argument("--preset", choices=["paper", "reduced"], required=True)
+    parser.add_argument("--preset", choices=experiments.PRESETS, required=True)
     parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--shard", metavar="I/N", help="do the i-th of n shares only, from 1")
     parser.add_argument("--data-root", default="data", help="holds cifar-10-batches-bin")

@@ -196,6 +196,39 @@ def _draw_sweep(figure: Figure, summary: dict[str, Any], experiment: Experiment,
     axes.legend(fontsize=8)
 
 
+def _draw_finetune(figure: Figure, summary: dict[str, Any], *_: Any) -> None:
+    """Accuracy and collapse after finetuning; a line is a seed."""
+    figure.set_size_inches(10, 4)
+    arms = {a: e for a, e in summary["arms"].items() if e["line"] == "after"}
+    for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "collapsed"), strict=True):
+        values = np.array([e["rounds"][-1][metric]["values"] for e in arms.values()])
+        axes.plot(np.arange(len(arms)), values, "o-", color="#8195a8", lw=0.7, ms=3)
+        axes.plot(np.arange(len(arms)), values.mean(1), "_", color="black", ms=24, mew=2)
+        axes.set_xticks(np.arange(len(arms)), list(arms))
+        axes.set(ylabel=METRICS[metric])
+
+
+def _draw_alpha(figure: Figure, summary: dict[str, Any], *_: Any) -> None:
+    """Four measures after the last round against alpha; BN is the dashed line."""
+    figure.set_size_inches(10, 7)
+    lines = list(dict.fromkeys(e["line"] for e in summary["arms"].values()))
+    panels = figure.subplots(2, 2, sharex=True).flat
+    for axes, metric in zip(panels, ("accuracy", "collapsed", "inactive", "p_active"), strict=True):
+        for color, line in zip(_COLORS, lines, strict=False):
+            points = []
+            for entry in summary["arms"].values():
+                value = entry["rounds"][-1][metric]
+                if entry["line"] == line and entry["x"] is None:
+                    axes.axhline(value["mean"], color=color, ls="--", lw=0.8)
+                elif entry["line"] == line:
+                    points.append((entry["x"], value["mean"], value["std"] or 0))
+            x, mean, std = np.transpose(sorted(points))
+            axes.errorbar(x, mean, std, fmt="o-", color=color, label=line, ms=4, capsize=3)
+        axes.set(xscale="log", ylabel=METRICS[metric])
+        axes.set_xlabel("α" if metric in ("inactive", "p_active") else "")
+    figure.axes[0].legend(title="dashed: BN", fontsize=8)
+
+
 def _draw_snapshots(figure: Figure, summary: dict[str, Any], *_: Any) -> None:
     figure.set_size_inches(10, 4)
     axes = figure.subplots(1, 2)
@@ -272,6 +305,8 @@ _DRAW: dict[str, Callable[..., None]] = {
     "sweep": _draw_sweep,
     "snapshots": _draw_snapshots,
     "recovery": _draw_recovery,
+    "finetune": _draw_finetune,
+    "alpha": _draw_alpha,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .networks import NETWORKS, build_network
+from .networks import NETWORKS, VGG_STAGES, build_network
 
 NORMS = {
     "BN": dict(type="BN"),
@@ -42,6 +42,7 @@ class Settings:
         gamma_init: Initial gamma (Fig. 5b).
         images: Number of training images, class-balanced; None for all.
         test_images: Likewise, of the test set.
+        image_size: Images are scaled down to so many pixels a side; 32 as they are.
         random_labels: Whether labels are shuffled once (section 3.3).
         augment: Whether to pad, crop and flip.
         batch_size: Images of a step.
@@ -58,6 +59,8 @@ class Settings:
         trace_interval: Iterations between records of gamma and beta; 0 for none.
         ensemble: Also average the softmax of so many last rounds (Table 1); 0 for not.
         evaluate_pruned: Also evaluate with the collapsed filters removed.
+        amp: Train under autocast to bfloat16; weights, gradients, statistics and
+            optimizer stay in float32, and evaluation is in float32.
 
     Raises:
         RunError: A value that cannot be.
@@ -72,6 +75,7 @@ class Settings:
     gamma_init: float = 1.0
     images: int | None = None
     test_images: int | None = None
+    image_size: int = 32
     random_labels: bool = False
     augment: bool = True
     batch_size: int = 128
@@ -87,6 +91,7 @@ class Settings:
     trace_interval: int = 0
     ensemble: int = 0
     evaluate_pruned: bool = False
+    amp: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in [
@@ -102,6 +107,10 @@ class Settings:
         for name in ("rounds", "epochs", "batch_size", "lr", "width"):
             if not getattr(self, name) > 0:
                 raise RunError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.image_size not in (8, 16, 32):
+            raise RunError(f"image_size must be 8, 16 or 32, got {self.image_size}")
+        if self.network in VGG_STAGES and self.image_size < 32:
+            raise RunError(f"{self.network} halves the image five times: image_size must be 32")
         if self.ensemble > self.rounds:
             raise RunError(f"an ensemble of {self.ensemble} needs as many rounds: {self.rounds}")
 
@@ -127,6 +136,14 @@ class Settings:
         )
 
 
+def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they were stored, with those that came later at their defaults.
+
+    A setting that is added later has a default that does what was done before.
+    """
+    return {**asdict(Settings()), **stored}
+
+
 def check_settings(settings: Settings, folder: Path) -> None:
     """Write ``settings.json``, or refuse a folder that holds another run.
 
@@ -135,7 +152,7 @@ def check_settings(settings: Settings, folder: Path) -> None:
     """
     path, wanted = folder / "settings.json", asdict(settings)
     if path.exists():
-        found = json.loads(path.read_text())
+        found = with_defaults(json.loads(path.read_text()))
         differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
         if differing:
             k = differing[0]

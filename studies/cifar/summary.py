@@ -13,12 +13,13 @@ import numpy as np
 
 from .engine import folder_of, result_of
 from .experiments import Experiment, Run
-from .settings import RunError
+from .settings import RunError, with_defaults
 
 METRICS = {
     "sparsity": "sparsity (% of FLOPs)",
     "collapsed": "collapsed filters (%)",
     "inactive": "inactive filters (%)",
+    "p_active": "mean P(active) over the filters (%)",
     "accuracy": "accuracy (%)",
     "pruned_accuracy": "accuracy without the collapsed filters (%)",
     "train_loss": "training loss, mean of the last epoch",
@@ -44,7 +45,7 @@ def finished(experiment: Experiment, out: str | os.PathLike) -> list[Outcome]:
         result = result_of(experiment, run, out)
         if result is None:
             continue
-        if result["settings"] != asdict(run.settings):
+        if with_defaults(result["settings"]) != asdict(run.settings):
             raise RunError(
                 f"{folder_of(experiment, run, out)}: holds a result of other settings; "
                 "name another --out"
@@ -95,7 +96,7 @@ def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "")
         "command": command,
         "machine": {
             "device": sorted({result["device"] for _, result in outcomes}),
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads_of_a_run": sorted({result["threads"] for _, result in outcomes}),
             "torch": first["torch"],
@@ -109,7 +110,7 @@ def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "")
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

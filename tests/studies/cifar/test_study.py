@@ -92,7 +92,9 @@ RESULTS = sorted((ROOT / "studies" / "cifar" / "results").glob("*.json"))
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
 def test_published_results_are_of_the_reduced_preset_as_it_stands(path):
     published = json.loads(path.read_text())
-    experiment = build(path.stem, "reduced")
+    name, _, preset = path.stem.partition("-")
+    seeds = max(len(arm["seeds"]) for arm in published["arms"].values())
+    experiment = build(name, preset or "reduced", seeds=seeds)
     assert published["runs_finished"] == published["runs_planned"] == len(experiment.runs)
     for run in experiment.runs:
         arm = published["arms"][run.arm]
@@ -117,8 +119,10 @@ def test_runs_have_names_and_arms_of_their_own(name, preset):
 def test_wrong_experiment_preset_and_setting_are_one_line():
     with pytest.raises(RunError, match="no experiment 'fig6'; there are fig1a, fig1b"):
         build("fig6")
-    with pytest.raises(RunError, match="paper or reduced"):
+    with pytest.raises(RunError, match="one of paper, reduced, medium"):
         build("fig3", "huge")
+    with pytest.raises(RunError, match="fig2 has no preset medium; fig3 has"):
+        build("fig2", "medium")
     with pytest.raises(RunError, match="no setting 'learning_rate'; there are network"):
         build("fig3", "paper", {"learning_rate": 1})
     with pytest.raises(RunError, match="at least one seed"):
