@@ -297,8 +297,7 @@ class Batches(Dataset):
         # One generator per epoch, so that any epoch can be entered first.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         self._order = torch.randperm(n, generator=generator).to(device)
-        self._top, self._left = torch.randint(2 * self.pad + 1, (2, n), generator=generator).to(
-            device
-        )
+        offsets = torch.randint(2 * self.pad + 1, (2, n), generator=generator)
+        self._top, self._left = offsets.to(device)
         self._flip = torch.rand(n, generator=generator).lt(0.5).to(device)
         self._epoch = epoch
