@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from psbn_mmdet.errors import PsbnError
+
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 FOLDER = "cifar-10-batches-bin"
@@ -36,7 +38,7 @@ MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 with BN behind every convolution the choice hardly matters."""
 
 
-class DataError(ValueError):
+class DataError(PsbnError, ValueError):
     """The data cannot be used; the message is one line that says why and what to do."""
 
 

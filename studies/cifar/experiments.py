@@ -85,6 +85,11 @@ def names() -> list[str]:
     return list(_BUILDERS)
 
 
+def figure_of(name: str) -> str:
+    """The kind of figure that an experiment has."""
+    return build(name, "reduced").figure
+
+
 def build(
     name: str,
     preset: str = "paper",

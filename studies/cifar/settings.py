@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from psbn_mmdet.errors import PsbnError
+
 from .networks import NETWORKS, VGG_STAGES, build_network
 
 NORMS = {
@@ -24,7 +26,7 @@ ACTIVATIONS = {
 }
 
 
-class RunError(ValueError):
+class RunError(PsbnError, ValueError):
     """A run cannot be done; the message is one line that says why and what to do."""
 
 
