@@ -3,6 +3,11 @@
 Every run has a folder ``OUT/EXPERIMENT/RUN`` and is a process of its own there, a
 job of mmengine's Runner. The folder is all that there is to know of it, so runs
 can be killed, shared out over machines with one disk, and resumed.
+
+Why not a library: joblib's workers are reused for many runs, so that one killed worker fails the
+whole batch (TerminatedWorkerError), and it knows no order of parents and children; submitit starts
+all local jobs at once and keeps its own pickles beside the folder that is the state here. Neither
+estimates what is left. On Slurm, ``--shard`` in a job array needs neither.
 """
 
 import heapq

@@ -144,7 +144,7 @@ END_TO_END = sorted(set(experiments.names()) - {"fig2", "fig5a", "instance_norm"
 @pytest.mark.slow
 @pytest.mark.parametrize("name", END_TO_END)
 def test_experiment_end_to_end(name, root, tmp_path):
-    changes = dict(TOY, images=100) if name == "fig1b" else TOY
+    changes = {"fig1b": dict(TOY, images=100), "alpha": dict(TOY, rounds=1)}.get(name, TOY)
     experiment = build(name, "reduced", changes, seeds=1)
     do_here(experiment, tmp_path, root)
     content, table, png = write_results(experiment, tmp_path, command="the command")
