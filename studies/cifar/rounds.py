@@ -85,7 +85,7 @@ class Classifier(BaseModel):
 class RoundsTrainLoop(IterBasedTrainLoop):
     """Takes batch i for iteration i.
 
-    mmengine's own loop draws all batches anew that a resumed run has seen.
+    mmengine's own loop, resumed, draws all earlier batches once more.
     """
 
     def run(self) -> nn.Module:
