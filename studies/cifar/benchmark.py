@@ -16,8 +16,9 @@ import torch
 from mmengine.hooks import Hook
 from torch.nn import functional as F
 
+from psbn_mmdet.launch.amp import cpu_has_bfloat16
 from studies.cifar.data import Batches, Split
-from studies.cifar.rounds import cpu_has_bfloat16, make_runner, study_data
+from studies.cifar.rounds import make_runner, study_data
 from studies.cifar.settings import Settings
 
 STEPS = 4

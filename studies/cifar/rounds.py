@@ -361,19 +361,14 @@ def make_runner(
     )
 
 
-def cpu_has_bfloat16(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
-    """Whether the processor has instructions for it; no where Linux does not list them."""
-    path = Path(cpuinfo)
-    flags = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is ARM's
-    return path.exists() and not flags.isdisjoint(path.read_text().split())
-
-
 def check_amp(device: str) -> None:
     """Whether ``amp`` makes anything faster here.
 
     Raises:
         RunError: The processor has no bfloat16. torch would emulate it, in several times the time.
     """
+    from psbn_mmdet.launch.amp import cpu_has_bfloat16  # brings all of mmdet, which takes seconds
+
     if device == "cpu" and not cpu_has_bfloat16():
         raise RunError(
             "amp: this processor does not compute in bfloat16 (no avx512_bf16 or amx_bf16 in "

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from psbn_mmdet.errors import PsbnError
 
-from .networks import NETWORKS, VGG_STAGES, build_network
+from .networks import MMDET_RESNET18, NETWORKS, VGG_STAGES, build_network
 
 NORMS = {
     "BN": dict(type="BN"),
@@ -113,6 +113,8 @@ class Settings:
             raise RunError(f"image_size must be 8, 16 or 32, got {self.image_size}")
         if self.network in VGG_STAGES and self.image_size < 32:
             raise RunError(f"{self.network} halves the image five times: image_size must be 32")
+        if self.network == MMDET_RESNET18 and (self.norm == "none" or self.act != "ReLU"):
+            raise RunError(f"{MMDET_RESNET18} always has a normalization and ReLU")
         if self.ensemble > self.rounds:
             raise RunError(f"an ensemble of {self.ensemble} needs as many rounds: {self.rounds}")
 
@@ -138,23 +140,32 @@ class Settings:
         )
 
 
-def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(stored: dict[str, Any], kind: type = Settings) -> dict[str, Any]:
     """Settings as they were stored, with those that came later at their defaults.
 
     A setting that is added later has a default that does what was done before.
+
+    Args:
+        stored: The content of a ``settings.json``.
+        kind: The dataclass of the settings.
     """
-    return {**asdict(Settings()), **stored}
+    defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+    return {**defaults, **stored}
 
 
-def check_settings(settings: Settings, folder: Path) -> None:
+def check_settings(settings: Any, folder: Path) -> None:
     """Write ``settings.json``, or refuse a folder that holds another run.
+
+    Args:
+        settings: A dataclass of plain values.
+        folder: Of the run; made if need be.
 
     Raises:
         RunError: It was made with other settings.
     """
     path, wanted = folder / "settings.json", asdict(settings)
     if path.exists():
-        found = with_defaults(json.loads(path.read_text()))
+        found = with_defaults(json.loads(path.read_text()), type(settings))
         differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
         if differing:
             k = differing[0]

@@ -113,7 +113,7 @@ def test_killed_and_resumed_is_equal_to_the_bit(root, tmp_path, stop_after):
 @pytest.fixture
 def _bfloat16_or_as_if(monkeypatch):
     """torch emulates bfloat16 where the processor has none."""
-    monkeypatch.setattr(rounds, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("psbn_mmdet.launch.amp.cpu_has_bfloat16", lambda: True)
 
 
 @pytest.mark.usefixtures("_bfloat16_or_as_if")
@@ -145,15 +145,8 @@ def test_amp_computes_in_bfloat16_and_keeps_everything_else_in_float32(root, tmp
     assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
 
 
-@pytest.mark.parametrize(("flag", "has"), [("avx512_bf16", True), ("avx2", False)])
-def test_bfloat16_is_looked_up_among_the_processors_flags(tmp_path, flag, has):
-    (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu sse {flag}\nbugs\t\t:\n")
-    assert rounds.cpu_has_bfloat16(tmp_path / "cpuinfo") is has
-    assert rounds.cpu_has_bfloat16(tmp_path / "none") is False
-
-
 def test_amp_without_bfloat16_is_refused(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(rounds, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr("psbn_mmdet.launch.amp.cpu_has_bfloat16", lambda: False)
     settings = replace(TOY, amp=True)
     with pytest.raises(RunError, match=r"does not compute in bfloat16 .* leave amp=True out"):
         train_run(settings, tmp_path, root)
