@@ -46,7 +46,8 @@ class BareLoop:
         torch.manual_seed(settings.seed)
         self.amp = amp
         self.format = memory_format
-        self.network = settings.network_module().to(memory_format=memory_format)
+        network = settings.network_module()
+        self.network = network.to(memory_format=memory_format)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
             settings.lr,
@@ -127,13 +128,13 @@ def main() -> None:
     parser.add_argument("--amp", action="store_true", help="bfloat16 against float32 instead")
     args = parser.parse_args()
     if args.amp:
-        found = bench_amp(Settings(batch_size=args.batch_size), args.blocks)
-        low, middle, high = statistics.quantiles([b / a for a, b in found], n=4)
+        pairs = bench_amp(Settings(batch_size=args.batch_size), args.blocks)
+        low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
         has = "has" if cpu_has_bfloat16() else "has NO"
         print(
             f"ResNet-20, batch {args.batch_size}, {torch.get_num_threads()} threads; the processor "
             f"{has} bfloat16.\nA step in bfloat16 takes {middle:.2f} ({low:.2f} to {high:.2f}) of "
-            f"one in float32, {1000 * statistics.median(a for a, _ in found):.1f} ms."
+            f"one in float32, {1000 * statistics.median(a for a, _ in pairs):.1f} ms."
         )
         return
     settings = Settings(

@@ -168,8 +168,9 @@ def _unpack(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             name = Path(member.name).name
-            if member.isfile() and name in TRAIN_FILES + TEST_FILES:
-                (folder / name).write_bytes(tar.extractfile(member).read())
+            content = tar.extractfile(member)  # None for a folder
+            if content is not None and name in TRAIN_FILES + TEST_FILES:
+                (folder / name).write_bytes(content.read())
 
 
 def balanced_subset(split: Split, size: int | None, seed: int) -> Split:

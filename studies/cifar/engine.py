@@ -133,7 +133,8 @@ def time_steps(settings: Settings, steps: int = 2) -> float:
     """Seconds of a training step, timed here and now, with random images."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng(devices=[]):
-        network = settings.network_module().to(device, memory_format=torch.channels_last)
+        network = settings.network_module().to(device)
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         size = settings.batch_size, 3, settings.image_size, settings.image_size
         x = torch.randn(size, device=device)
     labels = torch.zeros(settings.batch_size, dtype=torch.long, device=device)
@@ -306,6 +307,7 @@ def execute(
                 worker = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env
                 )
+                assert worker.stdin is not None
                 with worker.stdin:
                     alive[run.name] = worker
                     status = worker.wait()

@@ -34,7 +34,7 @@ MEDIUM = Settings(
 """
 
 BN, LEAKY, PSBN = "BN + ReLU", "BN + LeakyReLU", "psBN + ReLU"
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     BN: dict(norm="BN", act="ReLU"),
     LEAKY: dict(norm="BN", act="LeakyReLU"),
     PSBN: dict(norm="psBN", act="ReLU"),
@@ -202,7 +202,7 @@ def _fig2(base: Settings, seeds: int, paper: bool) -> Experiment:
 )
 def _capacity(base: Settings, seeds: int, paper: bool) -> Experiment:
     base = replace(base, random_labels=True, augment=False, rounds=6 if paper else base.rounds)
-    arms = {
+    arms: dict[str, dict[str, Any]] = {
         BN: ARMS[BN],
         "psBN 0.1 + ReLU": dict(norm="psBN", alpha=0.1),
         "psBN 0.01 + ReLU": dict(norm="psBN", alpha=0.01),

@@ -140,7 +140,7 @@ def _draw_histograms(figure: Figure, summary: dict[str, Any]) -> None:
     values = {arm: np.concatenate(norms) for arm, norms in summary["filter_norms"].items()}
     bins = np.linspace(0, max(v.max() for v in values.values()), 41)
     for color, (arm, of_arm) in zip(_COLORS, values.items(), strict=False):
-        axes.hist(of_arm, bins, color=color, alpha=0.6, label=arm)
+        axes.hist(of_arm, bins.tolist(), color=color, alpha=0.6, label=arm)
     rounds = len(next(iter(summary["arms"].values()))["rounds"])
     axes.set(
         xlabel=f"L1 norm of a filter of {summary['layer']}",
@@ -160,8 +160,8 @@ def _draw_paths(figure: Figure, summary: dict[str, Any]) -> None:
         axes.plot(gamma, bias, color=color, lw=0.8, alpha=0.8)
         axes.plot(gamma[0], bias[0], "o", color=color, ms=3)
     if paths["region"]:
-        region = dict(color="#e69f00", alpha=0.15, lw=0, label="non-trainable region")
-        axes.fill(*zip(*paths["region"], strict=True), **region)
+        x, y = zip(*paths["region"], strict=True)
+        axes.fill(x, y, color="#e69f00", alpha=0.15, lw=0, label="non-trainable region")
     axes.plot([], [], color="#c1121f", label="collapsed in this round")
     axes.plot([], [], color="#8195a8", label="others")
     axes.plot([], [], "o", color="black", ms=3, label="where they began")
@@ -223,7 +223,7 @@ def draw(summary: dict[str, Any], path: str | os.PathLike) -> None:
     Raises:
         RunError: The JSON is older than this code and lacks what its figure shows.
     """
-    with mpl.rc_context(FIGURE_STYLE):
+    with mpl.rc_context(FIGURE_STYLE):  # type: ignore[arg-type]
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
         try:

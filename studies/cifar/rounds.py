@@ -69,7 +69,7 @@ class Classifier(BaseModel):
         super().__init__()
         self.amp = amp
         # Channels last: ResNet-20 steps are a sixth faster so on a CPU.
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(
         self, inputs: Tensor, labels: Tensor | None = None, mode: str = "tensor"
@@ -79,7 +79,10 @@ class Classifier(BaseModel):
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
             logits = self.network(inputs)
         logits = logits.float()
-        return {"loss": F.cross_entropy(logits, labels)} if mode == "loss" else logits
+        if mode != "loss":
+            return logits
+        assert labels is not None
+        return {"loss": F.cross_entropy(logits, labels)}
 
 
 class RoundsTrainLoop(IterBasedTrainLoop):
@@ -148,7 +151,7 @@ class RoundsHook(Hook):
     def _end_round(self, runner: Runner, number: int) -> None:
         s = self.settings
         network = runner.model.network
-        row = {"round": number, "train_loss": self.epoch_losses[-1]}
+        row: dict[str, Any] = {"round": number, "train_loss": self.epoch_losses[-1]}
         row["epoch_losses"] = self.epoch_losses[-s.epochs :]
         row["accuracy"] = accuracy(network, self.test)
         if s.norm != "none":
@@ -377,9 +380,10 @@ def check_amp(device: str) -> None:
 
 
 def _start_from_parent(network: nn.Module, parent: Path) -> None:
-    if not (parent / "result.json").exists():
+    checkpoint = latest_checkpoint(parent)
+    if checkpoint is None or not (parent / "result.json").exists():
         raise RunError(f"{parent}: is not finished, and this run starts from its weights")
-    state = network_state(latest_checkpoint(parent))
+    state = network_state(checkpoint)
     wrong = mismatch(network, state, strict=True)
     if wrong:
         raise RunError(f"{parent}: {wrong}")

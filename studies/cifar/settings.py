@@ -12,14 +12,14 @@ from psbn_mmdet.errors import PsbnError
 
 from .networks import MMDET_RESNET18, NETWORKS, VGG_STAGES, build_network
 
-NORMS = {
+NORMS: dict[str, dict[str, Any] | None] = {
     "BN": dict(type="BN"),
     "psBN": dict(type="psBN"),
     "IN": dict(type="IN", affine=True),  # mmcv's has no gamma by default
     "psIN": dict(type="psIN"),
     "none": None,
 }
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, dict[str, Any] | None] = {
     "ReLU": dict(type="ReLU"),
     "LeakyReLU": dict(type="LeakyReLU", negative_slope=0.01),
     "none": None,
@@ -133,7 +133,7 @@ class Settings:
     def network_module(self) -> nn.Module:
         """The network with weights from torch's global generator."""
         norm_cfg = NORMS[self.norm]
-        if self.norm.startswith("ps"):
+        if norm_cfg and self.norm.startswith("ps"):
             norm_cfg = dict(norm_cfg, alpha=self.alpha, load_bn=self.load_bn)
         return build_network(
             self.network, norm_cfg, ACTIVATIONS[self.act], self.width, self.gamma_init
