@@ -113,6 +113,8 @@ def _draw_alpha(figure: Figure, summary: dict[str, Any]) -> None:
             x, mean, std = np.transpose(sorted(points))
             axes.errorbar(x, mean, std, fmt="o-", color=color, label=line, ms=4, capsize=3)
         axes.set(xscale="log", ylabel=METRICS[metric])
+        if metric in ("collapsed", "inactive"):
+            axes.set_ylim(bottom=0)
         axes.set_xlabel("α" if metric in ("inactive", "p_active") else "")
     figure.axes[0].legend(title="dashed: BN", fontsize=8)
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 
 from psbn_mmdet.collapse.trace import Trace
 from studies.cifar import details, engine, experiments
+from studies.cifar.__main__ import main
 from studies.cifar.experiments import Run, build
 from studies.cifar.rounds import train_run
 from studies.cifar.settings import RunError, Settings, with_defaults, write_json
@@ -358,39 +360,61 @@ def test_command_is_killed_goes_on_and_ends_as_if_it_had_not(root, tmp_path):
         assert a["rounds"] == b["rounds"]
 
 
-@pytest.mark.slow
-def test_bad_command_lines_end_with_one_line(root, tmp_path):
-    options = [f"{k}={v}" for k, v in TOY.items()]
-    cases = [
-        (["fig3", "--preset", "reduced", "--data-root", tmp_path / "none"], "no such file"),
-        (["fig1b", "--preset", "reduced", "--shard", "2/2"], "only 1 independent runs"),
-        (["fig3", "--preset", "reduced", "--set", "speed=1"], "no setting 'speed'"),
-        (["fig3", "--preset", "reduced", "--draw"], "no run is finished, so nothing to draw"),
-    ]
-    cases = [([*args, "--out", tmp_path / "out"], message) for args, message in cases]
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """Call the command line here: its exit status, standard output and last line of errors."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["__main__.py", *map(str, arguments)])
+        try:
+            status = main()
+        except SystemExit as end:
+            status = end.code
+        output, error = capsys.readouterr()
+        return status, output, error.strip().splitlines()[-1] if error else ""
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_bad_command_lines_end_with_one_line(root, tmp_path, called):
+    out = ["--out", tmp_path / "out"]
+    fig3 = ["fig3", "--preset", "reduced", *out]
     (tmp_path / "list.json").write_text("[]")
-    cases += [
+    cases = [
+        ([*fig3, "--data-root", tmp_path / "none"], "no such file"),
+        (["fig1b", "--preset", "reduced", *out, "--shard", "4/4"], "only 3 independent runs"),
+        ([*fig3, "--set", "speed=1"], "no setting 'speed'"),
+        ([*fig3, "--draw"], "no run is finished, so nothing to draw"),
         (["draw", tmp_path / "list.json"], "is no JSON of an experiment of this study"),
         (["draw", tmp_path / "none.json"], "cannot be read (No such file or directory)"),
         (["verdicts", "--results", tmp_path / "none"], "there is no such folder"),
     ]
-    started = [tool(*args) for args, _ in cases]
-    for process, (_, message) in zip(started, cases, strict=True):
-        output, error = process.communicate(timeout=120)
-        assert process.returncode == 2
-        assert output == ""
-        assert message in error.strip().splitlines()[-1]
-        assert "Traceback" not in error
+    for arguments, message in cases:
+        status, output, line = called(*arguments)
+        assert (status, output) == (2, "")
+        assert line.startswith("studies.cifar: ")
+        assert message in line
     # Another experiment's settings in the same place.
-    plan = ["fig3", "--preset", "reduced", "--data-root", root, "--out", tmp_path / "out", "--plan"]
-    first = tool(*plan, "--set", *options)
-    output, error = first.communicate(timeout=120)
-    assert first.returncode == 0, error
+    plan = [*fig3, "--data-root", root, "--plan", "--set", *(f"{k}={v}" for k, v in TOY.items())]
+    status, output, _ = called(*plan)
+    assert status == 0
     assert re.search(r"fig3: 9 runs, 0 of them finished; the rest takes about \d+ s", output)
-    second = tool(*plan, "--set", *options, "lr=0.5")
-    _, error = second.communicate(timeout=120)
-    assert second.returncode == 2
-    assert "holds a run with other settings (1 differ, as lr: 0.2 there, 0.5 now)" in error
+    status, _, line = called(*plan, "lr=0.5")
+    assert status == 2
+    assert "holds a run with other settings (1 differ, as lr: 0.2 there, 0.5 now)" in line
+
+
+def test_json_without_what_its_figure_shows_is_one_line(tmp_path, called):
+    """As the published fig1a, which is older than drawing from the JSON alone."""
+    old = json.loads((ROOT / "studies/cifar/results/fig1a.json").read_text())
+    old.pop("filter_norms", None)
+    (tmp_path / "fig1a.json").write_text(json.dumps(old))
+    status, _, line = called("draw", tmp_path / "fig1a.json")
+    assert status == 2
+    assert "has no 'filter_norms', which its figure shows" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["fig1a.json"]
 
 
 def test_other_copy_of_the_data_is_refused(root, tmp_path):
