@@ -11,10 +11,13 @@ far as they got.
 import argparse
 from pathlib import Path
 
-from psbn_mmdet.collapse.figures import write_figures
-from psbn_mmdet.collapse.page import write_page
 from psbn_mmdet.collapse.trace import Trace, read
-from psbn_mmdet.errors import PsbnError, errors_in_one_line, refuse_to_overwrite
+from psbn_mmdet.errors import (
+    PsbnError,
+    errors_in_one_line,
+    refuse_to_overwrite,
+    require_packages,
+)
 
 
 def load(arguments: list[str]) -> dict[str, Trace]:
@@ -36,6 +39,10 @@ def run(args: argparse.Namespace) -> None:
     if not (args.html or args.png):
         raise PsbnError("say where to: --html FILE, --png FOLDER or both")
     refuse_to_overwrite(args.html, args.png, overwrite=args.overwrite)
+    require_packages("report", "matplotlib", "plotly", "jinja2")
+    from psbn_mmdet.collapse.figures import write_figures
+    from psbn_mmdet.collapse.page import write_page
+
     runs = load(args.runs)
     for name, trace in runs.items():
         print(f"{name}, {trace.moment(-1)}:\n{trace.report().summary()}\n")

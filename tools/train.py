@@ -3,7 +3,7 @@
 import argparse
 
 from psbn_mmdet import launch
-from psbn_mmdet.errors import errors_in_one_line
+from psbn_mmdet.errors import errors_in_one_line, require_packages
 
 
 def main() -> None:
@@ -23,6 +23,7 @@ def main() -> None:
     launch.add_arguments(parser)
     args = parser.parse_args()
     with errors_in_one_line():
+        require_packages("mmdet", "mmdet", "mmcv")
         cfg = launch.load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
         launcher = args.launcher if args.check is None else "none"
         with launch.process_group(cfg, launcher):

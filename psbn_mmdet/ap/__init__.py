@@ -1,6 +1,6 @@
 """Is a difference in AP real? COCO's AP, the same under resampled images, and a verdict.
 
-The way from two result files to the verdict, module by module:
+From two result files to the verdict, module by module:
 
 runs        result files and work dirs, and whether they belong together
 coco_files  annotations and results into columns, with errors of one line
