@@ -1,0 +1,169 @@
+"""Which channels of which layers go or stay together, by Torch-Pruning's dependency graph."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ...errors import PsbnError
+from ..flops import filters_of
+from .wiring import Run
+
+
+class StripError(PsbnError, ValueError):
+    """A network cannot be stripped; the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Entries of several layers that are one channel: all of them go, or none.
+
+    Args:
+        group: The convolution or linear layer whose filters it is one of.
+        entries: (layer, side, index) each. The side is ``out`` (a filter), ``in`` (an input
+            channel), or ``both`` (of a normalization layer or a depthwise convolution).
+        blocked: Why it can never go, or None.
+    """
+
+    group: str
+    entries: tuple[tuple[str, str, int], ...]
+    blocked: str | None = None
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """The channels of a network.
+
+    Args:
+        channels: All that were traced.
+        normalized_by: Convolution -> the BN layers that alone read it and read nothing else; None
+            where something else reads it.
+    """
+
+    channels: tuple[Channel, ...]
+    normalized_by: dict[str, tuple[str, ...] | None]
+
+
+def couple(model: nn.Module, run: Run) -> Coupling:
+    """Trace a network.
+
+    Args:
+        model: In eval mode; nothing of it is changed.
+        run: Calls the model it is given and returns its outputs, tensors nested in any way.
+
+    Raises:
+        StripError: It cannot be traced, or torch_pruning is not installed.
+    """
+    try:
+        import torch_pruning as tp
+    except ImportError:
+        raise StripError("stripping needs the package torch-pruning: install it") from None
+    twin = copy.deepcopy(model).requires_grad_(True)
+    seen: list[Any] = []
+    hooks = [
+        m.register_forward_hook(
+            lambda module, args, out: seen.append(SimpleNamespace(grad_fn=out.grad_fn, shape=None))
+            if isinstance(out, Tensor)
+            else None
+        )
+        for m in twin.modules()
+        if filters_of(m)
+    ]
+
+    def outputs(model: nn.Module, _: Any) -> list[Any]:
+        found = [t for t in tensors_in(run(model)) if t.grad_fn is not None]
+        # An operation of its own marks each output, also one that is a layer's. What is read
+        # outside of the graph (proposals) has no output: the layers themselves are starting points.
+        return [t * 1 for t in found] + [s for s in seen if s.grad_fn is not None]
+
+    graph = tp.DependencyGraph()
+    try:
+        with torch.enable_grad():
+            graph.build_dependency(twin, None, forward_fn=outputs, verbose=False)
+    except Exception as error:  # whatever a model or the tracer raises
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise StripError(f"the model cannot be traced: {reason[0]}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Coupling(tuple(_channels(twin, graph, tp)), _normalized_by(twin, graph))
+
+
+def _channels(model: nn.Module, graph: Any, tp: Any) -> Iterator[Channel]:
+    names = {module: name for name, module in model.named_modules()}
+    covered: set[tuple[nn.Module, int]] = set()
+    for module in [m for m in graph.module2node if isinstance(m, nn.Linear | _ConvNd)]:
+        missing = [i for i in range(filters_of(module)) if (module, i) not in covered]
+        if not missing:
+            continue
+        prune = graph.get_pruner_of_module(module).prune_out_channels
+        entries: dict[int, list[tuple[str, str, int]]] = defaultdict(list)
+        blocked: dict[int, str] = {}
+        for item in graph.get_pruning_group(module, prune, missing):
+            node, layer = item.dep.target, item.dep.target.module
+            inward = item.dep.handler.__name__ == "prune_in_channels"
+            name, side, reason = names.get(layer), None, None
+            if isinstance(layer, tp.ops._OutputOp):
+                reason = "it reaches the output of the model"
+            elif isinstance(layer, _ConvNd) and node.type == tp.ops.OPTYPE.DEPTHWISE_CONV:
+                side = "both"
+                if layer.groups != layer.in_channels:
+                    reason = f"{name} has several input channels for each filter"
+            elif isinstance(layer, nn.Linear | _ConvNd):
+                side = "in" if inward else "out"
+            elif isinstance(layer, _BatchNorm | _InstanceNorm) or (
+                isinstance(layer, nn.PReLU) and layer.num_parameters > 1
+            ):
+                side = "both"
+            elif isinstance(layer, nn.Module) and any(True for _ in layer.parameters(recurse=False)):
+                if not isinstance(layer, nn.PReLU):
+                    reason = f"{name} is a {type(layer).__name__}, which is left whole"
+            elif isinstance(layer, nn.Parameter):
+                reason = "a parameter outside of any known layer is combined with it"
+            if side != "in" and not reason and not node.outputs:
+                reason = f"what reads {name or 'it'} was not traced"
+            for index, root in zip(item.idxs, item.root_idxs, strict=True):
+                if reason:
+                    blocked.setdefault(root, reason)
+                if side:
+                    entries[root].append((name, side, index))
+                    if side != "in":
+                        covered.add((layer, index))
+        for root, found in entries.items():
+            unique = tuple(dict.fromkeys(found))
+            yield Channel(names[module], unique, blocked.get(root))
+
+
+def _normalized_by(model: nn.Module, graph: Any) -> dict[str, tuple[str, ...] | None]:
+    names = {module: name for name, module in model.named_modules()}
+    found: dict[str, tuple[str, ...] | None] = {}
+    for module, node in graph.module2node.items():
+        if isinstance(module, nn.Linear | _ConvNd):
+            alone = node.outputs and all(
+                isinstance(n.module, _BatchNorm)
+                and n.module.running_mean is not None
+                and all(i is node for i in n.inputs)
+                for n in node.outputs
+            )
+            norms = dict.fromkeys(names[n.module] for n in node.outputs) if alone else None
+            found[names[module]] = None if norms is None else tuple(norms)
+    return found
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The floating-point tensors of nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return [tensor for child in value for tensor in tensors_in(child)]
+    return []

@@ -1,0 +1,199 @@
+"""Taking channels out of layers: constants go into biases, then the weights are cut."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from .coupling import Channel, StripError
+
+Cut = dict[str, dict[str, Any]]
+"""Layer -> side (``out``, ``in``, ``both``) -> ``{"of": channels, "gone": [indices]}``; a layer
+that was given a bias has ``{"bias": True}`` besides. JSON can hold it."""
+
+
+@torch.no_grad()
+def fold(
+    model: nn.Module,
+    gone: Iterable[Channel],
+    constants: Mapping[str, Tensor],
+    normalized_by: Mapping[str, tuple[str, ...] | None],
+) -> list[str]:
+    """Make a network indifferent to some input channels, which carry constants, in place.
+
+    Their weights become 0, and what they added, c * sum(w), goes into the bias of the layer, into
+    the running mean of the BN behind it if that alone reads it and the layer has no bias, or into
+    a new bias.
+
+    Returns:
+        The layers that were given a bias.
+    """
+    modules = dict(model.named_modules())
+    inputs: dict[str, list[int]] = defaultdict(list)
+    for channel in gone:
+        for name, side, index in channel.entries:
+            if side == "in":
+                inputs[name].append(index)
+    new = []
+    for name, indices in inputs.items():
+        layer = modules[name]
+        added = _cut_inputs(layer, indices, constants[name][indices])
+        if not added.any():
+            continue
+        norms = normalized_by.get(name)
+        if layer.bias is not None:
+            layer.bias += added
+        elif norms:
+            for norm in norms:
+                modules[norm].running_mean -= added
+        else:
+            layer.bias = nn.Parameter(added)
+            new.append(name)
+    return new
+
+
+def _cut_inputs(layer: nn.Module, indices: list[int], values: Tensor) -> Tensor:
+    """Set the weights of input channels to 0; what these added to each filter, (C_out,)."""
+    weight = layer.weight
+    groups = getattr(layer, "groups", 1)
+    values = values.to(weight.device, torch.float64)
+    if getattr(layer, "transposed", False):  # only ever of zeros
+        weight[indices] = 0
+        return weight.new_zeros(layer.out_channels)
+    added = weight.new_zeros(weight.shape[0], dtype=torch.float64).view(groups, -1)
+    inner = weight.shape[1]
+    for index, value in zip(indices, values, strict=True):
+        group, at = divmod(index, inner)
+        part = weight.unflatten(0, (groups, -1))[group, :, at]  # a view
+        added[group] += value * part.double().flatten(1).sum(1)
+        part.zero_()
+    return added.flatten().to(weight.dtype)
+
+
+def cut_of(model: nn.Module, gone: Iterable[Channel], biases: Iterable[str] = ()) -> Cut:
+    """What to take out of each layer so that some channels are gone."""
+    modules = dict(model.named_modules())
+    cut: Cut = {}
+    for channel in gone:
+        for name, side, index in channel.entries:
+            entry = cut.setdefault(name, {}).setdefault(
+                side, {"of": width(modules[name], side), "gone": []}
+            )
+            entry["gone"].append(index)
+    for sides in cut.values():
+        for entry in sides.values():
+            entry["gone"].sort()
+    for name in biases:
+        cut.setdefault(name, {})["bias"] = True
+    return cut
+
+
+def width(layer: nn.Module, side: str) -> int:
+    """How many channels a layer has on a side."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features if side == "in" else layer.out_features
+    if isinstance(layer, _ConvNd):
+        return layer.in_channels if side == "in" else layer.out_channels
+    if isinstance(layer, nn.PReLU):
+        return layer.num_parameters
+    if isinstance(layer, _BatchNorm | _InstanceNorm):
+        return layer.num_features
+    return -1
+
+
+@torch.no_grad()
+def take_out(model: nn.Module, cut: Cut) -> nn.Module:
+    """Take channels out of the layers of a network, in place; what stays keeps its weights.
+
+    Args:
+        model: A network as it was before it was stripped; its weights do not matter.
+        cut: What goes, as in a record.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        StripError: The network is not the one that ``cut`` is of. It may be changed in part.
+    """
+    modules = dict(model.named_modules())
+    for name, sides in cut.items():
+        layer = modules.get(name)
+        if layer is None:
+            raise StripError(f"the model has no layer {name}: the record is of another model")
+        for side, entry in sides.items():
+            if side == "bias":
+                continue
+            if width(layer, side) != entry["of"]:
+                raise StripError(
+                    f"{name} has {width(layer, side)} channels where the record has "
+                    f"{entry['of']}: the record is of another model"
+                )
+            gone = set(entry["gone"])
+            kept = [i for i in range(entry["of"]) if i not in gone]
+            _narrow(name, layer, side, kept)
+        if sides.get("bias") and layer.bias is None:
+            filters = width(layer, "out")
+            layer.bias = nn.Parameter(layer.weight.new_zeros(filters))
+    return model
+
+
+def _narrow(name: str, layer: nn.Module, side: str, kept: list[int]) -> None:
+    if isinstance(layer, nn.PReLU):
+        _select(layer, "weight", 0, kept)
+        layer.num_parameters = len(kept)
+    elif isinstance(layer, _BatchNorm | _InstanceNorm):
+        for tensor in ("weight", "bias", "running_mean", "running_var"):
+            _select(layer, tensor, 0, kept)
+        layer.num_features = len(kept)
+    elif isinstance(layer, nn.Linear):
+        _select(layer, "weight", 1 if side == "in" else 0, kept)
+        if side == "in":
+            layer.in_features = len(kept)
+        else:
+            _select(layer, "bias", 0, kept)
+            layer.out_features = len(kept)
+    elif side == "both":
+        _select(layer, "weight", 0, kept)
+        _select(layer, "bias", 0, kept)
+        layer.in_channels = layer.out_channels = layer.groups = len(kept)
+    else:
+        _narrow_conv(name, layer, side, kept)
+
+
+def _narrow_conv(name: str, conv: nn.Module, side: str, kept: list[int]) -> None:
+    channels = width(conv, side)
+    per_group = channels // conv.groups
+    by_group = [[i % per_group for i in kept if i // per_group == g] for g in range(conv.groups)]
+    if len({len(part) for part in by_group}) > 1:
+        raise StripError(f"{name} is a grouped convolution and would lose unequal numbers")
+    # The dimension that runs through all groups, or the one that each group has for itself.
+    if (side == "out") != conv.transposed:
+        _select(conv, "weight", 0, kept)
+    elif conv.groups == 1:
+        _select(conv, "weight", 1, kept)
+    else:
+        parts = conv.weight.unflatten(0, (conv.groups, -1))
+        chosen = [part[:, rows] for part, rows in zip(parts, by_group, strict=True)]
+        _replace(conv, "weight", torch.cat(chosen))
+    if side == "out":
+        _select(conv, "bias", 0, kept)
+        conv.out_channels = len(kept)
+    else:
+        conv.in_channels = len(kept)
+
+
+def _select(layer: nn.Module, name: str, dim: int, kept: list[int]) -> None:
+    tensor = getattr(layer, name)
+    if tensor is not None:
+        _replace(layer, name, tensor.index_select(dim, torch.tensor(kept, device=tensor.device)))
+
+
+def _replace(layer: nn.Module, name: str, new: Tensor) -> None:
+    old = getattr(layer, name)
+    new = new.detach().clone()
+    setattr(layer, name, nn.Parameter(new, old.requires_grad) if name in layer._parameters else new)
