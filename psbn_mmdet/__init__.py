@@ -26,6 +26,7 @@ from .norm import (
     to_bn,
     to_psbn,
 )
+from .norm.model import to_psbn_model
 from .registry import HOOKS, MODELS
 
 __version__ = "0.1.0"
@@ -48,6 +49,8 @@ for _name in __all__:
     if _name.startswith("ps"):
         for _registry in (MODELS, MMENGINE_MODELS):
             _registry.register_module(_name, force=True, module=getattr(norm, _name))
+for _registry in (MODELS, MMENGINE_MODELS):
+    _registry.register_module("ToPsBN", force=True, module=to_psbn_model)
 
 
 def _on_use(module: str, name: str) -> Callable[..., Any]:

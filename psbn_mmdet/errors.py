@@ -1,4 +1,4 @@
-"""What a person at the keyboard can put right: one base class, exit codes, one rule for overwriting.
+"""What the user can put right: one base class of errors, exit codes, one rule for overwriting.
 
 Every error that this package raises on purpose because of what it was given (a file, a config, an
 option) derives from :class:`PsbnError` and carries one line that names what was wrong and what to

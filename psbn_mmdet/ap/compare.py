@@ -53,6 +53,8 @@ class Difference(Estimate):
 
 @dataclass(frozen=True)
 class Comparison:
+    """All arms, and the difference of each to the first one."""
+
     measured: Measured
     arms: dict[str, Estimate]
     runs: dict[str, list[int]]  # of each arm, into Measured

@@ -456,7 +456,7 @@ def _leave_out(first, last, arrays, recall, touched, touched_start, base, out):
 
 
 def evaluate(annotations: Annotations, results: Results) -> tuple[dict[str, float], np.ndarray]:
-    """pycocotools' twelve numbers for boxes, and AP per class.
+    """The twelve numbers of pycocotools for boxes, and AP per class.
 
     Returns:
         ``{"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm",

@@ -1,28 +1,19 @@
 """State dicts from BN to psBN and back, their function preserved."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ..norm.layers import check_alpha, check_load_bn
+from ..norm.layers import check_alpha, check_load_bn, rebase
+from ..norm.recognize import Kind, norm_kinds
 from .read import CheckpointError
 
 
-def bn_prefixes(state_dict: Mapping[str, Tensor]) -> Iterator[str]:
-    for key in state_dict:
-        if key == "running_mean" or key.endswith(".running_mean"):
-            prefix = key[: -len("running_mean")]
-            if all(prefix + name in state_dict for name in ("weight", "bias", "running_var")):
-                yield prefix
-
-
-def psbn_prefixes(state_dict: Mapping[str, Tensor]) -> Iterator[str]:
-    for key in state_dict:
-        if key == "beta" or key.endswith(".beta"):
-            prefix = key[: -len("beta")]
-            if prefix + "alpha" in state_dict and state_dict[prefix + "alpha"].dim() == 0:
-                yield prefix
+def prefixes(state_dict: Mapping[str, Tensor], kind: Kind) -> set[str]:
+    """What stands in front of the tensors of each layer of a kind, such as ``'layer1.0.bn1.'``."""
+    kinds = norm_kinds(state_dict)
+    return {f"{name}." if name else "" for name, found in kinds.items() if found == kind}
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -46,7 +37,7 @@ def psbn_state_dict(
         TypeError, ValueError: A wrong ``alpha`` or ``load_bn``.
     """
     alpha, load_bn = check_alpha(alpha), check_load_bn(load_bn)
-    bn, psbn = set(bn_prefixes(state_dict)), set(psbn_prefixes(state_dict))
+    bn, psbn = prefixes(state_dict, "bn"), prefixes(state_dict, "psbn")
     if not bn | psbn:
         raise CheckpointError("the state dict holds no BatchNorm layer")
     converted = {}
@@ -54,12 +45,12 @@ def psbn_state_dict(
         prefix, name = _split(key)
         if prefix in bn and name == "bias":
             new = torch.tensor(alpha, dtype=value.dtype, device=value.device)
-            converted[prefix + "beta"] = value - new if load_bn == "preserve" else value
+            converted[prefix + "beta"] = rebase(value, 0, new) if load_bn == "preserve" else value
             converted[prefix + "alpha"] = new
         elif prefix in psbn and name == "beta":
             old = state_dict[prefix + "alpha"]
             new = torch.full_like(old, alpha)
-            converted[key] = value + (float(old) - float(new))
+            converted[key] = rebase(value, old, new)
             converted[prefix + "alpha"] = new
         elif not (prefix in psbn and name == "alpha"):
             converted[key] = value
@@ -72,7 +63,7 @@ def bn_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: There is no psBN layer.
     """
-    psbn = set(psbn_prefixes(state_dict))
+    psbn = prefixes(state_dict, "psbn")
     if not psbn:
         raise CheckpointError("the state dict holds no psBN layer (beta and alpha)")
     converted = {}

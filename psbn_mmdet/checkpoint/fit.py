@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..norm.layers import PostShift
-from .convert import bn_prefixes, psbn_prefixes
+from .convert import prefixes
 from .read import CheckpointError, state_dict_of
 
 
@@ -24,7 +24,7 @@ def mismatch(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool) -
             only a psBN layer whose plain twin would lose beta and alpha counts.
     """
     modules = dict(model.named_modules())
-    for prefix in psbn_prefixes(state_dict):
+    for prefix in sorted(prefixes(state_dict, "psbn")):
         layer = modules.get(prefix[:-1])
         if layer is not None and not isinstance(layer, PostShift):
             return (
@@ -34,7 +34,7 @@ def mismatch(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool) -
             )
     if not strict:
         return None
-    bn = {prefix + "bias" for prefix in bn_prefixes(state_dict)}
+    bn = {prefix + "bias" for prefix in prefixes(state_dict, "bn")}
     missing, other = [], []
     for key, value in model.state_dict().items():
         bias = re.sub(r"(beta|alpha)$", "bias", key)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..norm.recognize import norm_kinds, norm_layers
 from .criteria import filter_l1
 from .flops import filters_of
 
@@ -34,19 +33,15 @@ def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
         ValueError: There is none, or one has not been materialised.
     """
     found = {}
-    for name, module in model.named_modules():
+    for name, module in norm_layers(model).items():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
             continue
-        if isinstance(module, _BatchNorm | _InstanceNorm) or all(
-            isinstance(getattr(module, a, None), Tensor)
-            for a in ("bias", "running_mean", "running_var")  # as FrozenBatchNorm2d
-        ):
-            if nn.parameter.is_lazy(weight):
-                raise ValueError(
-                    f"{name} is a lazy layer without parameters yet: run the model once first"
-                )
-            found[name] = module
+        if nn.parameter.is_lazy(weight):
+            raise ValueError(
+                f"{name} is a lazy layer without parameters yet: run the model once first"
+            )
+        found[name] = module
     if not found:
         raise ValueError(
             "the model has no normalization layer with a gamma (BatchNorm or InstanceNorm, "
@@ -57,7 +52,7 @@ def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def gather(modules: Iterable[nn.Module]) -> tuple[Tensor, Tensor]:
-    """gamma and bias of some layers one behind the other, float32 on the CPU, (C,) each.
+    """Read gamma and bias of some layers, concatenated, float32 on the CPU, (C,) each.
 
     They are joined on the device and copied at once: one synchronisation.
     """
@@ -108,20 +103,20 @@ def layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> list[Layer]:
         if isinstance(value, Tensor) and value.is_floating_point():
             prefix, _, name = key.rpartition(".")
             groups.setdefault(prefix, {})[name] = value
-    norms, order = {}, []
+    kinds, norms, order = norm_kinds(state_dict), {}, []
     for prefix, tensors in groups.items():
-        weight = tensors.get("weight")
+        weight, kind = tensors.get("weight"), kinds.get(prefix)
         if weight is None:
             continue
-        if {"beta", "alpha"} <= tensors.keys() and weight.dim() == 1:
+        if kind == "psbn":
             bias = tensors["beta"].float() + tensors["alpha"].float()
-        elif {"bias", "running_mean", "running_var"} <= tensors.keys():
+        elif kind == "bn":
             bias = tensors["bias"].float()
         else:
             if weight.dim() >= 2:
                 order.append((prefix, prefix, weight.shape[0]))
             continue
-        norms[prefix] = weight.float().flatten(), bias.flatten()
+        norms[prefix] = weight.float(), bias
         order.append((prefix, None, weight.numel()))
     if not norms:
         raise ValueError(

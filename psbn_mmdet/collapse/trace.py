@@ -1,8 +1,8 @@
-"""gamma and bias of every filter over a training run, in one append-only file.
+r"""Gamma and bias of every filter over a training run, in one append-only file.
 
-    header   b"psbn-trace 1\\n", one line of JSON: threshold, inactive_below,
+    header   b"psbn-trace 1\n", one line of JSON: threshold, inactive_below,
              layers [[name, filters, convolution or null], ...]
-    records  struct "<4sBqII": b"REC\\n", kind, iteration, length and crc32 of the
+    records  struct "<4sBqII": b"REC\n", kind, iteration, length and crc32 of the
              payload that follows
 
 A payload is zlib over the bytes, least significant first, of float32 values:

@@ -35,11 +35,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..norm.rectified import rectified
+from ..norm import rectified
 
 INIT = ("auto", "keep", "alpha")
 # Their step() reads and writes the parameters in place, and no state of theirs is a parameter.
-_KNOWN = (
+_KNOWN: list[type[Optimizer]] = [
     torch.optim.SGD,
     torch.optim.Adam,
     torch.optim.AdamW,
@@ -49,8 +49,9 @@ _KNOWN = (
     torch.optim.Adagrad,
     torch.optim.Adadelta,
     torch.optim.RMSprop,
-    torch.optim.Adafactor,
-)
+]
+if hasattr(torch.optim, "Adafactor"):  # from torch 2.5 on
+    _KNOWN.append(torch.optim.Adafactor)
 
 
 def anchor_bias_decay(
@@ -157,12 +158,25 @@ def _check_optimizer(optimizer: Any, any_optimizer: bool) -> None:
         raise TypeError(f"{name} has differentiable=True, and shifting a bias has no gradient")
     if "weight_decay" not in optimizer.defaults:
         raise TypeError(f"{name} has no weight decay: nothing to anchor")
-    if not any_optimizer and type(optimizer).step not in {known.step for known in _KNOWN}:
+    if not any_optimizer and _step_of(type(optimizer)) not in map(_step_of, _KNOWN):
         raise TypeError(
             f"{name} is not known here, so neither is how it decays: if its step() reads and writes"
             " the parameters in place and keeps neither a copy nor an average of them, say"
             " any_optimizer=True; known are " + ", ".join(known.__name__ for known in _KNOWN)
         )
+
+
+def _step_of(kind: type[Optimizer]) -> Callable[..., Any]:
+    """The step that a class defines or inherits, without what torch wraps around it.
+
+    Constructing an optimizer wraps the step of its class unless that is wrapped already, so a
+    subclass gets a wrapper of its own or shares its base's, depending on which was made first.
+    """
+    wrapper = Optimizer.profile_hook_step(lambda *args: None)
+    step = kind.step
+    while getattr(step, "__code__", None) is wrapper.__code__:
+        step = step.__wrapped__
+    return step
 
 
 def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
@@ -221,7 +235,12 @@ class AnchoredBiases:
         self._hooks.append(model.register_forward_pre_hook(_Settle(self)))
         for module in _unwrapped(model):
             self._hooks.append(module.register_state_dict_pre_hook(_Settle(self)))
-            self._hooks.append(module.register_load_state_dict_pre_hook(_Settle(self)))
+            register = getattr(
+                module,
+                "register_load_state_dict_pre_hook",
+                module._register_load_state_dict_pre_hook,  # below torch 2.5
+            )
+            self._hooks.append(register(_Settle(self)))
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple | None:
         self.settle()

@@ -3,10 +3,13 @@
 - :mod:`.layers`: psBN and psIN, y = BN(x) + alpha (Eq. 6)
 - :mod:`.sync`: psSyncBN, statistics over all processes
 - :mod:`.convert`: ``to_psbn`` and ``to_bn``
-- :mod:`.rectified`: which norm layers a rectifier follows
+- :mod:`.model`: the model type ``ToPsBN`` for configs
+- :mod:`.recognize`: what counts as a norm layer, in a model and in a state dict
+- :mod:`.followed`: whether a rectifier, another activation or none follows each norm layer
 """
 
 from .convert import to_bn, to_psbn
+from .followed import followed_by, rectified
 from .layers import (
     PostShift,
     psBN,
@@ -17,12 +20,17 @@ from .layers import (
     psIN1d,
     psIN2d,
     psIN3d,
+    rebase,
 )
-from .rectified import rectified
+from .recognize import is_norm_layer, norm_kinds, norm_layers
 from .sync import psSyncBN
 
 __all__ = [
     "PostShift",
+    "followed_by",
+    "is_norm_layer",
+    "norm_kinds",
+    "norm_layers",
     "psBN",
     "psBN1d",
     "psBN2d",
@@ -32,6 +40,7 @@ __all__ = [
     "psIN2d",
     "psIN3d",
     "psSyncBN",
+    "rebase",
     "rectified",
     "to_bn",
     "to_psbn",

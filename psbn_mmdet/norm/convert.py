@@ -1,11 +1,11 @@
 """Whole models from plain to post-shifted normalization and back, their function preserved."""
 
-import torch
-import torch.fx
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
+import warnings
 
+import torch
+from torch import nn
+
+from .followed import without_rectifier
 from .layers import (
     PostShift,
     check_alpha,
@@ -16,7 +16,9 @@ from .layers import (
     psIN1d,
     psIN2d,
     psIN3d,
+    rebase,
 )
+from .recognize import norm_layers
 from .sync import psSyncBN
 
 _TO_PS: dict[type[nn.Module], type[PostShift]] = {
@@ -29,6 +31,16 @@ _TO_PS: dict[type[nn.Module], type[PostShift]] = {
     nn.InstanceNorm3d: psIN3d,
 }
 _TO_PLAIN = {ps: plain for plain, ps in _TO_PS.items()}
+# mmengine's own (norm_cfg type SyncBN, and what a Runner of one process makes of it) are torch's
+# layers but for the check of the number of dimensions. By name, since mmengine need not be there.
+_MMENGINE_TO_PS: dict[str, type[PostShift]] = {
+    "mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm": psSyncBN,
+    "mmengine.model.utils._BatchNormXd": psSyncBN,
+}
+
+
+def _post_shifted(kind: type[nn.Module]) -> type[PostShift] | None:
+    return _TO_PS.get(kind) or _MMENGINE_TO_PS.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> nn.Module:
@@ -52,6 +64,10 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> 
     Returns:
         The same ``model``.
 
+    Warns:
+        UserWarning: Of every converted layer it is known that no rectifier follows (see
+            :func:`followed_by`), so there is nothing for psBN to repair.
+
     Raises:
         TypeError: A layer is a subclass whose own behaviour would be lost, a
             lazy layer, or the model is scripted or wrapped for distributed
@@ -60,31 +76,38 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> 
     """
     alpha, load_bn = check_alpha(alpha), check_load_bn(load_bn)
     _refuse_wrapped(model)
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, PostShift) or type(module) in _TO_PS:
+    layers = {}
+    for name, module in norm_layers(model).items():
+        if isinstance(module, PostShift) or _post_shifted(type(module)):
             if module.weight is not None and module.bias is not None:
-                found.append(module)
-        elif isinstance(module, _BatchNorm | _InstanceNorm) and module.bias is not None:
+                layers[name] = module
+        elif isinstance(module.bias, nn.Parameter):  # in a frozen layer it is a buffer
             raise TypeError(
                 f"{name or 'the model'} is a {type(module).__name__}, a kind of normalization that "
                 "has no post-shifted twin; replace it by torch's own layer (materialised, if lazy) "
                 "before to_psbn"
             )
-    if not found:
+    if not layers:
         raise ValueError("the model has no BatchNorm or InstanceNorm with a trained bias")
+    if alpha and layers.keys() <= without_rectifier(model):
+        warnings.warn(
+            f"no rectifier follows any of the {len(layers)} layers to convert (but SiLU, say): no "
+            "filter can collapse there, and nothing is known of what psBN does for such a network",
+            stacklevel=2,
+        )
     betas: dict[nn.Parameter, nn.Parameter] = {}  # tied biases become tied betas
-    for module in found:
+    for module in layers.values():
         new = torch.tensor(alpha, dtype=module.weight.dtype)  # as the layer will hold it
         if isinstance(module, PostShift):
-            source, shift = module.beta, float(module.alpha) - float(new)
+            source, old = module.beta, module.alpha
         else:
-            source, shift = module._parameters.pop("bias"), -float(new)
-            module.__class__ = _TO_PS[type(module)]
-            if load_bn == "shift":
-                shift = 0.0
+            source, old = module._parameters.pop("bias"), new if load_bn == "shift" else 0
+            module.__class__ = _post_shifted(type(module))
+            if isinstance(module, psSyncBN) and not hasattr(module, "process_group"):
+                module.process_group = None
         if source not in betas:
-            betas[source] = nn.Parameter(source.detach() + shift, source.requires_grad)
+            beta = rebase(source.detach(), old, new).clone()
+            betas[source] = nn.Parameter(beta, source.requires_grad)
         module.beta = betas[source]
         module.register_buffer("alpha", new.to(module.weight.device))
         module.initial_alpha = alpha

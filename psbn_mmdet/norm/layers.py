@@ -32,6 +32,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 # torch < 2.3 has none and breaks the graph at the check instead.
 _is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
 
+_TAKES_THE_PLACE_OF_BN = (
+    "it takes the place of a BatchNorm, not of a GroupNorm or LayerNorm; for a network with these "
+    "keep its norm_cfg and convert its BatchNorms with to_psbn, in a config with "
+    "model.type=psbn_mmdet.ToPsBN model.of=MODEL"
+)
 LOAD_BN = ("preserve", "shift")
 
 
@@ -47,6 +52,27 @@ def check_load_bn(load_bn: Any) -> str:
     if load_bn not in LOAD_BN:
         raise ValueError(f"load_bn must be one of {LOAD_BN}, got {load_bn!r}")
     return load_bn
+
+
+def rebase(
+    beta: Tensor, old: Tensor | float, new: Tensor | float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The beta whose sum with the shift ``new`` is what its sum with ``old`` was.
+
+    ``beta + (old - new)``: from BN to psBN ``old`` is 0, from one alpha to another both are theirs.
+    The difference is taken in float64 and the sum rounded to the result's dtype, so ``bias = beta +
+    new`` is the old one up to a unit in the last place of the largest number involved. Where both
+    shifts are equal the bits of beta are kept.
+
+    Args:
+        beta: Shape (C,).
+        old, new: Shifts as the layers hold them: a 0-dim buffer, rounded to the layer's dtype.
+        dtype: Do it in this dtype if it is the wider one; a float16 checkpoint then loads into a
+            float32 layer without being rounded again.
+    """
+    dtype = torch.promote_types(beta.dtype, dtype or beta.dtype)
+    shift = float(old) - float(new)
+    return beta.to(dtype) + shift if shift else beta
 
 
 class PostShift(nn.Module):
@@ -68,8 +94,11 @@ class PostShift(nn.Module):
         *,
         alpha: float = 0.1,
         load_bn: str = "preserve",
+        **unknown: Any,
     ) -> None:
         name = type(self).__name__
+        if unknown:
+            raise TypeError(f"{name} does not take {', '.join(unknown)}: {_TAKES_THE_PLACE_OF_BN}")
         if not affine:
             raise ValueError(
                 f"{name} needs affine=True: without a trained beta there is nothing for weight "
@@ -90,7 +119,7 @@ class PostShift(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """gamma = 1, beta = 0, alpha as constructed, running statistics of N(0, 1)."""
+        """Set gamma = 1, beta = 0, alpha as constructed, running statistics of N(0, 1)."""
         self.reset_running_stats()
         if self.affine:  # not yet when the base class calls
             nn.init.ones_(self.weight)
@@ -140,23 +169,17 @@ class PostShift(nn.Module):
             alpha = torch.tensor(self.initial_alpha, dtype=alpha.dtype)
         if bias is not None:
             del state_dict[prefix + "bias"]
-            beta = bias if self.load_bn == "shift" else self._rebased(bias, 0, alpha)
+            beta = bias if self.load_bn == "shift" else rebase(bias, 0, alpha, self.beta.dtype)
         elif beta is not None:
             if not torch.isfinite(saved).all():
                 raise RuntimeError(
                     f"{name}: the checkpoint's alpha is {saved}, not a finite number"
                 )
-            beta = self._rebased(beta, saved, alpha)
+            beta = rebase(beta, saved, alpha, self.beta.dtype)
         if beta is not None:
             state_dict[prefix + "beta"] = beta
             state_dict[prefix + "alpha"] = alpha
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _rebased(self, beta: Tensor, old: Tensor | float, new: Tensor) -> Tensor:
-        """A beta whose sum with ``new`` is what its sum with ``old`` was, rounded once."""
-        dtype = torch.promote_types(beta.dtype, self.beta.dtype)
-        shift = float(old) - float(new)
-        return beta.to(dtype) + shift if shift else beta
 
 
 def _refuse_sync_conversion() -> None:
@@ -221,6 +244,16 @@ class psBN2d(PostShift, nn.BatchNorm2d, _BatchNorm):
         ValueError: ``alpha`` is negative or not finite, ``affine`` is False,
             or ``load_bn`` is unknown.
     """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 4:
+            # In the place of a LayerNorm (Swin, PVT) it gets (N, L, C).
+            raise ValueError(
+                f"expected 4D input (got {input.dim()}D input): a psBN2d takes the place of a "
+                "BatchNorm2d, not of a LayerNorm; for a network with LayerNorm keep its norm_cfg "
+                "and convert its BatchNorms with to_psbn, in a config with "
+                "model.type=psbn_mmdet.ToPsBN model.of=MODEL"
+            )
 
 
 psBN = psBN2d

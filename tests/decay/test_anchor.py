@@ -284,9 +284,44 @@ class TestState:
     def test_without_saved_betas_resumes_to_rounding(self):
         losses, _ = self.run(30)
         resumed, _ = self.run(30, resume_at=17, keep_beta=False)
-        assert resumed != losses  # so the test above does show that betas matter
         # Half a unit in the last place of the bias, 6e-8, times what 13 steps make of it: below 1e3
         assert_close(resumed, losses, rtol=0, atol=6e-5)
+
+    @pytest.mark.parametrize("keep_beta", [True, False])
+    def test_saved_betas_hold_what_the_rounded_bias_has_lost(self, keep_beta):
+        """Each step adds 1e-9 to beta; the bias, near 0.1, has units of 2^-27 = 7.5e-9.
+
+        After three steps beta is 3e-9, below half a unit, so the bias is still alpha to the bit.
+        Three steps later beta is 6e-9, above it, and the bias one unit higher; but only if the
+        first 3e-9 were saved. All of it is exact to a few times 2^-24 of these numbers, the weight
+        decay included, so no processor can round across the half of 3.7e-9.
+        """
+
+        def make():
+            layer = nn.Sequential(nn.BatchNorm1d(1), nn.ReLU())
+            optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, weight_decay=1e-9)
+            return layer, optimizer
+
+        def three_steps(layer, optimizer):
+            for _ in range(3):
+                layer[0].bias.grad = torch.tensor([-1e-9])
+                optimizer.step()
+
+        layer, optimizer = make()
+        anchored = anchor_bias_decay(layer, optimizer, ALPHA, init="alpha", log=None)
+        three_steps(layer, optimizer)
+        alpha = torch.tensor([ALPHA])
+        assert torch.equal(layer[0].bias, alpha)
+        saved = copy.deepcopy((layer.state_dict(), anchored.state_dict()))
+
+        layer, optimizer = make()
+        layer.load_state_dict(saved[0])
+        anchored = anchor_bias_decay(layer, optimizer, ALPHA, init="keep", log=None)
+        if keep_beta:
+            anchored.load_state_dict(saved[1])
+        three_steps(layer, optimizer)
+        one_higher = torch.nextafter(alpha, torch.ones(1))
+        assert torch.equal(layer[0].bias, one_higher if keep_beta else alpha)
 
     def test_another_alpha_or_other_weights_take_beta_from_the_bias(self):
         bn, psbn = pair()

@@ -1,6 +1,10 @@
 """Models of every kind, where the biases start, steps that raise, and bad input."""
 
+import functools
+import inspect
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -23,6 +27,7 @@ from tests.helpers.anchored import (
     train,
 )
 from tests.helpers.layers import randomize
+from tests.helpers.paths import ROOT
 
 
 class TestWhenAStepRaises:
@@ -157,6 +162,23 @@ class TestModelsThatAreNotPlainModules:
         assert train(model, optimizer)[0] == expected
 
 
+def test_without_what_torch_has_only_from_2_5_on():
+    """No Adafactor, no public hook for loading; a step that raised is still put right by a load."""
+    program = """
+import torch
+del torch.optim.Adafactor, torch.nn.Module.register_load_state_dict_pre_hook
+from psbn_mmdet.decay import anchor_bias_decay
+model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.ReLU())
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+anchored = anchor_bias_decay(model, optimizer, log=None)
+anchored._before_step(optimizer, (optimizer,), {})  # as a step that raises leaves it
+assert model[0].bias.tolist() == [0, 0]
+model.load_state_dict({}, strict=False)
+assert torch.equal(model[0].bias, torch.full((2,), 0.1))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
 class TestInit:
     def start(self, init, prepare=lambda model: None):
         model = small_net()
@@ -269,6 +291,31 @@ class TestBadInput:
     )
     def test_optimizers_it_cannot_anchor(self, make, match):
         self.refuses(TypeError, match, make)
+
+    @pytest.mark.parametrize("first", ["the base", "the subclass"])
+    def test_a_plain_subclass_is_known_whatever_was_constructed_before(self, first, monkeypatch):
+        """torch wraps a class's step when the first optimizer of it is made: start without."""
+        own = inspect.unwrap(torch.optim.SGD.step, stop=lambda f: not getattr(f, "hooked", False))
+        monkeypatch.setattr(torch.optim.SGD, "step", own)
+
+        class Plain(torch.optim.SGD):
+            def __init__(self, params):
+                super().__init__(params, lr=0.1, weight_decay=0.05)
+
+        class Changed(Plain):
+            @functools.wraps(torch.optim.SGD.step)
+            def step(self, closure=None):
+                return super().step(closure)
+
+        if first == "the base":
+            sgd(small_net())
+        bn, psbn = pair()
+        optimizer = Plain(bn.parameters())
+        anchor_bias_decay(bn, optimizer, ALPHA, log=None)
+        assert train(bn, optimizer)[0] == train(psbn, OPTIMIZERS["SGD"](psbn.parameters()))[0]
+        self.refuses(TypeError, "Changed is not known here", lambda m: Changed(m.parameters()))
+        # and the other way round: the base after its subclass
+        anchor_bias_decay(model := small_net(), sgd(model), log=None)
 
     def test_an_unknown_optimizer_on_request(self):
         bn, psbn = pair()

@@ -92,5 +92,6 @@ OPTIMIZERS = {
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, weight_decay=0.1),
     "Adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5, weight_decay=0.1),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.001, weight_decay=0.1, momentum=0.9),
-    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01, weight_decay=0.1),
 }
+if hasattr(torch.optim, "Adafactor"):  # from torch 2.5 on
+    OPTIMIZERS["Adafactor"] = lambda p: torch.optim.Adafactor(p, lr=0.01, weight_decay=0.1)

@@ -1,9 +1,12 @@
 """The layers by their formula, conversion of models, and what is refused."""
 
 import copy
+import warnings
 
+import mmcv.cnn  # noqa: F401  registers SyncBN
 import pytest
 import torch
+from mmengine.registry import MODELS
 from torch import nn
 from torch.testing import assert_close
 
@@ -334,6 +337,37 @@ def test_what_cannot_be_converted_is_refused_and_left_alone(convert, make, error
 def test_bad_conversion_arguments(kwargs):
     with pytest.raises((TypeError, ValueError), match=r"alpha|load_bn"):
         to_psbn(nn.BatchNorm2d(3), **kwargs)
+
+
+def test_mmengines_own_synchronised_layers_are_converted():
+    """Those of norm_cfg=dict(type='SyncBN'), and what a Runner of one process turns them into."""
+    from mmengine.model import revert_sync_batchnorm
+
+    x = torch.randn(2, 6, 4, 4)
+    for revert in (lambda model: model, revert_sync_batchnorm):
+        bn = MODELS.build({"type": "SyncBN", "num_features": 6})
+        model = randomize(nn.Sequential(revert(bn), nn.ReLU()).eval())
+        y = model(x)
+        to_psbn(model)
+        assert type(model[0]) is psSyncBN
+        assert_close(model(x), y)
+        made = psSyncBN(6)
+        assert sorted(model[0].__dict__) == sorted(made.__dict__)
+        assert_close(to_bn(model)(x), y)
+
+
+def test_a_network_without_rectifiers_gets_a_warning():
+    def make(activation):
+        return nn.Sequential(nn.BatchNorm2d(3), activation, nn.Conv2d(3, 3, 1))
+
+    with pytest.warns(UserWarning, match="no rectifier follows any of the 1 layers"):
+        to_psbn(make(nn.SiLU()))
+    mixed = nn.Sequential(make(nn.SiLU()), make(nn.ReLU()))
+    unknown = nn.Sequential(make(nn.SiLU()), nn.BatchNorm2d(3))  # what follows is elsewhere
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model in (make(nn.ReLU()), make(nn.LeakyReLU()), mixed, unknown, nn.BatchNorm2d(3)):
+            to_psbn(model)
 
 
 def test_deepcopy_and_names():

@@ -1,0 +1,93 @@
+"""What counts as a normalization layer, in a model and in a state dict: the one place that decides.
+
+Here, that is normalization with a gamma per channel over statistics per channel: BatchNorm and
+InstanceNorm of every kind, and their post-shifted twins. GroupNorm and LayerNorm are left out: a
+collapsed gamma there is another matter, and the paper does not treat them.
+
+In a state dict there are only names and shapes. Some layers cannot be told from others by these
+(an InstanceNorm without running statistics looks as a LayerNorm does); they are called unknown
+rather than guessed.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+Kind = Literal["bn", "psbn", "unknown"]
+
+_SCRIPTED = {"BatchNorm", "InstanceNorm", "SyncBatchNorm", "psBN", "psIN", "psSyncBN"}
+_BN = ("weight", "bias", "running_mean", "running_var")
+
+
+def is_norm_layer(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm or InstanceNorm of any kind.
+
+    These are: torch's own layers, synchronised, lazy and post-shifted ones and all other
+    subclasses; their scripted forms; and whatever holds ``weight``, ``bias``, ``running_mean`` and
+    ``running_var`` as one-dimensional tensors, such as the FrozenBatchNorm2d of mmdet and
+    torchvision, mmcv's SyncBatchNorm or a layer of an exported program.
+    """
+    if isinstance(module, _BatchNorm | _InstanceNorm):
+        return True
+    if isinstance(module, torch.jit.ScriptModule) and (
+        module.original_name.rstrip("123d") in _SCRIPTED
+    ):
+        return True
+    own = (getattr(module, name, None) for name in _BN)
+    return all(isinstance(tensor, Tensor) and tensor.dim() == 1 for tensor in own)
+
+
+def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The normalization layers of a model by name, each once; ``affine=False`` ones included."""
+    return {name: module for name, module in model.named_modules() if is_norm_layer(module)}
+
+
+def norm_kinds(state_dict: Mapping[str, Tensor]) -> dict[str, Kind]:
+    """Which entries of a state dict belong to normalization layers, and of which kind.
+
+    The answer depends on names and shapes only, never on the order of the keys (safetensors files
+    come sorted).
+
+    ==========  ======================================================================
+    kind        tensors of one layer
+    ==========  ======================================================================
+    ``bn``      ``weight, bias, running_mean, running_var``, all of shape (C,); a
+                BatchNorm, or an InstanceNorm that tracks statistics; no ``beta``, ``alpha``
+    ``psbn``    ``weight, beta`` of shape (C,) and a 0-dim ``alpha``, no ``bias``; any
+                post-shifted layer
+    ``unknown`` ``weight`` and ``bias`` or ``beta``, both of shape (C,), but neither of
+                the above: InstanceNorm without statistics, GroupNorm, LayerNorm, or a
+                post-shifted layer that is incomplete or holds a ``bias`` as well
+    ==========  ======================================================================
+
+    Layers without a gamma and a shift (``affine=False``) are not listed.
+
+    Args:
+        state_dict: Tensors by key, as ``model.state_dict()`` gives them. Other values are passed
+            over.
+
+    Returns:
+        Kind by the layer's name, as in ``model.named_modules()``: ``'layer1.0.bn1'``, and ``''``
+        for the state dict of a single layer.
+    """
+    shapes: dict[str, dict[str, torch.Size]] = {}
+    for key, value in state_dict.items():
+        if isinstance(value, Tensor):
+            layer, _, name = key.rpartition(".")
+            shapes.setdefault(layer, {})[name] = value.shape
+    kinds: dict[str, Kind] = {}
+    for layer, shape in shapes.items():
+        per_channel = shape.get("weight", ())
+        if len(per_channel) != 1:
+            continue
+        if all(shape.get(name) == per_channel for name in _BN) and not {"beta", "alpha"} & {*shape}:
+            kinds[layer] = "bn"
+        elif (shape.get("beta"), shape.get("alpha")) == (per_channel, ()) and "bias" not in shape:
+            kinds[layer] = "psbn"
+        elif per_channel in (shape.get("bias"), shape.get("beta")):
+            kinds[layer] = "unknown"
+    return kinds
