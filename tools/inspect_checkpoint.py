@@ -6,8 +6,10 @@
 
 A layer is where weight, bias, running_mean, running_var stand together, or weight,
 beta, alpha; an InstanceNorm without running statistics cannot be recognised. Nothing
-that a file carries is run. Exit status: 0; 1 if --fail-above says so; 2 if a
-checkpoint cannot be read or a file exists already.
+that a file carries is run. What follows a layer is not in a checkpoint: a ReLU is
+assumed where filters are called dead, constant or inactive. Exit status: 0; 1 if
+--fail-above says so, which it also does where gamma or bias of a filter is not finite;
+2 if a checkpoint cannot be read or a file exists already.
 """
 
 import argparse
@@ -19,22 +21,28 @@ from pathlib import Path
 
 from psbn_mmdet.checkpoint import load, state_dict_of
 from psbn_mmdet.collapse import INACTIVE_BELOW, THRESHOLD, Report, check_thresholds, measure
+from psbn_mmdet.errors import FAILED, PsbnError, errors_in_one_line, refuse_to_overwrite
 
 
 def course(names: list[str], reports: list[Report], limit: int | None) -> str:
     """Per layer the percentage collapsed in each checkpoint, and each one's totals."""
-    percent: dict[str, list[float]] = {}
+    percent: dict[str, list[float | None]] = {}
     for column, report in enumerate(reports):
         for row in report.rows:
-            values = percent.setdefault(row["name"], [math.nan] * len(reports))
+            values = percent.setdefault(row["name"], [None] * len(reports))
             values[column] = row["collapsed_percent"]
-    ranked = sorted(percent.items(), key=lambda item: -max(item[1][-1], 0))[:limit]
+
+    def rank(item: tuple[str, list[float | None]]) -> float:
+        last = -1.0 if item[1][-1] is None else item[1][-1]
+        return -math.inf if math.isnan(last) else -last
+
+    ranked = sorted(percent.items(), key=rank)[:limit]
     width = max([5, *(len(name) for name, _ in ranked)])
     lines = [f"({i}) {name}" for i, name in enumerate(names, 1)]
     numbers = "".join(f"{f'({i})':>8}" for i in range(1, len(names) + 1))
     lines += ["", f"{'collapsed %':<{width}}{numbers}"]
     for layer, values in ranked:
-        cells = "".join(f"{'-' if math.isnan(v) else format(v, '.1f'):>8}" for v in values)
+        cells = "".join(f"{'-' if v is None else format(v, '.1f'):>8}" for v in values)
         lines.append(f"{layer:<{width}}{cells}")
     if len(ranked) < len(percent):
         lines.append(f"... and {len(percent) - len(ranked)} more layers")
@@ -43,52 +51,68 @@ def course(names: list[str], reports: list[Report], limit: int | None) -> str:
     return "\n".join(lines)
 
 
+def failures(report: Report, fail_above: float) -> list[str]:
+    """Why a checkpoint fails, empty if it does not."""
+    totals, reasons = report.totals, []
+    if totals["not_finite"]:
+        reasons.append(
+            f"{totals['not_finite']} of {totals['filters']} filters have a gamma or bias that is "
+            "not finite"
+        )
+    if totals["collapsed_percent"] > fail_above:
+        reasons.append(
+            f"{totals['collapsed_percent']:.2f}% of the filters collapsed, more than "
+            f"{fail_above:g}%"
+        )
+    return reasons
+
+
+def inspect(name: str, args: argparse.Namespace) -> Report:
+    try:
+        state_dict = state_dict_of(load(name), name)
+        return measure(state_dict, args.threshold, args.inactive_below)
+    except (PsbnError, ValueError) as error:
+        text = str(error)
+        raise PsbnError(text if text.startswith(name) else f"{name}: {text}") from error
+    except OSError as error:
+        raise PsbnError(f"{name}: cannot be read ({error})") from error
+
+
 def run(args: argparse.Namespace) -> int:
     check_thresholds(args.threshold, args.inactive_below)
     if args.fail_above is not None and not 0 <= args.fail_above <= 100:
-        raise ValueError(f"--fail-above is a percentage from 0 to 100, got {args.fail_above}")
-    for path in (args.json, args.html):
-        if path and path.exists():
-            raise ValueError(f"{path}: exists already; remove it or name another file")
-        if path and not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}")
-    reports = []
-    for name in args.checkpoints:
+        raise PsbnError(f"--fail-above is a percentage from 0 to 100, got {args.fail_above}")
+    refuse_to_overwrite(args.json, args.html, overwrite=args.overwrite)
+    reports = [inspect(name, args) for name in args.checkpoints]
+    if args.html:
+        from psbn_mmdet.collapse.page import write_page
+        from psbn_mmdet.collapse.trace import TraceError, from_reports
+
+        labels = [Path(name).name for name in args.checkpoints]
+        title = labels[0] if len(labels) == 1 else "checkpoints"
         try:
-            state_dict = state_dict_of(load(name), name)
-            reports.append(measure(state_dict, args.threshold, args.inactive_below))
-        except (ValueError, OSError) as error:
-            text = str(error) if isinstance(error, ValueError) else f"cannot be read ({error})"
-            raise ValueError(text if text.startswith(name) else f"{name}: {text}") from error
+            trace = from_reports(reports, labels)
+        except TraceError as error:
+            raise PsbnError(str(error)) from error
+        write_page({title: trace}, args.html)
+    if args.json:
+        content = [
+            {"checkpoint": name, **json.loads(report.to_json())}
+            for name, report in zip(args.checkpoints, reports, strict=True)
+        ]
+        args.json.write_text(json.dumps({"checkpoints": content}, indent=1) + "\n")
     limit = args.layers or None
     if len(reports) == 1:
         print(reports[0].table(limit))
     else:
         print(course(args.checkpoints, reports, limit))
-    if args.json:
-        found = [
-            {"checkpoint": name, **json.loads(report.to_json())}
-            for name, report in zip(args.checkpoints, reports, strict=True)
-        ]
-        args.json.write_text(json.dumps({"checkpoints": found}, indent=1) + "\n")
-    if args.html:
-        from psbn_mmdet.collapse.page import write_page
-        from psbn_mmdet.collapse.trace import from_reports
-
-        labels = [Path(name).name for name in args.checkpoints]
-        title = labels[0] if len(labels) == 1 else "checkpoints"
-        write_page({title: from_reports(reports, labels)}, args.html)
-    failed = False
-    for name, report in zip(args.checkpoints, reports, strict=True):
-        percent = report.totals["collapsed_percent"]
-        if args.fail_above is not None and percent > args.fail_above:
-            failed = True
-            print(
-                f"inspect_checkpoint.py: {name}: {percent:.2f}% of the filters collapsed, "
-                f"more than {args.fail_above:g}%",
-                file=sys.stderr,
-            )
-    return int(failed)
+    status = 0
+    if args.fail_above is not None:
+        for name, report in zip(args.checkpoints, reports, strict=True):
+            for reason in failures(report, args.fail_above):
+                status = FAILED
+                print(f"inspect_checkpoint.py: {name}: {reason}", file=sys.stderr)
+    return status
 
 
 def main() -> None:
@@ -117,14 +141,14 @@ def main() -> None:
         "--fail-above",
         type=float,
         metavar="PERCENT",
-        help="exit with status 1 if more of the filters of a checkpoint are collapsed",
+        help="exit with status 1 if more of the filters of a checkpoint are collapsed, or any "
+        "has a gamma or bias that is not finite",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILEs that are there")
     warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's, beside its error
-    try:
-        sys.exit(run(parser.parse_args()))
-    except (ValueError, OSError) as error:
-        print(f"inspect_checkpoint.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    args = parser.parse_args()
+    with errors_in_one_line():
+        sys.exit(run(args))
 
 
 if __name__ == "__main__":

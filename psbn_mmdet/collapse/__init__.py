@@ -2,8 +2,10 @@
 
 - :mod:`.criteria`: what collapsed, dead, constant and inactive mean
 - :mod:`.layers`: the normalization layers of a model or a state dict
+- :mod:`.pairs`: the convolution in front of each
 - :mod:`.report`: ``measure`` and what it returns
 - :mod:`.flops`: how many FLOPs the collapsed filters cost
+- :mod:`.detectors`: how a model is called with images
 - :mod:`.hook`: ``SparsityLoggerHook``, which measures while a model trains
 - :mod:`.trace`: the file it writes
 - :mod:`.course`: the states of filters over a trace
@@ -12,7 +14,9 @@
 
 from .criteria import (
     INACTIVE_BELOW,
+    NEARLY_LINEAR_ABOVE,
     THRESHOLD,
+    MeasureError,
     activation_probability,
     check_thresholds,
     collapsed,
@@ -21,6 +25,8 @@ from .criteria import (
     dead,
     filter_l1,
     inactive,
+    nearly_linear,
+    not_finite,
 )
 from .flops import Flops, probe
 from .layers import Layer, gather, norm_modules
@@ -28,9 +34,11 @@ from .report import Report, measure
 
 __all__ = [
     "INACTIVE_BELOW",
+    "NEARLY_LINEAR_ABOVE",
     "THRESHOLD",
     "Flops",
     "Layer",
+    "MeasureError",
     "Report",
     "activation_probability",
     "check_thresholds",
@@ -42,6 +50,8 @@ __all__ = [
     "gather",
     "inactive",
     "measure",
+    "nearly_linear",
     "norm_modules",
+    "not_finite",
     "probe",
 ]

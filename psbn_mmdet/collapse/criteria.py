@@ -7,18 +7,28 @@ of a normalization layer y = gamma * x_hat + bias, x_hat of mean 0 and variance
 
 A filter is *collapsed* when |gamma| < 1e-3, the paper's threshold (arXiv
 2001.11216, section 3.1). The filter itself then says nothing; what is left is
-the bias, which tells two cases apart behind a ReLU: *dead* (the output is
-about 0) and *constant* (a positive bias still comes through). A filter is
-*inactive* when its ReLU practically never fires, Phi(bias / |gamma|) < 1e-3
-(Eq. 2): the non-trainable region, which a filter enters long before weight
-decay has shrunk gamma. Dead, constant and inactive speak of a ReLU right behind
-the layer; the last layer of a residual block has the addition in between.
+the bias. Behind a ReLU two cases differ: *dead* (the output is about 0) and
+*constant* (a positive bias still comes through). A filter is *inactive* when
+its ReLU practically never fires, Phi(bias / |gamma|) < 1e-3 (Eq. 2): the
+non-trainable region, which a filter enters long before weight decay has shrunk
+gamma.
+
+Dead and inactive speak of a ReLU, or another activation that is exactly 0 below
+0 (ReLU6), which the mask ``relu`` marks: SiLU, LeakyReLU or no activation at
+all let a negative value and its gradient through. A collapsed filter without a
+ReLU is *constant*: it passes act(bias), whatever the sign of the bias. (The last
+layer of a residual block has the addition between itself and the ReLU.)
+
+A filter whose gamma or bias is NaN or infinite is *not finite* and nothing
+else: it is in none of the other counts and not in the base of the percentages.
 """
 
 import math
 
 import torch
 from torch import Tensor
+
+from ..errors import PsbnError
 
 THRESHOLD = 1e-3
 """|gamma| below which a filter is collapsed (the paper, section 3.1)."""
@@ -29,23 +39,48 @@ INACTIVE_BELOW = 1e-3
 At the coarsest levels of a detector a training step shows a filter about a
 thousand positions, of which then less than one lets a gradient through."""
 
+NEARLY_LINEAR_ABOVE = 0.95
+"""Mean activation probability above which a ReLU is nearly the identity: bias > 1.64 |gamma|.
+
+The shift of psBN does that to a layer whose gamma is small against alpha."""
+
+
+class MeasureError(PsbnError, ValueError):
+    """Something cannot be measured; the message is one line that says why and what to do."""
+
 
 def collapsed(gamma: Tensor, threshold: float = THRESHOLD) -> Tensor:
     """|gamma| < threshold, elementwise."""
     return gamma.abs() < threshold
 
 
-def constant(gamma: Tensor, bias: Tensor, threshold: float = THRESHOLD) -> Tensor:
-    """Collapsed, but with a bias of at least ``threshold``, which ReLU lets through.
+def not_finite(gamma: Tensor, bias: Tensor) -> Tensor:
+    """Whether gamma or bias is NaN or infinite, elementwise."""
+    return ~(torch.isfinite(gamma) & torch.isfinite(bias))
 
-    The filter is a constant to the layers behind it, not dead.
+
+def constant(
+    gamma: Tensor, bias: Tensor, threshold: float = THRESHOLD, relu: Tensor | None = None
+) -> Tensor:
+    """Collapsed, and a constant to the layers behind: not dead.
+
+    Args:
+        gamma, bias: (C,).
+        threshold: Of |gamma|, and of the bias that counts as more than nothing behind a ReLU.
+        relu: (C,) bool, whether a ReLU follows; True everywhere by default.
     """
-    return collapsed(gamma, threshold) & (bias >= threshold)
+    passes = bias >= threshold
+    if relu is not None:
+        passes = passes | ~relu
+    return collapsed(gamma, threshold) & passes & ~not_finite(gamma, bias)
 
 
-def dead(gamma: Tensor, bias: Tensor, threshold: float = THRESHOLD) -> Tensor:
-    """Collapsed, and nothing of note comes out of the ReLU behind."""
-    return collapsed(gamma, threshold) & ~(bias >= threshold)
+def dead(
+    gamma: Tensor, bias: Tensor, threshold: float = THRESHOLD, relu: Tensor | None = None
+) -> Tensor:
+    """Collapsed, and nothing of note comes out of the ReLU behind; arguments as in `constant`."""
+    silent = collapsed(gamma, threshold) & ~constant(gamma, bias, threshold, relu)
+    return silent & ~not_finite(gamma, bias)
 
 
 def activation_probability(gamma: Tensor, bias: Tensor) -> Tensor:
@@ -58,9 +93,39 @@ def activation_probability(gamma: Tensor, bias: Tensor) -> Tensor:
     )
 
 
-def inactive(gamma: Tensor, bias: Tensor, below: float = INACTIVE_BELOW) -> Tensor:
-    """Activation probability < ``below``: the non-trainable region of a ReLU unit."""
-    return activation_probability(gamma, bias) < below
+def inactive(
+    gamma: Tensor, bias: Tensor, below: float = INACTIVE_BELOW, relu: Tensor | None = None
+) -> Tensor:
+    """Activation probability < ``below``: the non-trainable region of a ReLU unit.
+
+    Args:
+        gamma, bias: (C,).
+        below: Threshold of the activation probability.
+        relu: (C,) bool, whether a ReLU follows; True everywhere by default.
+    """
+    found = (activation_probability(gamma, bias) < below) & ~not_finite(gamma, bias)
+    return found if relu is None else found & relu
+
+
+def nearly_linear(
+    gamma: Tensor,
+    bias: Tensor,
+    threshold: float = THRESHOLD,
+    above: float = NEARLY_LINEAR_ABOVE,
+) -> bool:
+    """Whether the ReLU behind a layer lets nearly everything through.
+
+    The mean activation probability is that of the filters that carry a signal
+    (finite and not collapsed); of a layer without any it is False.
+
+    Args:
+        gamma, bias: (C,), of one layer.
+        threshold: Of |gamma|.
+        above: Threshold of the mean activation probability.
+    """
+    carrying = ~collapsed(gamma, threshold) & ~not_finite(gamma, bias)
+    mean = activation_probability(gamma, bias)[carrying].mean()  # NaN for none
+    return bool(mean > above)
 
 
 def filter_l1(weight: Tensor, transposed: bool = False, groups: int = 1) -> Tensor:
@@ -86,6 +151,7 @@ def count(
     bias: Tensor,
     threshold: float = THRESHOLD,
     inactive_below: float = INACTIVE_BELOW,
+    relu: Tensor | None = None,
 ) -> dict[str, float]:
     """How many of some filters are in which state.
 
@@ -93,36 +159,45 @@ def count(
         gamma, bias: (C,), of one layer or of all of them together.
         threshold: Of |gamma|.
         inactive_below: Of the activation probability.
+        relu: (C,) bool, whether a ReLU follows the filter; True everywhere by default.
 
     Returns:
-        ``filters``, ``collapsed`` = ``dead`` + ``constant``, ``inactive``,
-        ``not_finite`` (counts), ``collapsed_percent``, and
-        ``activation_probability``, the mean over the finite filters.
+        Counts: ``filters``, ``collapsed`` = ``dead`` + ``constant``,
+        ``inactive``, ``not_finite``. ``collapsed_percent``,
+        ``constant_percent`` and ``inactive_percent`` of the finite filters, NaN
+        if there are none. ``activation_probability``, the mean over the finite
+        filters with a ReLU, NaN if there are none.
     """
-    probability = activation_probability(gamma, bias)
-    finite = torch.isfinite(gamma) & torch.isfinite(bias)
-    n_collapsed = int(collapsed(gamma, threshold).sum())
-    n_constant = int(constant(gamma, bias, threshold).sum())
-    return {
+    unusable = not_finite(gamma, bias)
+    n_constant = int(constant(gamma, bias, threshold, relu).sum())
+    counts = {
         "filters": gamma.numel(),
-        "collapsed": n_collapsed,
-        "dead": n_collapsed - n_constant,
+        "collapsed": n_constant + int(dead(gamma, bias, threshold, relu).sum()),
         "constant": n_constant,
-        "inactive": int((probability < inactive_below).sum()),
-        "not_finite": int((~finite).sum()),
-        "collapsed_percent": 100 * n_collapsed / max(gamma.numel(), 1),
-        "activation_probability": float(probability[finite].mean()) if finite.any() else math.nan,
+        "inactive": int(inactive(gamma, bias, inactive_below, relu).sum()),
+        "not_finite": int(unusable.sum()),
+    }
+    finite = counts["filters"] - counts["not_finite"]
+    judged = ~unusable if relu is None else ~unusable & relu
+    return {
+        **counts,
+        "dead": counts["collapsed"] - n_constant,
+        **{
+            f"{name}_percent": 100 * counts[name] / finite if finite else math.nan
+            for name in ("collapsed", "constant", "inactive")
+        },
+        "activation_probability": float(activation_probability(gamma, bias)[judged].mean()),
     }
 
 
 def check_thresholds(threshold: float, inactive_below: float) -> None:
-    """Raise ValueError unless both can be thresholds."""
+    """Raise MeasureError unless both can be thresholds."""
     if not (math.isfinite(threshold) and threshold >= 0):
-        raise ValueError(
+        raise MeasureError(
             f"the threshold of |gamma| must not be negative (the paper's is {THRESHOLD}), "
             f"got {threshold}"
         )
     if not 0 <= inactive_below <= 1:
-        raise ValueError(
+        raise MeasureError(
             f"the threshold of the activation probability must be in [0, 1], got {inactive_below}"
         )

@@ -1,22 +1,29 @@
 """The normalization layers of a model or a state dict, each with the convolution in front."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..norm.recognize import norm_kinds, norm_layers
-from .criteria import filter_l1
+from ..norm import PostShift, followed_by, norm_kinds, norm_layers
+from .criteria import MeasureError, filter_l1
 from .flops import filters_of
+from .pairs import natural_order, pair_by_name, pair_in_order
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A normalization layer, and the convolution that it normalizes if that is known.
+    """A normalization layer, and what stands in front of it and behind it if that is known.
 
-    ``gamma``, ``bias`` and ``filter_l1`` are float32 on the CPU, shape (C,).
+    Args:
+        name: In the model or state dict.
+        gamma, bias: (C,), float32 on the CPU.
+        conv: The convolution that it normalizes.
+        filter_l1: L1 norms of that convolution's filters, (C,), float32 on the CPU.
+        followed_by: As :func:`psbn_mmdet.norm.followed_by` has it: ``"relu"``, ``"leaky"``,
+            ``"other"``, ``"none"`` or ``"unknown"``.
+        alpha: The shift of a psBN layer; None for other layers.
     """
 
     name: str
@@ -24,30 +31,37 @@ class Layer:
     bias: Tensor
     conv: str | None = None
     filter_l1: Tensor | None = None
+    followed_by: str = "unknown"
+    alpha: float | None = None
+
+    @property
+    def relu(self) -> Tensor:
+        """(C,) bool, whether a ReLU follows each filter; assumed where it is not known."""
+        return torch.full(self.gamma.shape, self.followed_by in ("relu", "unknown"))
 
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The normalization layers with a gamma, by name, each once.
 
     Raises:
-        ValueError: There is none, or one has not been materialised.
+        MeasureError: There is none, or one has not been materialised.
     """
-    found = {}
+    norms = {}
     for name, module in norm_layers(model).items():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
             continue
         if nn.parameter.is_lazy(weight):
-            raise ValueError(
+            raise MeasureError(
                 f"{name} is a lazy layer without parameters yet: run the model once first"
             )
-        found[name] = module
-    if not found:
-        raise ValueError(
+        norms[name] = module
+    if not norms:
+        raise MeasureError(
             "the model has no normalization layer with a gamma (BatchNorm or InstanceNorm, "
             "affine=True), so no filter can collapse"
         )
-    return found
+    return norms
 
 
 @torch.no_grad()
@@ -69,16 +83,16 @@ def gather(modules: Iterable[nn.Module]) -> tuple[Tensor, Tensor]:
 
 
 def layers_of_model(model: nn.Module) -> list[Layer]:
-    """The layers of a model as :func:`measure` reads them; one device synchronisation."""
+    """The layers of a model as :func:`measure` reads them, in order of definition."""
     norms = norm_modules(model)
     convs, order, ids = {}, [], {id(m) for m in norms.values()}
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in ids:
-            order.append((name, None, module.weight.numel()))
+            order.append((name, False, module.weight.numel()))
         elif channels := filters_of(module):
             convs[name] = module
-            order.append((name, name, channels))
-    pairs = _pair(order)
+            order.append((name, True, channels))
+    pairs = pair_in_order(order)
     l1 = {}
     for name in norms:
         if conv := convs.get(pairs.get(name)):
@@ -91,85 +105,70 @@ def layers_of_model(model: nn.Module) -> list[Layer]:
     norms_l1 = torch.cat([v.float() for v in l1.values()]).cpu() if l1 else torch.empty(0)
     sizes = [module.weight.numel() for module in norms.values()]
     l1 = dict(zip(l1, norms_l1.split([v.numel() for v in l1.values()]), strict=True))
+    followers = followed_by(model)
     return [
-        Layer(name, g, b, pairs.get(name), l1.get(name))
-        for name, g, b in zip(norms, gamma.split(sizes), bias.split(sizes), strict=True)
+        Layer(
+            name,
+            g,
+            b,
+            pairs.get(name),
+            l1.get(name),
+            followers[name],
+            float(module.alpha) if isinstance(module, PostShift) else None,
+        )
+        for (name, module), g, b in zip(
+            norms.items(), gamma.split(sizes), bias.split(sizes), strict=True
+        )
     ]
 
 
 def layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> list[Layer]:
+    """The layers that names and shapes prove, in the natural order of the names.
+
+    Raises:
+        MeasureError: There is none.
+    """
+    kinds = norm_kinds(state_dict)
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             prefix, _, name = key.rpartition(".")
             groups.setdefault(prefix, {})[name] = value
-    kinds, norms, order = norm_kinds(state_dict), {}, []
-    for prefix, tensors in groups.items():
-        weight, kind = tensors.get("weight"), kinds.get(prefix)
+    norms, convs, alphas = {}, {}, {}
+    for prefix in sorted(groups, key=natural_order):
+        tensors = groups[prefix]
+        weight = tensors.get("weight")
         if weight is None:
             continue
-        if kind == "psbn":
+        if kinds.get(prefix) == "psbn":
+            alphas[prefix] = float(tensors["alpha"])
             bias = tensors["beta"].float() + tensors["alpha"].float()
-        elif kind == "bn":
+        elif kinds.get(prefix) == "bn":
             bias = tensors["bias"].float()
         else:
             if weight.dim() >= 2:
-                order.append((prefix, prefix, weight.shape[0]))
+                convs[prefix] = weight
             continue
-        norms[prefix] = weight.float(), bias
-        order.append((prefix, None, weight.numel()))
+        norms[prefix] = weight.float().cpu(), bias.cpu()
     if not norms:
-        raise ValueError(
+        raise MeasureError(
             "no normalization layer found (weight, bias, running_mean, running_var or weight, "
             "beta, alpha side by side); layers without running statistics cannot be recognised "
             "in a state dict: measure the model itself"
         )
-    pairs = _pair(order)
+    pairs = pair_by_name(
+        {name: gamma.numel() for name, (gamma, _) in norms.items()},
+        {name: tuple(weight.shape) for name, weight in convs.items()},
+        groups,
+    )
     return [
         Layer(
             name,
-            gamma.cpu(),
-            bias.cpu(),
+            gamma,
+            bias,
             pairs.get(name),
-            filter_l1(groups[pairs[name]]["weight"]).float().cpu() if name in pairs else None,
+            filter_l1(convs[pairs[name]]).float().cpu() if name in pairs else None,
+            alpha=alphas.get(name),
         )
         for name, (gamma, bias) in norms.items()
     ]
-
-
-def _pair(order: Iterable[tuple[str, str | None, int]]) -> dict[str, str]:
-    """Which convolution stands in front of which layer.
-
-    Args:
-        order: All of them in order of definition: (name, name again for a
-            convolution or None for a normalization, channels).
-
-    Returns:
-        Normalization -> convolution, where one was found. Each convolution is
-        given away once.
-    """
-    channels_of: dict[str, int] = {}
-    last_sibling: dict[str, str] = {}
-    pairs, taken = {}, set()
-    for name, conv, channels in order:
-        parent, _, leaf = name.rpartition(".")
-        if conv is not None:
-            channels_of[name] = channels
-            last_sibling[parent] = name
-            continue
-        twin = re.sub(r"bn|norm", "conv", leaf, count=1)
-        twin = f"{parent}.{twin}" if parent else twin
-        candidates = [last_sibling.get(parent)]
-        if twin != name:
-            candidates = [twin, _last_inside(channels_of, twin), *candidates]
-        for candidate in candidates:
-            if channels_of.get(candidate) == channels and candidate not in taken:
-                pairs[name] = candidate
-                taken.add(candidate)
-                break
-    return pairs
-
-
-def _last_inside(names: Mapping[str, int], block: str) -> str | None:
-    """The last name within a block, as conv1.6 in a ResNet's deep stem conv1."""
-    return next((n for n in reversed(names) if n.startswith(block + ".")), None)

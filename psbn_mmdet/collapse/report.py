@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from .criteria import (
     INACTIVE_BELOW,
+    NEARLY_LINEAR_ABOVE,
     THRESHOLD,
+    MeasureError,
     check_thresholds,
     collapsed,
     constant,
     count,
     inactive,
+    nearly_linear,
+    not_finite,
 )
 from .flops import Flops, probe
 from .layers import Layer, layers_of_model, layers_of_state_dict, norm_modules
@@ -25,7 +29,7 @@ from .layers import Layer, layers_of_model, layers_of_state_dict, norm_modules
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`measure` found: rows per layer, totals, JSON, a table as text."""
+    """What :func:`measure` saw: rows per layer, totals, JSON, a table as text."""
 
     layers: tuple[Layer, ...]
     threshold: float = THRESHOLD
@@ -36,22 +40,27 @@ class Report:
     def rows(self) -> list[dict[str, Any]]:
         """For each layer in order: ``name``, the numbers of :func:`count`, and the rest.
 
-        ``collapsed_filters`` and ``inactive_filters`` are indices;
-        ``filter_l1_median`` is None where no convolution was found in front.
+        ``collapsed_filters``, ``constant_filters``, ``inactive_filters`` and
+        ``not_finite_filters`` are indices; ``conv`` and ``filter_l1_median`` are
+        None where no convolution is known in front; ``followed_by`` is as
+        :func:`psbn_mmdet.norm.followed_by` has it, and ``"unknown"`` counts as a ReLU.
         """
         rows = []
         for layer in self.layers:
-            gamma, bias = layer.gamma, layer.bias
+            gamma, bias, relu = layer.gamma, layer.bias, layer.relu
             l1 = layer.filter_l1
+            unusable = not_finite(gamma, bias)
             rows.append(
                 {
                     "name": layer.name,
-                    **count(gamma, bias, self.threshold, self.inactive_below),
+                    **count(gamma, bias, self.threshold, self.inactive_below, relu),
+                    "followed_by": layer.followed_by,
                     "conv": layer.conv,
                     "filter_l1_median": None if l1 is None else float(l1.median()),
-                    "collapsed_filters": _indices(collapsed(gamma, self.threshold)),
-                    "constant_filters": _indices(constant(gamma, bias, self.threshold)),
-                    "inactive_filters": _indices(inactive(gamma, bias, self.inactive_below)),
+                    "collapsed_filters": _indices(collapsed(gamma, self.threshold) & ~unusable),
+                    "constant_filters": _indices(constant(gamma, bias, self.threshold, relu)),
+                    "inactive_filters": _indices(inactive(gamma, bias, self.inactive_below, relu)),
+                    "not_finite_filters": _indices(unusable),
                 }
             )
         return rows
@@ -61,10 +70,27 @@ class Report:
         """The numbers of :func:`count` over all layers; with FLOPs, ``sparsity_percent``."""
         gamma = torch.cat([layer.gamma for layer in self.layers])
         bias = torch.cat([layer.bias for layer in self.layers])
-        totals = count(gamma, bias, self.threshold, self.inactive_below)
+        relu = torch.cat([layer.relu for layer in self.layers])
+        totals = count(gamma, bias, self.threshold, self.inactive_below, relu)
         if self.flops is not None:
             totals["sparsity_percent"] = self.flops.sparsity
         return totals
+
+    @cached_property
+    def nearly_linear(self) -> list[str]:
+        """The psBN layers whose ReLU lets nearly everything through.
+
+        By :func:`.criteria.nearly_linear`. Where many layers are so, alpha is too
+        large for the gammas of the network, which then computes a linear function
+        there.
+        """
+        return [
+            layer.name
+            for layer in self.layers
+            if layer.alpha is not None
+            and layer.relu.all()
+            and nearly_linear(layer.gamma, layer.bias, self.threshold)
+        ]
 
     def to_json(self) -> str:
         """Thresholds, totals, rows and FLOPs as a JSON object (NaN becomes null)."""
@@ -72,50 +98,65 @@ class Report:
             "threshold": self.threshold,
             "inactive_below": self.inactive_below,
             "totals": self.totals,
+            "nearly_linear": self.nearly_linear,
             "layers": self.rows,
         }
         if self.flops is not None:
             content["macs"] = {
                 "total": self.flops.total,
                 "remaining": self.flops.remaining,
+                "elsewhere": self.flops.elsewhere,
                 "layers": self.flops.rows,
             }
         return json.dumps(_without_nan(content), indent=1, allow_nan=False)
 
     def table(self, limit: int | None = None) -> str:
-        """Layers ranked by the share that collapsed, then inactive; and the totals.
+        """Layers with values that are not finite, then ranked by the share that collapsed.
+
+        Of equal ones those with more inactive filters come first. The totals
+        follow.
 
         Args:
             limit: Show so many layers; all by default.
         """
-        ranked = sorted(self.rows, key=lambda r: (-r["collapsed_percent"], -_share_inactive(r)))
+        ranked = sorted(self.rows, key=_rank)
         shown = ranked[:limit]
         width = max([5, *(len(row["name"]) for row in shown)])
         lines = [
             f"{'layer':<{width}}  filters  collapsed      %   dead  constant  inactive"
-            "  P(active)  median L1"
+            "  P(active)  followed by  median L1"
         ]
         for row in shown:
             l1 = row["filter_l1_median"]
+            broken = f"  {row['not_finite']} not finite" if row["not_finite"] else ""
             lines.append(
                 f"{row['name']:<{width}}  {row['filters']:7d}  {row['collapsed']:9d}"
                 f"  {row['collapsed_percent']:5.1f}  {row['dead']:5d}  {row['constant']:8d}"
                 f"  {row['inactive']:8d}  {row['activation_probability']:9.3f}"
-                f"  {'-' if l1 is None else format(l1, '.3g'):>9}"
+                f"  {row['followed_by']:>11}"
+                f"  {'-' if l1 is None else format(l1, '.3g'):>9}{broken}"
             )
         if len(shown) < len(ranked):
             lines.append(f"... and {len(ranked) - len(shown)} more layers")
         return "\n".join([*lines, "", self.summary()])
 
     def summary(self) -> str:
-        """The totals; the first line is ``N of M filters collapsed (P%)``."""
+        """The totals; the first line is ``N of M filters collapsed (P%)``.
+
+        Before it stands a line on filters that are not finite, if there are any.
+        """
         t = self.totals
-        lines = [
+        lines = []
+        if t["not_finite"]:
+            lines.append(
+                f"{t['not_finite']} of {t['filters']} filters have a gamma or bias that is not "
+                "finite; the percentages leave them out"
+            )
+        lines += [
             f"{t['collapsed']} of {t['filters']} filters collapsed ({t['collapsed_percent']:.2f}%)",
             f"  |gamma| < {self.threshold:g}; {t['dead']} dead, {t['constant']} constant "
-            "(a positive bias comes through ReLU)",
-            f"{t['inactive']} of {t['filters']} filters inactive "
-            f"({100 * t['inactive'] / t['filters']:.2f}%)",
+            "(a positive bias comes through ReLU, or no ReLU follows)",
+            f"{t['inactive']} of {t['filters']} filters inactive ({t['inactive_percent']:.2f}%)",
             f"  P(ReLU fires) < {self.inactive_below:g}; its mean is "
             f"{t['activation_probability']:.3f}",
         ]
@@ -124,19 +165,36 @@ class Report:
                 f"{self.flops.sparsity:.2f}% of FLOPs saved by removing the collapsed filters "
                 f"({self.flops.total:.4g} -> {self.flops.remaining:.4g} multiply-accumulates)"
             )
+        n_layers = len(self.layers)
+        unknown = sum(layer.followed_by == "unknown" for layer in self.layers)
+        without = sum(not layer.relu.all() for layer in self.layers)
+        if unknown == n_layers:
+            lines.append("a ReLU is assumed behind every layer: what follows is not known")
+        elif unknown:
+            lines.append(f"{unknown} of {n_layers} layers: what follows is not known, ReLU assumed")
+        if without:
+            lines.append(
+                f"{without} of {n_layers} layers: no ReLU follows, so that none of their filters "
+                "is dead or inactive"
+            )
         unpaired = sum(layer.conv is None for layer in self.layers)
         if unpaired:
-            lines.append(f"{unpaired} of {len(self.layers)} layers: no convolution found in front")
-        if t["not_finite"]:
-            lines.append(f"{t['not_finite']} filters have a gamma or bias that is not finite")
+            lines.append(f"{unpaired} of {n_layers} layers: no convolution known in front")
+        if self.nearly_linear:
+            lines.append(
+                f"{len(self.nearly_linear)} psBN layers (as {self.nearly_linear[0]}): alpha is "
+                "large against gamma, so that their ReLU passes nearly everything (mean P(active) "
+                f"> {NEARLY_LINEAR_ABOVE:g}) and the network is almost linear there"
+            )
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.table()
 
 
-def _share_inactive(row: Mapping[str, Any]) -> float:
-    return row["inactive"] / max(row["filters"], 1)
+def _rank(row: Mapping[str, Any]) -> tuple[float, ...]:
+    finite = max(row["filters"] - row["not_finite"], 1)
+    return -row["not_finite"], -row["collapsed"] / finite, -row["inactive"] / finite
 
 
 def _indices(mask: Tensor) -> list[int]:
@@ -167,21 +225,30 @@ def measure(
     ``weight, beta, alpha``. An InstanceNorm without running statistics cannot be
     told from a GroupNorm or LayerNorm there and is not counted.
 
-    The convolution in front of a layer is found by name (``bn1`` - ``conv1``) or
-    as the nearest one before it among its siblings, and only if it has as many
-    filters. Where that finds none (a layer behind an addition or a
-    concatenation, a filter that is parametrised), the row says so.
+    The convolution in front of a layer is known in a model by name (``bn1`` -
+    ``conv1``) or as the last one defined before it among its siblings, in a state
+    dict by what names and shapes prove, whatever the order of the keys
+    (:mod:`.pairs`). Where none is known (a layer behind an addition or a
+    concatenation, a filter that is parametrised, names that say nothing), the row
+    says so. A state dict does not tell a transposed convolution from a plain one,
+    so that its L1 norms are those of its input channels there.
+
+    Whether a ReLU follows a layer is read off the model
+    (:func:`psbn_mmdet.norm.followed_by`); of a state dict it is not known, and
+    assumed.
 
     Args:
-        source: A model, of which nothing is changed, or a state dict.
+        source: A model, of which nothing is changed, or a state dict, whose layers
+            are reported in the natural order of their names.
         threshold: Of |gamma|.
         inactive_below: Of the activation probability.
-        inputs: Also count FLOPs: the size (C, H, W) of an input, or a function
-            that calls the model it is given; see :func:`psbn_mmdet.flops.probe`.
+        inputs: Also count FLOPs: the size (C, H, W) of an input (of any model that
+            takes one, and of mmdet's detectors), or a function that calls the
+            model it is given; see :func:`.flops.probe`.
 
     Raises:
-        ValueError: A wrong threshold, no normalization layer, or ``inputs``
-            with a state dict.
+        MeasureError: A wrong threshold, no normalization layer, ``inputs`` with a
+            state dict, or of a size that the model cannot be called with.
         TypeError: ``source`` is neither.
     """
     check_thresholds(threshold, inactive_below)
@@ -196,7 +263,7 @@ def measure(
     elif isinstance(source, Mapping):
         layers = layers_of_state_dict(source)
         if inputs is not None:
-            raise ValueError("FLOPs need the model: a state dict does not say how layers connect")
+            raise MeasureError("FLOPs need the model: a state dict does not say how layers connect")
     else:
         raise TypeError(
             f"measure takes a module or a state dict (a mapping of names to tensors), "

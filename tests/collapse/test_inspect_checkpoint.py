@@ -112,6 +112,34 @@ class TestInspect:
         assert inspect(tmp_path / "a.pth", "--fail-above", percent).returncode == status
 
 
+@pytest.mark.parametrize("percent", [0, 100])
+def test_values_that_are_not_finite_fail_whatever_is_allowed(net, percent, tmp_path, inspect):
+    with torch.no_grad():
+        for name in DEAD:
+            net.get_submodule(name).weight.fill_(torch.nan)
+    torch.save(net.state_dict(), tmp_path / "a.pth")
+    done = inspect(tmp_path / "a.pth", "--fail-above", percent)
+    assert done.returncode == 1
+    message = "28 of 28 filters have a gamma or bias that is not finite"
+    assert done.stderr == f"inspect_checkpoint.py: {tmp_path / 'a.pth'}: {message}\n"
+    assert message in done.stdout
+    torch.save(Net().state_dict(), tmp_path / "b.pth")
+    done = inspect(tmp_path / "b.pth", tmp_path / "a.pth")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[4].split()[1:] == ["0.0", "nan"]
+
+
+def test_layers_that_only_one_checkpoint_has_are_marked(net, tmp_path, inspect):
+    torch.save(net.state_dict(), tmp_path / "1.pth")
+    torch.save({k: v for k, v in net.state_dict().items() if "block" not in k}, tmp_path / "2.pth")
+    lines = inspect(tmp_path / "1.pth", tmp_path / "2.pth").stdout.splitlines()
+    assert lines[4].split() == ["bn1", "37.5", "37.5"]
+    assert lines[5].split() == ["block.bn1", "25.0", "-"]
+    message = inspect.refuses(*(tmp_path / f"{i}.pth" for i in "12"), "--html", tmp_path / "a.html")
+    assert "has other layers than 1.pth" in message
+    assert not (tmp_path / "a.html").exists()
+
+
 class Evil:
     def __init__(self, path):
         self.path = str(path)
@@ -163,6 +191,15 @@ class TestInspectBadInput:
         message = inspect.refuses(tmp_path / "a.pth", option, tmp_path / "a.pth")
         assert "exists already" in message
         assert (tmp_path / "a.pth").read_bytes() == content
+
+    @pytest.mark.parametrize("option", ["--json", "--html"])
+    def test_unless_it_is_asked_for(self, net, option, tmp_path, inspect):
+        torch.save(net.state_dict(), tmp_path / "a.pth")
+        out = tmp_path / "out"
+        out.write_text("old")
+        assert inspect(tmp_path / "a.pth", option, out, "--overwrite").returncode == 0
+        assert "collapsed" in out.read_text()
+        assert "there is no folder" in inspect.refuses(tmp_path / "a.pth", option, out / "a" / "b")
 
 
 @pytest.mark.slow

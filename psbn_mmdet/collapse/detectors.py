@@ -1,0 +1,54 @@
+"""How a model is called with images: mmdet's detectors want more than that."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def ways_to_call(model: nn.Module, images: Tensor) -> list[Callable[[nn.Module], Any]]:
+    """Calls of a model with a batch of images, the best one first.
+
+    Detectors of mmdet get data samples as their own pipeline packs them, without annotations:
+    first in the mode ``'tensor'`` (the network without post-processing), then, for those whose
+    ``'tensor'`` mode wants annotations (Sparse R-CNN) or does not exist, ``'predict'``.
+
+    Args:
+        model: Any module, in eval mode.
+        images: (N, C, H, W) for a detector, else as the model wants them.
+    """
+    if not any(base.__name__ == "BaseDetector" for base in type(model).__mro__):  # mmdet's
+        return [lambda m: m(images)]
+    return [
+        lambda m: m(images, _data_samples(images), mode="tensor"),
+        lambda m: m(images, _data_samples(images), mode="predict"),
+    ]
+
+
+def _data_samples(images: Tensor) -> list[Any]:
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    height, width = images.shape[-2:]
+    samples = []
+    for i in range(len(images)):
+        sample = DetDataSample(
+            metainfo={
+                "img_id": i,
+                "img_path": "",
+                "ori_shape": (height, width),
+                "img_shape": (height, width),
+                "pad_shape": (height, width),
+                "batch_input_shape": (height, width),
+                "scale_factor": (1.0, 1.0),
+                "flip": False,
+                "flip_direction": None,
+            }
+        )
+        # Only Fast R-CNN, which has no network for them, reads these: the image and its quarters.
+        x, y = width / 2, height / 2
+        boxes = [(0, 0, width, height), (0, 0, x, y), (x, 0, width, y)]
+        boxes += [(0, y, x, height), (x, y, width, height)]
+        sample.proposals = InstanceData(bboxes=images.new_tensor(boxes))
+        samples.append(sample)
+    return samples
