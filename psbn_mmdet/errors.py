@@ -38,7 +38,7 @@ def refuse_to_overwrite(*paths: str | os.PathLike | None, overwrite: bool = Fals
         OutputExistsError: One of them exists.
         PsbnError: The folder of one does not.
     """
-    for path in map(Path, filter(None, paths)):
+    for path in [Path(path) for path in paths if path is not None]:
         if not path.parent.is_dir():
             raise PsbnError(f"{path}: there is no folder {path.parent}")
         if path.exists() and not overwrite:

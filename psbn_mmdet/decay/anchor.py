@@ -140,9 +140,10 @@ def anchor_bias_decay(
 def _check_alpha(alpha: Any) -> float:
     if isinstance(alpha, bool) or not isinstance(alpha, Real):
         raise TypeError(f"alpha is {alpha!r}: wanted a number")
-    if not (math.isfinite(alpha) and alpha > 0):
+    value = float(alpha)
+    if not (math.isfinite(value) and value > 0):
         raise ValueError(f"alpha is {alpha}: wanted a finite number above 0 (the paper uses 0.1)")
-    return float(alpha)
+    return value
 
 
 def _check_optimizer(optimizer: Any, any_optimizer: bool) -> None:
@@ -173,13 +174,13 @@ def _step_of(kind: type[Optimizer]) -> Callable[..., Any]:
     subclass gets a wrapper of its own or shares its base's, depending on which was made first.
     """
     wrapper = Optimizer.profile_hook_step(lambda *args: None)
-    step = kind.step
+    step: Any = kind.step
     while getattr(step, "__code__", None) is wrapper.__code__:
         step = step.__wrapped__
     return step
 
 
-def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+def _unwrapped(model: Any) -> Iterator[nn.Module]:
     """The model and what it wraps, from the outside in: compiled, (distributed) data parallel."""
     yield model
     kinds = {cls.__name__ for cls in type(model).__mro__}
@@ -323,6 +324,7 @@ class _Pack:
         self._write(beta)
 
     def to_bias(self) -> None:
+        assert self.bias is not None and self.beta is not None  # after to_beta()
         stepped = self._read()
         bias = torch.where(stepped == self.beta, self.bias, stepped + self.alpha)
         self.bias, self.beta = None, stepped
@@ -332,7 +334,7 @@ class _Pack:
         return torch.cat([p.detach().reshape(-1) for p in self.params.values()])
 
     def _write(self, flat: Tensor) -> None:
-        params = list(self.params.values())
+        params: list[Tensor] = list(self.params.values())
         pieces = flat.split([p.numel() for p in params])
         torch._foreach_copy_(params, [v.view_as(p) for v, p in zip(pieces, params, strict=True)])
 

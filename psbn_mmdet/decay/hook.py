@@ -32,7 +32,7 @@ class AnchoredBiasDecay(Hook):
         any_optimizer: bool = False,
     ) -> None:
         self.alpha = _check_alpha(alpha)
-        self.options = dict(layers=layers, any_optimizer=any_optimizer)
+        self.layers, self.any_optimizer = layers, any_optimizer
         self.init = init
         self.anchored: list[AnchoredBiases] = []
         self._saved: list[dict] = []
@@ -49,9 +49,10 @@ class AnchoredBiasDecay(Hook):
                 runner.model,
                 w.optimizer,
                 self.alpha,
+                layers=self.layers,
                 init=init,
+                any_optimizer=self.any_optimizer,
                 log=runner.logger.info,
-                **self.options,
             )
             for w in wrappers
         ]

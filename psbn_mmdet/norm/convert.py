@@ -1,6 +1,7 @@
 """Whole models from plain to post-shifted normalization and back, their function preserved."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,7 +77,7 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> 
     """
     alpha, load_bn = check_alpha(alpha), check_load_bn(load_bn)
     _refuse_wrapped(model)
-    layers = {}
+    layers: dict[str, Any] = {}  # their classes and attributes change below
     for name, module in norm_layers(model).items():
         if isinstance(module, PostShift) or _post_shifted(type(module)):
             if module.weight is not None and module.bias is not None:
@@ -97,6 +98,7 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> 
         )
     betas: dict[nn.Parameter, nn.Parameter] = {}  # tied biases become tied betas
     for module in layers.values():
+        old: torch.Tensor | float
         new = torch.tensor(alpha, dtype=module.weight.dtype)  # as the layer will hold it
         if isinstance(module, PostShift):
             source, old = module.beta, module.alpha
@@ -136,16 +138,17 @@ def to_bn(model: nn.Module) -> nn.Module:
                 "layer that has no plain twin; replace it by hand before to_bn"
             )
     biases: dict[nn.Parameter, nn.Parameter] = {}
-    for _, module in found:
-        bias = module.bias.detach()
-        beta = module._parameters.pop("beta")
+    layer: Any
+    for _, layer in found:
+        bias = (layer.beta + layer.alpha).detach()
+        beta = layer._parameters.pop("beta")
         if beta not in biases:
             biases[beta] = nn.Parameter(bias, beta.requires_grad)
         for name in ("initial_alpha", "load_bn"):
-            delattr(module, name)
-        del module._buffers["alpha"]
-        module.__class__ = _TO_PLAIN[type(module)]
-        module.bias = biases[beta]
+            delattr(layer, name)
+        del layer._buffers["alpha"]
+        layer.__class__ = _TO_PLAIN[type(layer)]
+        layer.bias = biases[beta]
     return model
 
 

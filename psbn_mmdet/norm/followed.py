@@ -96,7 +96,7 @@ def rectified(model: nn.Module) -> dict[str, bool | None]:
     Raises:
         ValueError: a lazy layer has no shape yet.
     """
-    biases = {}
+    biases: dict[int, bool | None] = {}
     for name, module in norm_layers(model).items():
         bias = _trained_bias(module)
         if isinstance(bias, nn.parameter.UninitializedParameter):
@@ -117,7 +117,7 @@ def without_rectifier(model: nn.Module) -> set[str]:
     return {name for name, kinds in by_name.items() if _rectifies(kinds) is False}
 
 
-def _rectifies(kinds: set[str]) -> bool | None:
+def _rectifies(kinds: set[Follower]) -> bool | None:
     if kinds & {"relu", "leaky"}:
         return True
     return None if "unknown" in kinds else False
@@ -211,7 +211,7 @@ def _graph_of(module: nn.Module) -> fx.Graph | None:
 def _layer_of(node: fx.Node, root: nn.Module) -> tuple[nn.Module, nn.Parameter | None] | None:
     """The norm layer that a node calls, and its trained bias."""
     if node.op == "call_module":
-        module = root.get_submodule(node.target)
+        module = root.get_submodule(str(node.target))
         return (module, _trained_bias(module)) if is_norm_layer(module) else None
     if node.op != "call_function" or _name(node) not in _NORMALIZE:
         return None
@@ -219,7 +219,7 @@ def _layer_of(node: fx.Node, root: nn.Module) -> tuple[nn.Module, nn.Parameter |
     source = node.kwargs.get("bias", node.args[2] if len(node.args) > 2 else None)
     if not isinstance(source, fx.Node) or source.op != "get_attr":
         return None
-    path, _, name = source.target.rpartition(".")
+    path, _, name = str(source.target).rpartition(".")
     owner = root.get_submodule(path)
     bias = getattr(owner, name)
     return owner, bias if isinstance(bias, nn.Parameter) else None
@@ -252,7 +252,7 @@ class _Scope:
 
     def _in_place(self, user: fx.Node) -> bool:
         if user.op == "call_module":
-            module = self.root.get_submodule(user.target)
+            module = self.root.get_submodule(str(user.target))
             return getattr(module, "inplace", False) is True and _module_kind(module) != "pass"
         if user.op not in ("call_function", "call_method"):
             return False
@@ -264,7 +264,7 @@ class _Scope:
         if user.op == "output":
             return self.at_output()
         if user.op == "call_module":
-            module = self.root.get_submodule(user.target)
+            module = self.root.get_submodule(str(user.target))
             kind = _module_kind(module)
             if kind == "pass":
                 return self.uses(user)

@@ -20,6 +20,7 @@ parameter is called ``beta``. A state dict holds ``beta`` and ``alpha`` and no
 
 import math
 import sys
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -28,6 +29,8 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+from .bias import Bias
 
 # torch < 2.3 has none and breaks the graph at the check instead.
 _is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
@@ -43,9 +46,10 @@ LOAD_BN = ("preserve", "shift")
 def check_alpha(alpha: Any) -> float:
     if isinstance(alpha, bool) or not isinstance(alpha, Real):
         raise TypeError(f"alpha must be a number, got {alpha!r} ({type(alpha).__name__})")
-    if not (math.isfinite(alpha) and alpha >= 0):
+    value = float(alpha)
+    if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"alpha must be finite and not negative (the paper uses 0.1), got {alpha}")
-    return float(alpha)
+    return value
 
 
 def check_load_bn(load_bn: Any) -> str:
@@ -81,6 +85,11 @@ class PostShift(nn.Module):
     A mixin in front of one of torch's normalization layers, whose ``forward``
     reads ``weight`` and ``bias``.
     """
+
+    weight: nn.Parameter
+    beta: nn.Parameter
+    alpha: Tensor
+    reset_running_stats: Callable[[], None]
 
     def __init__(
         self,
@@ -128,10 +137,16 @@ class PostShift(nn.Module):
 
     @property
     def bias(self) -> Tensor:
-        """``beta + alpha``, what the layer adds; a new tensor at each reading."""
-        if not torch.jit.is_scripting():
-            _refuse_sync_conversion()
-        return self.beta + self.alpha
+        """``beta + alpha``, what the layer adds; see :class:`Bias` for writing into it."""
+        if torch.jit.is_scripting():
+            return self.beta + self.alpha
+        else:  # or the compiler would look into what it cannot compile
+            return _bias_for_reader(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "bias" and isinstance(value, Bias) and value._origin.layer is self:
+            return  # the end of `layer.bias += ...`, which has been passed on to beta
+        super().__setattr__(name, value)
 
     def __call__(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):
@@ -182,20 +197,30 @@ class PostShift(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _refuse_sync_conversion() -> None:
-    """Raise if ``bias`` is read in order to build a plain SyncBatchNorm from it.
+# Where the layers' own forward stands: it reads a plain sum and pays nothing for others' writes.
+_FORWARD = {"torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm", f"{__package__}.sync"}
 
-    torch's and mmengine's ``convert_sync_batchnorm`` would end in a TypeError
-    that speaks of tensors and parameters and says no way out.
+
+def _bias_for_reader(layer: PostShift) -> Tensor:
+    """A plain sum for the layer's forward and whoever records a graph, else a :class:`Bias`.
+
+    Raises:
+        TypeError: It is read in order to build a plain SyncBatchNorm from it.
+            ``convert_sync_batchnorm`` of torch and mmengine would end in an error that speaks of
+            tensors and parameters and says no way out.
     """
-    if _is_compiling():
-        return
-    if sys._getframe(2).f_code.co_name == "convert_sync_batchnorm":
+    if _is_compiling() or torch.jit.is_tracing():
+        return layer.beta + layer.alpha
+    reader = sys._getframe(2)
+    if reader.f_code.co_name == "convert_sync_batchnorm":
         raise TypeError(
             "a psBN layer cannot become a SyncBatchNorm, which would lose alpha: use psSyncBN "
             "(norm_cfg=dict(type='psSyncBN') instead of sync_bn=..., or "
             "to_psbn(nn.SyncBatchNorm.convert_sync_batchnorm(to_bn(model))))"
         )
+    if reader.f_globals.get("__name__") in _FORWARD:
+        return layer.beta + layer.alpha
+    return Bias.of(layer)
 
 
 def _call_as_leaf(module: PostShift, proxy: torch.fx.Proxy) -> torch.fx.Proxy:
@@ -204,26 +229,29 @@ def _call_as_leaf(module: PostShift, proxy: torch.fx.Proxy) -> torch.fx.Proxy:
     Stepping into it would freeze ``self.training`` as it is while tracing, and
     the traced network would then normalize by batch statistics in eval mode.
     """
-    target = proxy.tracer.path_of_module(module)
-    return proxy.tracer.create_proxy("call_module", target, (proxy,), {})
+    tracer: Any = proxy.tracer
+    target = tracer.path_of_module(module)
+    return tracer.create_proxy("call_module", target, (proxy,), {})
 
 
-class psBN1d(PostShift, nn.BatchNorm1d, _BatchNorm):
+class psBN1d(PostShift, nn.BatchNorm1d, _BatchNorm):  # type: ignore[misc]
     """Post-shifted batch normalization over (N, C) or (N, C, L); see :class:`psBN2d`."""
 
 
 # _BatchNorm stands among the direct bases because mmengine's init_cfg with
 # layer='_BatchNorm' looks at the names of direct bases only.
-class psBN2d(PostShift, nn.BatchNorm2d, _BatchNorm):
+class psBN2d(PostShift, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
     r"""Post-shifted batch normalization over (N, C, H, W) (arXiv 2001.11216, Eq. 6).
 
     .. math::
         y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \alpha
 
     Parameters ``weight`` (gamma, initially 1) and ``beta`` (initially 0), shape
-    (C,); buffers ``alpha`` (0-dim) and BN's own. ``bias`` is the read-only sum
-    ``beta + alpha``: writing into it in place, as ``nn.init.constant_(m.bias,
-    0)`` does, writes into a temporary and changes nothing.
+    (C,); buffers ``alpha`` (0-dim) and BN's own. ``bias`` is the sum ``beta +
+    alpha``. Writing into it, as ``m.bias.data.mul_(mask)`` does, sets beta to
+    what was written minus alpha; functions of ``torch.nn.init`` initialise beta
+    itself, so ``nn.init.constant_(m.bias, 0)`` is the start of psBN. Writes within
+    compiled or traced code and through other libraries' kernels are not seen.
 
     Without weight decay on ``beta`` the layer trains as BN does. Rules of
     mmengine that match the name ``bias`` do not see ``beta``;
@@ -259,7 +287,7 @@ class psBN2d(PostShift, nn.BatchNorm2d, _BatchNorm):
 psBN = psBN2d
 
 
-class psBN3d(PostShift, nn.BatchNorm3d, _BatchNorm):
+class psBN3d(PostShift, nn.BatchNorm3d, _BatchNorm):  # type: ignore[misc]
     """Post-shifted batch normalization over (N, C, D, H, W); see :class:`psBN2d`."""
 
 
@@ -278,11 +306,11 @@ class _PostShiftIN(PostShift):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
 
 
-class psIN1d(_PostShiftIN, nn.InstanceNorm1d, _InstanceNorm):
+class psIN1d(_PostShiftIN, nn.InstanceNorm1d, _InstanceNorm):  # type: ignore[misc]
     """Post-shifted instance normalization over (N, C, L); see :class:`psIN2d`."""
 
 
-class psIN2d(_PostShiftIN, nn.InstanceNorm2d, _InstanceNorm):
+class psIN2d(_PostShiftIN, nn.InstanceNorm2d, _InstanceNorm):  # type: ignore[misc]
     """Post-shifted instance normalization over (N, C, H, W).
 
     Eq. 6 with mean and variance of each sample's plane; the paper's section 3.4
@@ -295,5 +323,5 @@ class psIN2d(_PostShiftIN, nn.InstanceNorm2d, _InstanceNorm):
 psIN = psIN2d
 
 
-class psIN3d(_PostShiftIN, nn.InstanceNorm3d, _InstanceNorm):
+class psIN3d(_PostShiftIN, nn.InstanceNorm3d, _InstanceNorm):  # type: ignore[misc]
     """Post-shifted instance normalization over (N, C, D, H, W); see :class:`psIN2d`."""

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .layers import PostShift
 
 
-class psSyncBN(PostShift, _BatchNorm):
+class psSyncBN(PostShift, _BatchNorm):  # type: ignore[misc]
     """psBN with statistics over all processes of a group, for (N, C, ...).
 
     In training, within an initialised process group of more than one process,
@@ -62,15 +62,15 @@ class psSyncBN(PostShift, _BatchNorm):
             return _BatchNorm.forward(self, input)
         if input.device.type == "cpu":
             return self._forward_on_cpu(input)
-        return nn.SyncBatchNorm.forward(self, input)
+        return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
 
     def _forward_on_cpu(self, input: Tensor) -> Tensor:
         """Eq. 6 with mean and variance over the group; two all-reduces each way."""
         # Here, since not every build of torch has the distributed package.
         from torch.distributed.nn.functional import all_reduce
 
-        self._check_input_dim(input)
-        self._check_non_zero_input_channels(input)
+        self._check_input_dim(input)  # type: ignore[misc]
+        self._check_non_zero_input_channels(input)  # type: ignore[misc]
         group = self.process_group or dist.group.WORLD
         x = input if input.dtype == torch.float64 else input.float()
         dims = [d for d in range(x.dim()) if d != 1]
@@ -93,6 +93,8 @@ class psSyncBN(PostShift, _BatchNorm):
         var = all_reduce(squares, group=group) / count
 
         if self.track_running_stats:
+            assert self.num_batches_tracked is not None
+            assert self.running_mean is not None and self.running_var is not None
             self.num_batches_tracked.add_(1)
             momentum = self.momentum
             if momentum is None:  # the average over all batches

@@ -161,12 +161,12 @@ def steps_until_active(
             `lr * weight_decay >= 1`.
     """
     scale, beta = _scale(gamma), _numbers("beta", beta)
-    alpha = _positive("alpha", alpha)
+    shift = _positive("alpha", alpha)
     rate = _decay_rate(lr, weight_decay)
     _check_momentum(momentum, dampening, nesterov)
-    now_active = (beta + alpha) / scale >= active_C
+    now_active = (beta + shift) / scale >= active_C
     # Where it is not active now, the denominator is above alpha and the wanted factor below 1.
-    wanted = alpha / np.where(now_active, alpha, active_C * scale - beta)
+    wanted = shift / np.where(now_active, shift, active_C * scale - beta)
     if np.ndim(lr) == 0:
         steps = _first_below(wanted, float(rate), momentum, dampening, nesterov)
     else:
@@ -192,7 +192,7 @@ def _first_below(
     step = np.stack([now, buffer])
     roots = np.linalg.eigvals(step)
     share_slow = 0.0
-    if np.isrealobj(roots) and not np.isclose(*roots, rtol=1e-6):
+    if np.isrealobj(roots) and not np.isclose(roots[0], roots[1], rtol=1e-6):
         slow, fast = roots.max(), roots.min()
         share_slow = ((step @ first)[0] - fast * first[0]) / (slow - fast)
     if share_slow <= 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib
 import numpy as np
 from matplotlib.colors import SymLogNorm
@@ -155,7 +157,7 @@ def train_filters(
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(gamma))
         layer.beta.copy_(torch.tensor(beta))
-    pull = torch.tensor(pull)
+    wanted = torch.tensor(pull)
     optimizer = torch.optim.SGD(layer.parameters(), 1.0, momentum, weight_decay=weight_decay)
     x = torch.randn(512, len(gamma), dtype=torch.float64, generator=generator)
     normalized = (x - x.mean(0)) / x.var(0, correction=0).add(layer.eps).sqrt()
@@ -172,7 +174,7 @@ def train_filters(
             x.normal_(generator=generator)
         optimizer.param_groups[0]["lr"] = float(eta)
         optimizer.zero_grad()
-        (-pull * torch.relu(layer(x)).mean(0)).sum().backward()
+        (-wanted * torch.relu(layer(x)).mean(0)).sum().backward()
         optimizer.step()
     record()
     return np.stack(values), largest
@@ -183,7 +185,7 @@ def draw_forecast() -> Figure:
     figure, (left, right) = _figure(2, "The forecast and a real psBN layer under torch's SGD")
     steps, weight_decay, momentum = 8_000, 5e-4, 0.9
     lr = 0.05 * (1 + np.cos(np.pi * np.arange(steps) / steps))
-    options = dict(weight_decay=weight_decay, momentum=momentum)
+    options: dict[str, Any] = dict(weight_decay=weight_decay, momentum=momentum)
 
     gamma, beta = np.array([0.05, 0.1, 0.15, 0.2]), np.array([-0.35, -0.6, -0.75, -0.9])
     trained, largest = train_filters(gamma, beta, np.zeros(4), lr, fresh=False, **options)

@@ -35,6 +35,7 @@ Eq. 3 to 5 stand as printed. What one has to know to use them:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -278,15 +279,15 @@ def simulate_drift(
     step = float(_not_negative("lr", lr) * _not_negative("grad_std", grad_std))
     if samples < 2:
         raise ValueError(f"samples is {samples}: wanted 2 or more, for a standard error")
-    from_distribution = isinstance(beta, Normal | Uniform)
-    shape = scale.shape if from_distribution else np.broadcast_shapes(scale.shape, np.shape(beta))
-    fixed = None if from_distribution else _numbers("beta", beta)
+    distribution = beta if isinstance(beta, Normal | Uniform) else None
+    fixed = np.zeros(()) if isinstance(beta, Normal | Uniform) else _numbers("beta", beta)
+    shape = np.broadcast_shapes(scale.shape, fixed.shape)
     rng = np.random.default_rng(seed)
     count, total, squares = 0, np.zeros(shape), np.zeros(shape)
-    chunk = max(2, int(2e6 // max(1, np.prod(shape))))  # draws need not stay in memory
+    chunk = max(2, int(2e6 // max(1, math.prod(shape))))  # draws need not stay in memory
     while count < samples:
         n = min(chunk, samples - count)
-        b = beta.sample(rng, (n, *shape)) if from_distribution else fixed
+        b = distribution.sample(rng, (n, *shape)) if distribution else fixed
         x = rng.standard_normal((n, *shape))
         g = step * rng.standard_normal((n, *shape)) * (scale * x + b > 0)
         change = special.ndtr((b - g) / np.abs(scale - g * x))

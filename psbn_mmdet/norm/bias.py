@@ -1,0 +1,182 @@
+"""The `bias` of a post-shifted layer as code outside of the layer sees it: writes reach beta.
+
+`bias` is a sum, so a write into it would be one into a temporary and change nothing, without a
+word. Writing into the bias of a BatchNorm is common, though: `m.bias.data.mul_(mask)` in channel
+pruning, `m.bias.data.copy_(...)` in moving weights. So the tensor that a reader gets knows where it
+came from, and after a write `beta` becomes what was written, minus alpha.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .layers import PostShift
+
+
+class Bias(Tensor):
+    """`beta + alpha` of a layer; an in-place change of it or of a view of it changes beta.
+
+    All other operations give plain tensors. Right are methods in place, `out=`, assignment to an
+    index or to `.data`, `requires_grad_()` and `.grad` (alpha is constant, so it is that of beta).
+    The functions of `torch.nn.init` initialise beta itself: zeros are psBN's start, not `bias = 0`.
+
+    Raises:
+        RuntimeError: A write while gradients are recorded, as for any parameter, or into one that
+            was read before beta changed.
+        TypeError: It is to become a parameter of its own: take a `clone()` for that.
+    """
+
+    _plain: Tensor  # the same memory as a plain tensor
+    _origin: _Origin
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Run an operation on plain tensors, and pass on to beta what it has written."""
+        kwargs = kwargs or {}
+        biases = [b for b in _leaves((args, kwargs)) if isinstance(b, Bias)]
+        origin = biases[0]._origin
+        first = args[0] if args else None
+        if isinstance(first, Bias) and first._plain is first._origin.total:
+            if func in (Tensor.requires_grad_, _setter("requires_grad")):
+                origin.layer.beta.requires_grad_(*args[1:], **kwargs)
+                return first
+            if func == _getter("grad"):
+                return origin.layer.beta.grad
+            if func == _setter("grad"):
+                origin.layer.beta.grad = args[1]
+                return None
+            if func == _setter("data"):
+                return origin.replace(args[1])
+        before = [bias._plain._version for bias in biases]
+        result = func(*_map(args, _to_plain), **_map(kwargs, _to_plain))
+        for bias, version in zip(biases, before, strict=True):
+            if bias._plain._version != version:
+                bias._origin.write(bias._plain, initial=_initialises(func))
+        return _map(result, lambda value: _guarded(value, origin))
+
+    @staticmethod
+    def of(layer: PostShift) -> Tensor:
+        """`beta + alpha` of a layer; plain where there is nothing to write to (meta, DTensor)."""
+        if layer.beta.is_inference():
+            return layer.beta + layer.alpha
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            total = layer.beta + layer.alpha
+        if type(total) is not Tensor or total.is_meta:
+            return total
+        return _guarded(total, _Origin(layer, total))
+
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        kind = type(self._origin.layer).__name__
+        raise TypeError(
+            f"the bias of a {kind} is the sum beta + alpha: make a parameter from a copy of it, as "
+            "nn.Parameter(layer.bias.detach().clone())"
+        )
+
+
+class _Origin:
+    """One reading of a layer's bias."""
+
+    def __init__(self, layer: PostShift, total: Tensor) -> None:
+        self.layer = layer
+        self.total = total
+        self.beta = layer.beta
+        self.version = layer.beta._version
+
+    def write(self, written: Tensor, initial: bool) -> None:
+        """Take over what `total` has become; where it is what it was, beta keeps its bits.
+
+        Args:
+            written: What was changed, of the memory of `total`.
+            initial: Values for beta itself.
+        """
+        kind = type(self.layer).__name__
+        if not initial and torch.is_grad_enabled() and written.requires_grad:
+            raise RuntimeError(
+                f"the bias of a {kind} that requires grad was changed in place: do it under "
+                "torch.no_grad() or on layer.bias.data"
+            )
+        if self.layer.beta is not self.beta or self.beta._version != self.version:
+            raise RuntimeError(
+                f"the bias of a {kind} was read, then beta changed, then the bias was written to: "
+                "read layer.bias again before writing"
+            )
+        with torch.no_grad():
+            old, new = self.beta + self.layer.alpha, self.total.detach()
+            if not initial:
+                new = torch.where(new == old, self.beta, new - self.layer.alpha)
+            self.beta.copy_(new)
+        self.version = self.beta._version
+
+    def replace(self, value: Tensor) -> None:
+        """`layer.bias.data = value`, which may have another shape, as after pruning channels."""
+        value = _to_plain(value).detach()
+        with torch.no_grad():
+            beta = value - self.layer.alpha
+            if value.shape == self.beta.shape:
+                beta = torch.where(value == self.beta + self.layer.alpha, self.beta, beta)
+        self.layer.beta.data = beta
+
+
+def _getter(attribute: str) -> Any:
+    return getattr(Tensor, attribute).__get__
+
+
+def _setter(attribute: str) -> Any:
+    return getattr(Tensor, attribute).__set__
+
+
+def _initialises(func: Callable) -> bool:
+    """Whether a function of torch.nn.init is called, or one of the writes that it consists of."""
+    caller = sys._getframe(2).f_globals.get("__name__")
+    return "torch.nn.init" in (getattr(func, "__module__", None), caller)
+
+
+def _to_plain(value: Any) -> Any:
+    return value._plain if isinstance(value, Bias) else value
+
+
+def _guarded(value: Any, origin: _Origin) -> Any:
+    """A result that shares memory with the bias stays bound to it."""
+    if isinstance(value, np.ndarray):
+        if value.size and np.shares_memory(value, origin.total.detach().numpy()):
+            value.setflags(write=False)
+        return value
+    if type(value) is not Tensor or value.device != origin.total.device:
+        return value
+    if value.layout != torch.strided:
+        return value
+    if value.untyped_storage().data_ptr() != origin.total.untyped_storage().data_ptr():
+        return value
+    bias = value.as_subclass(Bias)
+    bias._plain, bias._origin = value, origin
+    return bias
+
+
+def _leaves(value: Any) -> list[Any]:
+    leaves: list[Any] = []
+    _map(value, leaves.append)
+    return leaves
+
+
+def _map(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to the leaves of nested tuples, lists and dicts."""
+    if isinstance(value, dict):
+        return {key: _map(item, function) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_map(item, function) for item in value)
+    return function(value)
