@@ -37,6 +37,11 @@ class Channel:
     entries: tuple[tuple[str, str, int], ...]
     blocked: str | None = None
 
+    @property
+    def inputs(self) -> list[tuple[str, int]]:
+        """(layer, input channel) of each layer that reads it."""
+        return [(name, index) for name, side, index in self.entries if side == "in"]
+
 
 @dataclass(frozen=True)
 class Coupling:
@@ -67,6 +72,9 @@ def couple(model: nn.Module, run: Run) -> Coupling:
     except ImportError:
         raise StripError("stripping needs the package torch-pruning: install it") from None
     twin = copy.deepcopy(model).requires_grad_(True)
+    for module in twin.modules():
+        if getattr(module, "with_cp", False):  # mmdet's checkpointing hides the graph
+            module.with_cp = False
     seen: list[Any] = []
     hooks = [
         m.register_forward_hook(
@@ -139,6 +147,8 @@ def _channels(model: nn.Module, graph: Any, tp: Any) -> Iterator[Channel]:
                         covered.add((layer, index))
         for root, found in entries.items():
             unique = tuple(dict.fromkeys(found))
+            if not any(side == "in" for _, side, _ in unique):
+                blocked.setdefault(root, f"what reads {names[module]} was not traced")
             yield Channel(names[module], unique, blocked.get(root))
 
 

@@ -1,6 +1,5 @@
 """Taking channels out of layers: constants go into biases, then the weights are cut."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .coupling import Channel, StripError
+from .wiring import is_padded
 
 Cut = dict[str, dict[str, Any]]
 """Layer -> side (``out``, ``in``, ``both``) -> ``{"of": channels, "gone": [indices]}``; a layer
@@ -21,58 +21,70 @@ that was given a bias has ``{"bias": True}`` besides. JSON can hold it."""
 def fold(
     model: nn.Module,
     gone: Iterable[Channel],
+    merged: Mapping[Channel, Channel],
     constants: Mapping[str, Tensor],
     normalized_by: Mapping[str, tuple[str, ...] | None],
 ) -> list[str]:
     """Make a network indifferent to some input channels, which carry constants, in place.
 
-    Their weights become 0, and what they added, c * sum(w), goes into the bias of the layer, into
-    the running mean of the BN behind it if that alone reads it and the layer has no bias, or into
-    a new bias.
+    Their weights become 0. What they added, c * sum(w), goes into the weights of the channel that
+    they are merged into if the layer pads with zeros, else into the bias of the layer, or into the
+    running mean of the BN behind it if that alone reads it and the layer has no bias, or into a
+    new bias.
+
+    Args:
+        model: Changed in place; only weights, no shapes.
+        gone: The channels.
+        merged: Those of them whose constant another channel carries from now on.
+        constants: What arrives in each input channel, by layer.
+        normalized_by: Of :class:`.coupling.Coupling`.
 
     Returns:
         The layers that were given a bias.
     """
     modules = dict(model.named_modules())
-    inputs: dict[str, list[int]] = defaultdict(list)
+    added: dict[str, Tensor] = {}
     for channel in gone:
-        for name, side, index in channel.entries:
-            if side == "in":
-                inputs[name].append(index)
+        into = merged.get(channel, channel)
+        # Merged channels have the same readers in the same order.
+        for (name, index), (_, carrier) in zip(channel.inputs, into.inputs, strict=True):
+            layer = modules[name]
+            taken = _input_weights(layer, index)
+            constant = float(constants[name][index])
+            if constant != 0 and channel in merged and is_padded(layer):
+                _input_weights(layer, carrier).add_(
+                    taken, alpha=constant / float(constants[name][carrier])
+                )
+            elif constant != 0:
+                sums = constant * taken.double().flatten(1).sum(1)
+                total = added.setdefault(name, sums.new_zeros(width(layer, "out")))
+                _group_of(layer, index, total).add_(sums)
+            taken.zero_()
     new = []
-    for name, indices in inputs.items():
-        layer = modules[name]
-        added = _cut_inputs(layer, indices, constants[name][indices])
-        if not added.any():
-            continue
-        norms = normalized_by.get(name)
+    for name, total in added.items():
+        layer, norms = modules[name], normalized_by.get(name)
         if layer.bias is not None:
-            layer.bias += added
+            layer.bias += total
         elif norms:
             for norm in norms:
-                modules[norm].running_mean -= added
+                modules[norm].running_mean -= total
         else:
-            layer.bias = nn.Parameter(added)
+            layer.bias = nn.Parameter(total.to(layer.weight.dtype))
             new.append(name)
     return new
 
 
-def _cut_inputs(layer: nn.Module, indices: list[int], values: Tensor) -> Tensor:
-    """Set the weights of input channels to 0; what these added to each filter, (C_out,)."""
-    weight = layer.weight
-    groups = getattr(layer, "groups", 1)
-    values = values.to(weight.device, torch.float64)
-    if getattr(layer, "transposed", False):  # only ever of zeros
-        weight[indices] = 0
-        return weight.new_zeros(layer.out_channels)
-    added = weight.new_zeros(weight.shape[0], dtype=torch.float64).view(groups, -1)
-    inner = weight.shape[1]
-    for index, value in zip(indices, values, strict=True):
-        group, at = divmod(index, inner)
-        part = weight.unflatten(0, (groups, -1))[group, :, at]  # a view
-        added[group] += value * part.double().flatten(1).sum(1)
-        part.zero_()
-    return added.flatten().to(weight.dtype)
+def _input_weights(layer: nn.Module, index: int) -> Tensor:
+    """The weights of an input channel, (filters that read it, ...), as a view."""
+    if getattr(layer, "transposed", False):
+        return layer.weight[index]
+    group, at = divmod(index, layer.weight.shape[1])
+    return layer.weight.unflatten(0, (getattr(layer, "groups", 1), -1))[group, :, at].unsqueeze(1)
+
+
+def _group_of(layer: nn.Module, index: int, values: Tensor) -> Tensor:
+    """Those of the values per filter, (C_out,), whose filters read an input channel; a view."""
+    return values.view(getattr(layer, "groups", 1), -1)[index // layer.weight.shape[1]]
 
 
 def cut_of(model: nn.Module, gone: Iterable[Channel], biases: Iterable[str] = ()) -> Cut:

@@ -120,8 +120,8 @@ def _norm_hook(fate: Fate, noise: _Noise) -> Callable:
         numbers = noise(output)
         # Never positive, and as close to 0 as it may come: 2 bias < y < 0.
         numbers = torch.where(inactive, 2 * bias * (numbers.abs() - 0.1) / 0.8, numbers)
-        numbers = torch.where(_constant_in(x, 1).view(along), output, numbers)
-        return torch.where(constant.isnan(), numbers, constant).to(output.dtype)
+        numbers = torch.where(constant.isnan(), numbers, constant)
+        return torch.where(_constant_in(x, 1).view(along), output, numbers).to(output.dtype)
 
     return after
 
