@@ -4,7 +4,6 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -71,26 +70,25 @@ def couple(model: nn.Module, run: Run) -> Coupling:
         import torch_pruning as tp
     except ImportError:
         raise StripError("stripping needs the package torch-pruning: install it") from None
-    twin = copy.deepcopy(model).requires_grad_(True)
+    twin = copy.deepcopy(model)
     for module in twin.modules():
         if getattr(module, "with_cp", False):  # mmdet's checkpointing hides the graph
             module.with_cp = False
-    seen: list[Any] = []
+    outputs_of_layers: list[Tensor] = []
     hooks = [
-        m.register_forward_hook(
-            lambda module, args, out: seen.append(SimpleNamespace(grad_fn=out.grad_fn, shape=None))
-            if isinstance(out, Tensor)
-            else None
-        )
+        m.register_forward_hook(lambda module, args, out: outputs_of_layers.extend(tensors_in(out)))
         for m in twin.modules()
         if filters_of(m)
     ]
 
-    def outputs(model: nn.Module, _: Any) -> list[Any]:
-        found = [t for t in tensors_in(run(model)) if t.grad_fn is not None]
-        # An operation of its own marks each output, also one that is a layer's. What is read
-        # outside of the graph (proposals) has no output: the layers themselves are starting points.
-        return [t * 1 for t in found] + [s for s in seen if s.grad_fn is not None]
+    def outputs(model: nn.Module, _: Any) -> list[Tensor]:
+        model.requires_grad_(True)  # eval() of mmdet's backbones freezes stages
+        results = [t for t in tensors_in(run(model)) if t.grad_fn is not None]
+        # An operation of its own marks each output, also one that is a layer's. What leaves the
+        # graph otherwise (proposals) has none: there the layers themselves are starting points,
+        # the last first, so that no layer with another behind it is taken for an output.
+        starts = [t for t in reversed(outputs_of_layers) if t.grad_fn is not None]
+        return [t * 1 for t in results] + starts
 
     graph = tp.DependencyGraph()
     try:

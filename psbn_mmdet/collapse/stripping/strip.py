@@ -17,7 +17,7 @@ from ..criteria import dead as dead_filters
 from ..criteria import inactive as inactive_filters
 from ..flops import Flops, probe
 from ..layers import Layer, layers_of_model, norm_modules
-from .coupling import Channel, Coupling, StripError, couple
+from .coupling import Channel, StripError, couple
 from .plan import Plan, plan
 from .proof import Difference, difference, runner
 from .surgery import Cut, cut_of, fold, take_out
@@ -145,7 +145,7 @@ def strip(
             name: sum(p.numel() for p in m.parameters())
             for name, m in (("before", original), ("after", stripped))
         },
-        "macs": _macs(original, stripped, inputs, threshold, planned, coupling),
+        "macs": _macs(original, stripped, inputs, threshold, planned, kinds),
         "cut": cut,
     }
     if inactive_below is not None:
@@ -263,7 +263,7 @@ def _macs(
     inputs: tuple[int, ...] | Tensor | Run,
     threshold: float,
     planned: Plan,
-    coupling: Coupling,
+    kinds: _Kinds,
 ) -> dict[str, Any]:
     """Multiply-accumulates before, as predicted from the collapsed filters, and after."""
     size = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else inputs
@@ -274,44 +274,31 @@ def _macs(
         "before": predicted.total,
         "predicted": predicted.remaining,
         "after": after.total,
-        "unlike_predicted": _explained(predicted, after, planned, original),
+        "unlike_predicted": _explained(predicted, after, planned, kinds),
     }
 
 
 def _explained(
-    predicted: Flops, after: Flops, planned: Plan, model: nn.Module
+    predicted: Flops, after: Flops, planned: Plan, kinds: _Kinds
 ) -> list[dict[str, Any]]:
     """The layers whose FLOPs are not what was predicted, and why."""
-    names = set(norm_modules(model))
     whys: dict[str, dict[str, None]] = defaultdict(dict)
     for channel, why in planned.kept:
-        for name, _, _ in channel.entries:
-            if name not in names:
+        if any(kinds[name][index] != "live" for name, index in _norm_entries(channel, kinds)):
+            for name, _, _ in channel.entries:
                 whys[name][why] = None
-    rows = {row["name"]: row["total"] for row in after.rows}
-    lines = []
-    for row in predicted.rows:
-        left = rows.get(row["name"], 0)
-        if left > row["remaining"]:
-            lines.append(
-                {
-                    "layer": row["name"],
-                    "predicted": row["remaining"],
-                    "after": left,
-                    "why": list(whys[row["name"]]),
-                }
-            )
-        elif left < row["remaining"]:
-            lines.append(
-                {
-                    "layer": row["name"],
-                    "predicted": row["remaining"],
-                    "after": left,
-                    "why": ["channels went that the measure of collapsed filters leaves: inactive "
-                            "ones, or live ones that only removed ones read"],
-                }
-            )
-    return lines
+    more = "inactive filters went, or live ones that only removed ones read"
+    left = {row["name"]: row["total"] for row in after.rows}
+    return [
+        {
+            "layer": row["name"],
+            "predicted": row["remaining"],
+            "after": left.get(row["name"], 0),
+            "why": [more] if left.get(row["name"], 0) < row["remaining"] else [*whys[row["name"]]],
+        }
+        for row in predicted.rows
+        if left.get(row["name"], 0) != row["remaining"]
+    ]
 
 
 def _inactive_bound(
