@@ -265,21 +265,29 @@ def _macs(
     planned: Plan,
     kinds: _Kinds,
 ) -> dict[str, Any]:
-    """Multiply-accumulates before, as predicted from the collapsed filters, and after."""
+    """Multiply-accumulates before, as predicted from the collapsed filters, and after.
+
+    Those of a layer are in proportion to its weights. (The stripped network is not run for them,
+    as detectors of two stages may choose another number of proposals on random numbers.)
+    """
     size = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else inputs
-    norms = norm_modules(original).values()
-    predicted = probe(original, {m: ~collapsed(m.weight.detach(), threshold) for m in norms}, size)
-    after = probe(stripped, {}, size)
+    live = {m: ~collapsed(m.weight.detach(), threshold) for m in norm_modules(original).values()}
+    flops = probe(original, live, size)
+    old, new = dict(original.named_modules()), dict(stripped.named_modules())
+    after = {
+        row["name"]: row["total"] * new[row["name"]].weight.numel() // old[row["name"]].weight.numel()
+        for row in flops.rows
+    }
     return {
-        "before": predicted.total,
-        "predicted": predicted.remaining,
-        "after": after.total,
-        "unlike_predicted": _explained(predicted, after, planned, kinds),
+        "before": flops.total,
+        "predicted": flops.remaining,
+        "after": sum(after.values()) + flops.elsewhere,
+        "unlike_predicted": _explained(flops, after, planned, kinds),
     }
 
 
 def _explained(
-    predicted: Flops, after: Flops, planned: Plan, kinds: _Kinds
+    flops: Flops, after: Mapping[str, int], planned: Plan, kinds: _Kinds
 ) -> list[dict[str, Any]]:
     """The layers whose FLOPs are not what was predicted, and why."""
     whys: dict[str, dict[str, None]] = defaultdict(dict)
@@ -287,18 +295,15 @@ def _explained(
         if any(kinds[name][index] != "live" for name, index in _norm_entries(channel, kinds)):
             for name, _, _ in channel.entries:
                 whys[name][why] = None
-    more = "inactive filters went, or live ones that only removed ones read"
-    left = {row["name"]: row["total"] for row in after.rows}
-    return [
-        {
-            "layer": row["name"],
-            "predicted": row["remaining"],
-            "after": left.get(row["name"], 0),
-            "why": [more] if left.get(row["name"], 0) < row["remaining"] else [*whys[row["name"]]],
-        }
-        for row in predicted.rows
-        if left.get(row["name"], 0) != row["remaining"]
-    ]
+    fewer = "inactive filters went, or live ones that only removed ones read"
+    chance = "its inputs vary; some were constant in the run that predicted, on few positions"
+    lines = []
+    for row in flops.rows:
+        name, predicted = row["name"], row["remaining"]
+        if after[name] != predicted:
+            why = [fewer] if after[name] < predicted else [*whys[name]] or [chance]
+            lines.append({"layer": name, "predicted": predicted, "after": after[name], "why": why})
+    return lines
 
 
 def _inactive_bound(
