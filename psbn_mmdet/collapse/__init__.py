@@ -32,7 +32,7 @@ from .criteria import (
 from .flops import Flops, probe
 from .layers import Layer, gather, norm_modules
 from .report import Report, measure
-from .stripping import Stripped, StripError, strip
+from .stripping import StripError, Stripped, strip
 
 __all__ = [
     "INACTIVE_BELOW",

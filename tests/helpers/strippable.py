@@ -1,7 +1,6 @@
 """Small networks of every kind of wiring, with filters killed by hand."""
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from psbn_mmdet.norm import norm_layers

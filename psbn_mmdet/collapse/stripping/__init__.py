@@ -5,12 +5,14 @@
 - :mod:`.coupling`: which channels go or stay together
 - :mod:`.plan`: which go, which stay, and why
 - :mod:`.surgery`: the weights
+- :mod:`.record`: what was done, counted and explained
 - :mod:`.proof`: two networks run beside each other
 - :mod:`.model`: the model type ``Stripped`` for configs
 """
 
 from .coupling import StripError
 from .proof import difference, runner, time_in_pairs
+from .record import summary
 from .strip import TOLERANCE, Stripped, strip
 from .surgery import take_out
 
@@ -21,6 +23,7 @@ __all__ = [
     "difference",
     "runner",
     "strip",
+    "summary",
     "take_out",
     "time_in_pairs",
 ]

@@ -129,7 +129,9 @@ def _channels(model: nn.Module, graph: Any, tp: Any) -> Iterator[Channel]:
                 isinstance(layer, nn.PReLU) and layer.num_parameters > 1
             ):
                 side = "both"
-            elif isinstance(layer, nn.Module) and any(True for _ in layer.parameters(recurse=False)):
+            elif isinstance(layer, nn.Module) and any(
+                True for _ in layer.parameters(recurse=False)
+            ):
                 if not isinstance(layer, nn.PReLU):
                     reason = f"{name} is a {type(layer).__name__}, which is left whole"
             elif isinstance(layer, nn.Parameter):

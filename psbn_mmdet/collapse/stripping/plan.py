@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from .coupling import Channel, Coupling
@@ -53,9 +52,9 @@ def plan(
     kept: dict[Channel, str] = {}
     bordering: list[Channel] = []
     for channel in coupling.channels:
-        if reason := channel.blocked or _varies(channel, constants):
-            kept[channel] = reason
-        elif reason := _transposed(channel, constants, modules):
+        if (reason := channel.blocked or _varies(channel, constants)) or (
+            reason := _transposed(channel, constants, modules)
+        ):
             kept[channel] = reason
         elif not fold_borders and _padded_constants(channel, constants, modules):
             bordering.append(channel)
@@ -149,7 +148,7 @@ def _leave_whole_layers(
                 fewest -= 1
                 why = f"{name} keeps one channel at least"
             for part in parts:
-                back.update({channel: why for channel in part[fewest:]})
+                back.update(dict.fromkeys(part[fewest:], why))
         if not back:
             return
         gone[:] = [channel for channel in gone if channel not in back]

@@ -35,7 +35,9 @@ def runner(
                 raise StripError("one image is too few: constants are told by two different ones")
         else:
             size = tuple(inputs)
-            if not size or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in size):
+            if not size or any(
+                not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in size
+            ):
                 raise StripError(
                     f"the size of an image is positive whole numbers, as (3, 800, 1333), got {size}"
                 )

@@ -1,8 +1,7 @@
 """``strip``: a smaller network of the same function, and the proof that it is one."""
 
 import copy
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,16 +11,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ...norm import PostShift, to_bn
-from ..criteria import INACTIVE_BELOW, THRESHOLD, MeasureError, check_thresholds, collapsed
+from ..criteria import THRESHOLD, check_thresholds, collapsed
 from ..criteria import dead as dead_filters
 from ..criteria import inactive as inactive_filters
-from ..flops import Flops, probe
 from ..layers import Layer, layers_of_model, norm_modules
-from .coupling import Channel, StripError, couple
+from .coupling import StripError, couple
 from .plan import Plan, plan
 from .proof import Difference, difference, runner
+from .record import filters_record, inactive_bound, kinds_of, macs_record
 from .surgery import Cut, cut_of, fold, take_out
-from .wiring import Fate, Run, arriving_constants
+from .wiring import Fate, arriving_constants
 
 TOLERANCE = 1e-3
 """Largest difference of the outputs relative to the largest of them.
@@ -102,7 +101,9 @@ def strip(
     _refuse_not_finite(layers)
     coupling = couple(original, run)
 
-    def attempt(inactive: float | None, fold_borders: bool) -> tuple[nn.Module, Plan, Cut, Difference]:
+    def attempt(
+        inactive: float | None, fold_borders: bool
+    ) -> tuple[nn.Module, Plan, Cut, Difference]:
         fates = _fates(original, layers, threshold, inactive)
         constants = arriving_constants(original, fates, run, fold_borders)
         planned = plan(original, coupling, constants, fold_borders)
@@ -126,13 +127,13 @@ def strip(
             f"output, more than the tolerance of {tolerance:g}"
             + "".join(f"; {name}: {value:.2g}" for name, value in differences.items())
         )
-    kinds = _kinds(layers, threshold, inactive_below)
+    kinds = kinds_of(layers, threshold, inactive_below)
     record = {
         "threshold": threshold,
         "inactive_below": inactive_below,
         "borders": borders,
         "psbn_layers_to_bn": n_psbn,
-        **_filters(planned, kinds),
+        **filters_record(planned, kinds),
         "proof": {
             "images": described,
             "largest_relative_difference": found.relative,
@@ -145,11 +146,11 @@ def strip(
             name: sum(p.numel() for p in m.parameters())
             for name, m in (("before", original), ("after", stripped))
         },
-        "macs": _macs(original, stripped, inputs, threshold, planned, kinds),
+        "macs": macs_record(original, stripped, inputs, threshold, planned, kinds),
         "cut": cut,
     }
     if inactive_below is not None:
-        record["inactive_bound"] = _inactive_bound(layers, record["removed"])
+        record["inactive_bound"] = inactive_bound(layers, record["removed"])
     return Stripped(stripped, record)
 
 
@@ -187,141 +188,3 @@ def _fates(
             silent = inactive_filters(gamma, bias, inactive_below)
         fates[modules[layer.name]] = Fate(constant, silent, bias)
     return fates
-
-
-_Kinds = dict[str, list[str]]
-"""Normalization layer -> of each filter ``dead``, ``constant``, ``inactive`` or ``live``."""
-
-
-def _kinds(layers: list[Layer], threshold: float, inactive_below: float | None) -> _Kinds:
-    kinds = {}
-    for layer in layers:
-        is_collapsed = collapsed(layer.gamma, threshold)
-        is_dead = dead_filters(layer.gamma, layer.bias, threshold, layer.relu)
-        is_inactive = torch.zeros_like(is_dead)
-        if inactive_below is not None and layer.followed_by == "relu":
-            is_inactive = inactive_filters(layer.gamma, layer.bias, inactive_below)
-        kinds[layer.name] = [
-            "dead" if d else "constant" if c else "inactive" if i else "live"
-            for c, d, i in zip(is_collapsed, is_dead, is_inactive, strict=True)
-        ]
-    return kinds
-
-
-def _filters(planned: Plan, kinds: _Kinds) -> dict[str, Any]:
-    """``removed``: layer -> kind -> indices; ``kept``: what could not go, and why; counts."""
-    removed: dict[str, dict[str, list[int]]] = {}
-    for channel in planned.gone:
-        for name, index in _norm_entries(channel, kinds):
-            kind = kinds[name][index]
-            # A live filter goes where only removed ones read it (in front of a depthwise one).
-            kind = "unread" if kind == "live" else kind
-            removed.setdefault(name, {}).setdefault(kind, []).append(index)
-    kept: dict[tuple[str, str], list[int]] = defaultdict(list)
-    seen = {(n, i) for n, by_kind in removed.items() for each in by_kind.values() for i in each}
-    for channel, why in planned.kept:
-        for name, index in _norm_entries(channel, kinds):
-            seen.add((name, index))
-            if kinds[name][index] != "live":
-                kept[name, why].append(index)
-    for name, of_filters in kinds.items():
-        for index, kind in enumerate(of_filters):
-            if kind != "live" and (name, index) not in seen:
-                kept[name, "what is coupled to it was not traced"].append(index)
-    for by_kind in removed.values():
-        for each in by_kind.values():
-            each.sort()
-    counts = {
-        kind: sum(len(by_kind.get(kind, [])) for by_kind in removed.values())
-        for kind in ("dead", "constant", "inactive", "unread")
-    }
-    return {
-        "filters": {
-            "all": sum(map(len, kinds.values())),
-            "removed": sum(counts.values()),
-            **counts,
-            "collapsed_but_kept": sum(
-                kinds[name][i] in ("dead", "constant") for (name, _), e in kept.items() for i in e
-            ),
-        },
-        "removed": removed,
-        "kept": [
-            {"layer": name, "filters": sorted(each), "why": why}
-            for (name, why), each in kept.items()
-        ],
-        "merged": len(planned.merged),
-    }
-
-
-def _norm_entries(channel: Channel, kinds: _Kinds) -> list[tuple[str, int]]:
-    return [(name, index) for name, _, index in channel.entries if name in kinds]
-
-
-def _macs(
-    original: nn.Module,
-    stripped: nn.Module,
-    inputs: tuple[int, ...] | Tensor | Run,
-    threshold: float,
-    planned: Plan,
-    kinds: _Kinds,
-) -> dict[str, Any]:
-    """Multiply-accumulates before, as predicted from the collapsed filters, and after.
-
-    Those of a layer are in proportion to its weights. (The stripped network is not run for them,
-    as detectors of two stages may choose another number of proposals on random numbers.)
-    """
-    size = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else inputs
-    live = {m: ~collapsed(m.weight.detach(), threshold) for m in norm_modules(original).values()}
-    flops = probe(original, live, size)
-    old, new = dict(original.named_modules()), dict(stripped.named_modules())
-    after = {
-        row["name"]: row["total"] * new[row["name"]].weight.numel() // old[row["name"]].weight.numel()
-        for row in flops.rows
-    }
-    return {
-        "before": flops.total,
-        "predicted": flops.remaining,
-        "after": sum(after.values()) + flops.elsewhere,
-        "unlike_predicted": _explained(flops, after, planned, kinds),
-    }
-
-
-def _explained(
-    flops: Flops, after: Mapping[str, int], planned: Plan, kinds: _Kinds
-) -> list[dict[str, Any]]:
-    """The layers whose FLOPs are not what was predicted, and why."""
-    whys: dict[str, dict[str, None]] = defaultdict(dict)
-    for channel, why in planned.kept:
-        if any(kinds[name][index] != "live" for name, index in _norm_entries(channel, kinds)):
-            for name, _, _ in channel.entries:
-                whys[name][why] = None
-    fewer = "inactive filters went, or live ones that only removed ones read"
-    chance = "its inputs vary; some were constant in the run that predicted, on few positions"
-    lines = []
-    for row in flops.rows:
-        name, predicted = row["name"], row["remaining"]
-        if after[name] != predicted:
-            why = [fewer] if after[name] < predicted else [*whys[name]] or [chance]
-            lines.append({"layer": name, "predicted": predicted, "after": after[name], "why": why})
-    return lines
-
-
-def _inactive_bound(
-    layers: list[Layer], removed: Mapping[str, Mapping[str, list[int]]]
-) -> dict[str, float]:
-    """Of the inactive filters that went: how often they fire at most, and their mean output.
-
-    For x_hat ~ N(0, 1), z = bias / |gamma|: P(fires) = Phi(z), E[ReLU] = |gamma| phi(z) + bias
-    Phi(z).
-    """
-    fires, mean = 0.0, 0.0
-    for layer in layers:
-        gone = removed.get(layer.name, {}).get("inactive", [])
-        if gone:
-            gamma, bias = layer.gamma[gone].abs().double(), layer.bias[gone].double()
-            z = bias / gamma
-            p = torch.special.ndtr(z)
-            density = torch.exp(-(z**2) / 2) / (2 * torch.pi) ** 0.5
-            fires = max(fires, float(p.max()))
-            mean = max(mean, float((gamma * density + bias * p).max()))
-    return {"largest_probability": fires, "largest_mean_output": mean}

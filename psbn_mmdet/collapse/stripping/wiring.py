@@ -139,10 +139,7 @@ def _conv_hook(
         varies = ~_constant_in(x, dim)
         if is_padded(conv) and not ignore_borders:
             varies |= x.abs().amax([d for d in range(x.dim()) if d != dim]) > 0
-        if known:
-            reached = _reached(conv, varies)
-        else:
-            reached = varies.any().expand(filters_of(conv))
+        reached = _reached(conv, varies) if known else varies.any().expand(filters_of(conv))
         if not isinstance(output, Tensor):
             return output
         dim = output.dim() - 1 if linear else int(output.dim() == conv.weight.dim())
