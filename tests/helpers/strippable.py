@@ -1,6 +1,7 @@
 """Small networks of every kind of wiring, with filters killed by hand."""
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from psbn_mmdet.norm import norm_layers
@@ -51,3 +52,80 @@ def detector(config, norm_seed=0, **model):
     cfg.merge_from_dict({f"model.{key}": value for key, value in model.items()})
     torch.manual_seed(0)
     return with_statistics(MODELS.build(cfg.model), norm_seed)
+
+
+def conv_bn(inputs, filters, kernel=3, act=nn.ReLU, **conv):
+    layers = [nn.Conv2d(inputs, filters, kernel, padding=kernel // 2, bias=False, **conv)]
+    layers += [nn.BatchNorm2d(filters)]
+    return nn.Sequential(*layers, act()) if act else nn.Sequential(*layers)
+
+
+def head(channels):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 5))
+
+
+def chain():
+    return nn.Sequential(conv_bn(3, 8), conv_bn(8, 12), conv_bn(12, 8, 1), head(8))
+
+
+class Block(nn.Module):
+    """A residual block: of two 3x3 convolutions, or of 1x1, 3x3 and 1x1."""
+
+    def __init__(self, inputs, filters, bottleneck):
+        super().__init__()
+        self.first = conv_bn(inputs, filters, 1 if bottleneck else 3)
+        self.middle = conv_bn(filters, filters) if bottleneck else nn.Identity()
+        self.last = conv_bn(filters, 16, 1 if bottleneck else 3, act=None)
+        self.skip = conv_bn(inputs, 16, 1, act=None) if inputs != 16 else nn.Identity()
+
+    def forward(self, x):
+        return torch.relu(self.last(self.middle(self.first(x))) + self.skip(x))
+
+
+def resnet(bottleneck):
+    blocks = [Block(n, 8, bottleneck) for n in (6, 16, 16)]
+    return nn.Sequential(conv_bn(3, 6), *blocks, conv_bn(16, 6, 1), head(6))
+
+
+class Dense(nn.Module):
+    """Every layer reads all before it; the norm layer stands in front of the convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv_bn(3, 6)
+        self.layers = nn.ModuleList(
+            nn.Sequential(conv_bn(6 + 4 * i, 8, 1), conv_bn(8, 4)) for i in range(3)
+        )
+        self.head = head(18)
+
+    def forward(self, x):
+        features = [self.stem(x)]
+        for layer in self.layers:
+            features.append(layer(torch.cat(features, 1)))
+        return self.head(torch.cat(features, 1))
+
+
+def mobilenet():
+    depthwise = [conv_bn(16, 16, groups=16, act=nn.ReLU6), conv_bn(16, 8, 1, act=None)]
+    return nn.Sequential(conv_bn(3, 6), conv_bn(6, 16, 1, act=nn.ReLU6), *depthwise, head(8))
+
+
+def resnext():
+    return nn.Sequential(conv_bn(3, 8), conv_bn(8, 12, groups=4), conv_bn(12, 8, 1), head(8))
+
+
+class SharedHead(nn.Module):
+    """One head for two levels, with a norm layer of its own for each, as RetinaSepBN's."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down = conv_bn(3, 8), conv_bn(8, 8, stride=2)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+        self.shared, self.out = conv_bn(8, 8), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x):
+        fine = self.stem(x)
+        levels = [fine, self.down(fine)]
+        norms = zip(self.norms, levels, strict=True)
+        return [self.out(self.shared(norm(self.conv(x)).relu())) for norm, x in norms]

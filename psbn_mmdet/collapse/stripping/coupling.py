@@ -100,7 +100,13 @@ def couple(model: nn.Module, run: Run) -> Coupling:
     finally:
         for hook in hooks:
             hook.remove()
-    return Coupling(tuple(_channels(twin, graph, tp)), _normalized_by(twin, graph))
+    channels = tuple(_channels(twin, graph, tp))
+    if not channels:
+        raise StripError(
+            "the model cannot be traced: no gradient reaches any convolution or linear layer "
+            "(does it run under torch.no_grad or inference_mode?)"
+        )
+    return Coupling(channels, _normalized_by(twin, graph))
 
 
 def _channels(model: nn.Module, graph: Any, tp: Any) -> Iterator[Channel]:

@@ -73,7 +73,7 @@ def _varies(channel: Channel, constants: Mapping[str, Tensor]) -> str | None:
         if name not in constants:
             return f"{name} reads it, which did not run"
         if constants[name][index].isnan():
-            return f"something that varies reaches {name} in the same channel"
+            return f"{name} reads something that varies in the same channel"
     return None
 
 

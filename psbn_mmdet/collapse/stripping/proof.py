@@ -49,10 +49,14 @@ def runner(
     for way in ways:
         try:
             with torch.no_grad():
-                tensors_in(way(model))
+                outputs = tensors_in(way(model))
         except Exception as caught:  # whatever a forward() raises
             error = caught
         else:
+            if not outputs:
+                raise StripError(
+                    "the model returns no tensors of floating point, so nothing can be compared"
+                )
             return way, described
     raise StripError(
         f"the model cannot be called with images {described}: {type(error).__name__}: "
