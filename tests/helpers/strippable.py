@@ -27,15 +27,15 @@ def kill(norm, filters, bias=-0.5):
         norm.bias[filters] = torch.as_tensor(bias)
 
 
-def kill_at_random(model, share=0.5, seed=0, keep=lambda name: False):
-    """Kill a share of the filters of each BN layer that `keep` does not name: name -> filters."""
+def kill_at_random(model, share=0.5, seed=0, bias=-0.5):
+    """Kill a share of the filters of each BN layer: name -> filters."""
     generator = torch.Generator().manual_seed(seed)
     killed = {}
     for name, norm in norm_layers(model).items():
-        if isinstance(norm, _BatchNorm) and not keep(name):
+        if isinstance(norm, _BatchNorm):
             order = torch.randperm(norm.num_features, generator=generator)
             killed[name] = sorted(order[: int(share * norm.num_features)].tolist())
-            kill(norm, killed[name])
+            kill(norm, killed[name], bias)
     return killed
 
 
@@ -60,8 +60,9 @@ def conv_bn(inputs, filters, kernel=3, act=nn.ReLU, **conv):
     return nn.Sequential(*layers, act()) if act else nn.Sequential(*layers)
 
 
-def head(channels):
-    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 5))
+def head(channels, pool=2):
+    linear = nn.Linear(pool**2 * channels, 5)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(pool), nn.Flatten(), linear)
 
 
 def chain():
@@ -88,15 +89,15 @@ def resnet(bottleneck):
 
 
 class Dense(nn.Module):
-    """Every layer reads all before it; the norm layer stands in front of the convolution."""
+    """Every layer reads all before it."""
 
-    def __init__(self):
+    def __init__(self, pool=1):
         super().__init__()
         self.stem = conv_bn(3, 6)
         self.layers = nn.ModuleList(
             nn.Sequential(conv_bn(6 + 4 * i, 8, 1), conv_bn(8, 4)) for i in range(3)
         )
-        self.head = head(18)
+        self.head = head(18, pool)
 
     def forward(self, x):
         features = [self.stem(x)]

@@ -100,7 +100,7 @@ def couple(model: nn.Module, run: Run) -> Coupling:
     finally:
         for hook in hooks:
             hook.remove()
-    channels = tuple(_channels(twin, graph, tp))
+    channels = _consistent(twin, list(_channels(twin, graph, tp)))
     if not channels:
         raise StripError(
             "the model cannot be traced: no gradient reaches any convolution or linear layer "
@@ -156,6 +156,40 @@ def _channels(model: nn.Module, graph: Any, tp: Any) -> Iterator[Channel]:
             if not any(side == "in" for _, side, _ in unique):
                 blocked.setdefault(root, f"what reads {names[module]} was not traced")
             yield Channel(names[module], unique, blocked.get(root))
+
+
+def _consistent(model: nn.Module, channels: list[Channel]) -> tuple[Channel, ...]:
+    """Block what contradicts itself: entries that do not exist, or that two channels claim.
+
+    Torch-Pruning infers from numbers of channels what a reshape or a concatenation does, and can
+    be wrong (a concatenation that is pooled to more than one position and flattened, say).
+    """
+    modules = dict(model.named_modules())
+    claims: dict[tuple[str, str, int], int] = defaultdict(int)
+    for channel in channels:
+        for entry in channel.entries:
+            claims[entry] += 1
+    checked = []
+    for channel in channels:
+        real = tuple(e for e in channel.entries if e[2] < width(modules[e[0]], e[1]))
+        if len(real) < len(channel.entries) or any(claims[entry] > 1 for entry in real):
+            reason = channel.blocked or "Torch-Pruning traces its way inconsistently"
+            channel = Channel(channel.group, real, reason)
+        checked.append(channel)
+    return tuple(checked)
+
+
+def width(layer: nn.Module, side: str) -> int:
+    """How many channels a layer has on a side."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features if side == "in" else layer.out_features
+    if isinstance(layer, _ConvNd):
+        return layer.in_channels if side == "in" else layer.out_channels
+    if isinstance(layer, nn.PReLU):
+        return layer.num_parameters
+    if isinstance(layer, _BatchNorm | _InstanceNorm):
+        return layer.num_features
+    return -1
 
 
 def _normalized_by(model: nn.Module, graph: Any) -> dict[str, tuple[str, ...] | None]:

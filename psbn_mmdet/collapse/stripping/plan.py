@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from .coupling import Channel, Coupling
-from .surgery import width
+from .coupling import Channel, Coupling, width
 from .wiring import is_padded
 
 

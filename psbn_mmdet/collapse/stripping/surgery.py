@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .coupling import Channel, StripError
+from .coupling import Channel, StripError, width
 from .wiring import is_padded
 
 Cut = dict[str, dict[str, Any]]
@@ -103,19 +102,6 @@ def cut_of(model: nn.Module, gone: Iterable[Channel], biases: Iterable[str] = ()
     for name in biases:
         cut.setdefault(name, {})["bias"] = True
     return cut
-
-
-def width(layer: nn.Module, side: str) -> int:
-    """How many channels a layer has on a side."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features if side == "in" else layer.out_features
-    if isinstance(layer, _ConvNd):
-        return layer.in_channels if side == "in" else layer.out_channels
-    if isinstance(layer, nn.PReLU):
-        return layer.num_parameters
-    if isinstance(layer, _BatchNorm | _InstanceNorm):
-        return layer.num_features
-    return -1
 
 
 @torch.no_grad()
