@@ -56,7 +56,7 @@ def expected_to_go(killed, bottleneck):
     """Layer -> filters, from what was killed and which layers are added up."""
     sums = defaultdict(list)
     for name in killed:
-        for pattern in SUMS[0 if bottleneck else 1 :]:
+        for pattern in SUMS[:1] if bottleneck else SUMS[1:]:
             if found := re.fullmatch(pattern, name):
                 sums[found[1]].append(name)
                 break
