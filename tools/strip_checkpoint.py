@@ -15,7 +15,6 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,8 @@ def build(cfg: Config, checkpoint: Any, name: str) -> nn.Module:
     model = MODELS.build(cfg.model)
     require_fit(model, checkpoint, name, strict=True)
     model.load_state_dict(state_dict_of(checkpoint, name), strict=False)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def read_images(cfg: Config, model: nn.Module, folder: Path, count: int) -> Tensor:
@@ -73,7 +73,8 @@ def read_images(cfg: Config, model: nn.Module, folder: Path, count: int) -> Tens
     pipeline = Compose(steps)
     data = [pipeline(dict(img_path=str(path), img_id=i)) for i, path in enumerate(paths)]
     batch = {key: [each[key] for each in data] for key in ("inputs", "data_samples")}
-    return model.data_preprocessor(batch, False)["inputs"]
+    preprocessor: Any = model.data_preprocessor
+    return preprocessor(batch, False)["inputs"]
 
 
 def write(folder: Path, cfg: Config, args: argparse.Namespace, stripped: Any, old: Any) -> None:
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config)
     checkpoint = load(args.checkpoint)
     model = build(cfg, checkpoint, args.checkpoint)
-    inputs = (3, *args.size)
+    inputs: Any = (3, *args.size)
     if args.data:
         inputs = read_images(cfg, model, args.data, args.images)
     stripped = strip(
@@ -190,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -308,6 +308,21 @@ def test_given_images_and_functions_are_run_too():
     assert strip(model, SIZE).record["proof"]["images"] == "2 random of 3x16x16"
 
 
+def test_a_model_whose_eval_returns_nothing_as_of_mmdets_backbones():
+    class Backbone(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[0].requires_grad_(False)  # a frozen stage
+
+    model = Backbone(*chain())
+    with_statistics(nn.Sequential(*model))
+    kill_at_random(model, 0.5)
+    stripped = strip(model, SIZE)
+    assert stripped.record["kept"] == []
+    model.eval()
+    assert relative_difference(model, stripped.model) < 1e-5
+
+
 def test_training_goes_on_from_the_stripped_network():
     model = with_statistics(resnet(False))
     kill_at_random(model, 0.5)

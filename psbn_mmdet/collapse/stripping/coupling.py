@@ -73,7 +73,7 @@ def couple(model: nn.Module, run: Run) -> Coupling:
     twin = copy.deepcopy(model)
     for module in twin.modules():
         if getattr(module, "with_cp", False):  # mmdet's checkpointing hides the graph
-            module.with_cp = False
+            setattr(module, "with_cp", False)  # noqa: B010 (not an attribute of nn.Module)
     outputs_of_layers: list[Tensor] = []
     hooks = [
         m.register_forward_hook(lambda module, args, out: outputs_of_layers.extend(tensors_in(out)))
@@ -110,7 +110,7 @@ def couple(model: nn.Module, run: Run) -> Coupling:
 
 
 def _channels(model: nn.Module, graph: Any, tp: Any) -> Iterator[Channel]:
-    names = {module: name for name, module in model.named_modules()}
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     covered: set[tuple[nn.Module, int]] = set()
     for module in [m for m in graph.module2node if isinstance(m, nn.Linear | _ConvNd)]:
         missing = [i for i in range(filters_of(module)) if (module, i) not in covered]
@@ -122,7 +122,7 @@ def _channels(model: nn.Module, graph: Any, tp: Any) -> Iterator[Channel]:
         for item in graph.get_pruning_group(module, prune, missing):
             node, layer = item.dep.target, item.dep.target.module
             inward = item.dep.handler.__name__ == "prune_in_channels"
-            name, side, reason = names.get(layer), None, None
+            name, side, reason = names.get(layer, ""), None, None
             if isinstance(layer, tp.ops._OutputOp):
                 reason = "it reaches the output of the model"
             elif isinstance(layer, _ConvNd) and node.type == tp.ops.OPTYPE.DEPTHWISE_CONV:

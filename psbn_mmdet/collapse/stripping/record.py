@@ -100,7 +100,8 @@ def macs_record(
     size = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else inputs
     live = {m: ~collapsed(m.weight.detach(), threshold) for m in norm_modules(original).values()}
     flops = probe(original, live, size)
-    old, new = dict(original.named_modules()), dict(stripped.named_modules())
+    old: dict[str, Any] = dict(original.named_modules())
+    new: dict[str, Any] = dict(stripped.named_modules())
     after = {
         row["name"]: row["total"]
         * new[row["name"]].weight.numel()
@@ -120,10 +121,10 @@ def _explained(
 ) -> list[dict[str, Any]]:
     """The layers whose FLOPs are not what was predicted, and why."""
     whys: dict[str, dict[str, None]] = defaultdict(dict)
-    for channel, why in planned.kept:
+    for channel, reason in planned.kept:
         if any(kinds[name][index] != "live" for name, index in _norm_entries(channel, kinds)):
             for name, _, _ in channel.entries:
-                whys[name][why] = None
+                whys[name][reason] = None
     fewer = "inactive filters went, or live ones that only removed ones read"
     chance = "its inputs vary; some were constant in the run that predicted, on few positions"
     lines = []

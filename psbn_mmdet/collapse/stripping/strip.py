@@ -92,7 +92,8 @@ def strip(
     check_thresholds(threshold, 0 if inactive_below is None else inactive_below)
     if borders not in ("exact", "fold"):
         raise StripError(f"borders is 'exact' or 'fold', got {borders!r}")
-    original = copy.deepcopy(model).eval()
+    original = copy.deepcopy(model)
+    original.eval()  # that of mmdet's backbones returns nothing
     n_psbn = sum(isinstance(m, PostShift) for m in original.modules())
     to_bn(original)
     _refuse_other_norms(original)

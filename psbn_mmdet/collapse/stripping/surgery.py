@@ -41,7 +41,7 @@ def fold(
     Returns:
         The layers that were given a bias.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     added: dict[str, Tensor] = {}
     for channel in gone:
         into = merged.get(channel, channel)
@@ -73,7 +73,7 @@ def fold(
     return new
 
 
-def _input_weights(layer: nn.Module, index: int) -> Tensor:
+def _input_weights(layer: Any, index: int) -> Tensor:
     """The weights of an input channel, (filters that read it, ...), as a view."""
     if getattr(layer, "transposed", False):
         return layer.weight[index]
@@ -81,14 +81,14 @@ def _input_weights(layer: nn.Module, index: int) -> Tensor:
     return layer.weight.unflatten(0, (getattr(layer, "groups", 1), -1))[group, :, at].unsqueeze(1)
 
 
-def _group_of(layer: nn.Module, index: int, values: Tensor) -> Tensor:
+def _group_of(layer: Any, index: int, values: Tensor) -> Tensor:
     """Those of the values per filter, (C_out,), whose filters read an input channel; a view."""
     return values.view(getattr(layer, "groups", 1), -1)[index // layer.weight.shape[1]]
 
 
 def cut_of(model: nn.Module, gone: Iterable[Channel], biases: Iterable[str] = ()) -> Cut:
     """What to take out of each layer so that some channels are gone."""
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     cut: Cut = {}
     for channel in gone:
         for name, side, index in channel.entries:
@@ -118,7 +118,7 @@ def take_out(model: nn.Module, cut: Cut) -> nn.Module:
     Raises:
         StripError: The network is not the one that ``cut`` is of. It may be changed in part.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     for name, sides in cut.items():
         layer = modules.get(name)
         if layer is None:
@@ -140,7 +140,7 @@ def take_out(model: nn.Module, cut: Cut) -> nn.Module:
     return model
 
 
-def _narrow(name: str, layer: nn.Module, side: str, kept: list[int]) -> None:
+def _narrow(name: str, layer: Any, side: str, kept: list[int]) -> None:
     if isinstance(layer, nn.PReLU):
         _select(layer, "weight", 0, kept)
         layer.num_parameters = len(kept)
@@ -163,7 +163,7 @@ def _narrow(name: str, layer: nn.Module, side: str, kept: list[int]) -> None:
         _narrow_conv(name, layer, side, kept)
 
 
-def _narrow_conv(name: str, conv: nn.Module, side: str, kept: list[int]) -> None:
+def _narrow_conv(name: str, conv: Any, side: str, kept: list[int]) -> None:
     channels = width(conv, side)
     per_group = channels // conv.groups
     by_group = [[i % per_group for i in kept if i // per_group == g] for g in range(conv.groups)]

@@ -149,7 +149,7 @@ def _conv_hook(
     return after
 
 
-def _reached(conv: nn.Module, varies: Tensor) -> Tensor:
+def _reached(conv: Any, varies: Tensor) -> Tensor:
     """Which filters have a weight other than 0 for an input channel that varies: (C_out,)."""
     groups = getattr(conv, "groups", 1)
     nonzero = (conv.weight != 0).flatten(2).any(2) if conv.weight.dim() > 2 else conv.weight != 0
