@@ -156,6 +156,40 @@ def test_where_the_tracer_contradicts_itself_channels_are_left_whole():
     assert relative_difference(model, stripped.model) < 1e-5
 
 
+def test_what_code_counts_on_is_left_whole_and_the_rest_goes():
+    class Halves(nn.Module):
+        """Fixes a number of channels, which no tracer sees."""
+
+        def forward(self, x):
+            return x.view(len(x), 8, *x.shape[2:])
+
+    model = nn.Sequential(conv_bn(3, 8), Halves(), conv_bn(8, 6), conv_bn(6, 4), head(4))
+    with_statistics(model)
+    killed = kill_at_random(model, 0.5)
+    stripped = strip(model, SIZE)
+    assert stripped.record["removed"] == {n: {"dead": killed[n]} for n in ("2.1", "3.1")}
+    [kept] = stripped.record["kept"]
+    assert (kept["layer"], kept["filters"]) == ("0.1", killed["0.1"])
+    assert "does not run without it" in kept["why"]
+    assert relative_difference(model, stripped.model) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["parametrized", "tied"])
+def test_weights_that_are_no_layers_own_are_left_whole(how):
+    model = nn.Sequential(conv_bn(3, 8), conv_bn(8, 8), conv_bn(8, 8), conv_bn(8, 8), head(8))
+    with_statistics(model)
+    if how == "tied":
+        model[2][0].weight = model[1][0].weight
+    else:
+        nn.utils.parametrizations.weight_norm(model[2][0])
+    killed = kill_at_random(model, 0.5)
+    stripped = strip(model, SIZE)
+    gone = {"3.1"} if how == "tied" else {"0.1", "3.1"}
+    assert stripped.record["removed"] == {name: {"dead": killed[name]} for name in gone}
+    assert all("parametrized or shared" in each["why"] for each in stripped.record["kept"])
+    assert relative_difference(model, stripped.model) < 1e-5
+
+
 def test_a_layer_that_died_altogether_keeps_one_filter():
     model = with_statistics(resnet(False))
     kill(model[2].first[1], range(8))

@@ -1,8 +1,8 @@
 """Which channels of which layers go or stay together, by Torch-Pruning's dependency graph."""
 
 import copy
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,7 @@ def couple(model: nn.Module, run: Run) -> Coupling:
 
 def _channels(model: nn.Module, graph: Any, tp: Any) -> Iterator[Channel]:
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     covered: set[tuple[nn.Module, int]] = set()
     for module in [m for m in graph.module2node if isinstance(m, nn.Linear | _ConvNd)]:
         missing = [i for i in range(filters_of(module)) if (module, i) not in covered]
@@ -142,6 +143,8 @@ def _channels(model: nn.Module, graph: Any, tp: Any) -> Iterator[Channel]:
                     reason = f"{name} is a {type(layer).__name__}, which is left whole"
             elif isinstance(layer, nn.Parameter):
                 reason = "a parameter outside of any known layer is combined with it"
+            if side and not _owns_its_weight(layer, uses):
+                reason = f"the weight of {name} is parametrized or shared with another layer"
             if side != "in" and not reason and not node.outputs:
                 reason = f"what reads {name or 'it'} was not traced"
             for index, root in zip(item.idxs, item.root_idxs, strict=True):
@@ -156,6 +159,12 @@ def _channels(model: nn.Module, graph: Any, tp: Any) -> Iterator[Channel]:
             if not any(side == "in" for _, side, _ in unique):
                 blocked.setdefault(root, f"what reads {names[module]} was not traced")
             yield Channel(names[module], unique, blocked.get(root))
+
+
+def _owns_its_weight(layer: nn.Module, uses: Mapping[int, int]) -> bool:
+    own = [layer._parameters.get("weight"), layer._parameters.get("bias")]
+    plain = "weight" in layer._parameters and not nn.utils.parametrize.is_parametrized(layer)
+    return plain and all(p is None or uses[id(p)] == 1 for p in own)
 
 
 def _consistent(model: nn.Module, channels: list[Channel]) -> tuple[Channel, ...]:

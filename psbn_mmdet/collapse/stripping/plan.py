@@ -67,6 +67,24 @@ def plan(
     return Plan(gone, list(kept.items()), merged, constants)
 
 
+def restricted(planned: Plan, model: nn.Module, groups: set[str], why: str | None = None) -> Plan:
+    """A plan in which only channels of some groups go.
+
+    Args:
+        planned: The whole plan.
+        model: In which the channels are.
+        groups: The groups, as :class:`.coupling.Channel` names them.
+        why: What keeps the others.
+    """
+    gone = [channel for channel in planned.gone if channel.group in groups]
+    kept = dict(planned.kept)
+    kept.update({c: why or "not asked for" for c in planned.gone if c.group not in groups})
+    _leave_whole_layers(dict(model.named_modules()), gone, kept)
+    still = set(gone)
+    merged = {channel: into for channel, into in planned.merged.items() if channel in still}
+    return Plan(gone, list(kept.items()), merged, planned.constants)
+
+
 def _varies(channel: Channel, constants: Mapping[str, Tensor]) -> str | None:
     for name, index in channel.inputs:
         if name not in constants:

@@ -80,23 +80,27 @@ class Difference:
     outputs: int
 
 
+class DoesNotRunError(StripError):
+    """A stripped network does not run, or returns something of another shape."""
+
+
 @torch.no_grad()
 def difference(original: nn.Module, stripped: nn.Module, run: Run) -> Difference:
     """Run two networks on the same images.
 
     Raises:
-        StripError: The second one does not run, or returns something of another shape.
+        DoesNotRunError: The second one does not.
     """
     expected = tensors_in(_seeded(original, run))
     try:
         got = tensors_in(_seeded(stripped, run))
     except Exception as error:  # what a wrong trace leads to
         reason = " ".join(str(error).split())[:200]
-        raise StripError(
+        raise DoesNotRunError(
             f"the stripped network does not run, so that the model was not traced right: {reason}"
         ) from error
     if [t.shape for t in expected] != [t.shape for t in got] or not expected:
-        raise StripError("the stripped network returns something else than the original")
+        raise DoesNotRunError("the stripped network returns something else than the original")
     relative, largest = torch.zeros(()), torch.zeros(())
     for a, b in zip(expected, got, strict=True):
         if a.numel():

@@ -98,7 +98,8 @@ def macs_record(
     as detectors of two stages may choose another number of proposals on random numbers.)
     """
     size = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else inputs
-    live = {m: ~collapsed(m.weight.detach(), threshold) for m in norm_modules(original).values()}
+    norms: list[Any] = list(norm_modules(original).values())
+    live = {m: ~collapsed(m.weight.detach(), threshold) for m in norms}
     flops = probe(original, live, size)
     old: dict[str, Any] = dict(original.named_modules())
     new: dict[str, Any] = dict(stripped.named_modules())

@@ -16,8 +16,8 @@ from ..criteria import dead as dead_filters
 from ..criteria import inactive as inactive_filters
 from ..layers import Layer, layers_of_model, norm_modules
 from .coupling import StripError, couple
-from .plan import Plan, plan
-from .proof import Difference, difference, runner
+from .plan import Plan, plan, restricted
+from .proof import Difference, DoesNotRunError, difference, runner
 from .record import filters_record, inactive_bound, kinds_of, macs_record
 from .surgery import Cut, cut_of, fold, take_out
 from .wiring import Fate, arriving_constants
@@ -108,11 +108,29 @@ def strip(
         fates = _fates(original, layers, threshold, inactive)
         constants = arriving_constants(original, fates, run, fold_borders)
         planned = plan(original, coupling, constants, fold_borders)
+        try:
+            return carried_out(planned)
+        except DoesNotRunError:
+            # Code that counts on a number of channels, which no tracer sees: leave that whole.
+            groups = {channel.group for channel in planned.gone}
+            sound = {group for group in groups if runs(restricted(planned, original, {group}))}
+            why = "the network does not run without it"
+            return carried_out(restricted(planned, original, sound, why))
+
+    def carried_out(planned: Plan) -> tuple[nn.Module, Plan, Cut, Difference]:
         twin = copy.deepcopy(original)
-        biases = fold(twin, planned.gone, planned.merged, constants, coupling.normalized_by)
+        constants, norms = planned.constants, coupling.normalized_by
+        biases = fold(twin, planned.gone, planned.merged, constants, norms)
         cut = cut_of(twin, planned.gone, biases)
         take_out(twin, cut)
         return twin, planned, cut, difference(original, twin, run)
+
+    def runs(planned: Plan) -> bool:
+        try:
+            carried_out(planned)
+        except StripError:
+            return False
+        return True
 
     differences = {}
     if inactive_below is not None or borders == "fold":
