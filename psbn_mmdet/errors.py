@@ -5,6 +5,7 @@ option) derives from :class:`PsbnError` and carries one line that names what was
 do. Command lines print that line and end with :data:`BAD_INPUT`.
 """
 
+import importlib.util
 import os
 import sys
 import warnings
@@ -45,6 +46,22 @@ def refuse_to_overwrite(*paths: str | os.PathLike | None, overwrite: bool = Fals
             raise OutputExistsError(
                 f"{path}: exists already; remove it, name another file or add --overwrite"
             )
+
+
+def require_packages(extra: str, *names: str) -> None:
+    """Hold a command line to name what it lacks before it starts.
+
+    Args:
+        extra: The optional dependencies of psbn_mmdet that bring them.
+        names: Packages, as they are imported.
+
+    Raises:
+        PsbnError: One of them is not installed.
+    """
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise PsbnError(
+            f"needs {', '.join(missing)}, not installed here; pip install 'psbn_mmdet[{extra}]'"
+        )
 
 
 @contextmanager

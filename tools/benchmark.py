@@ -121,7 +121,7 @@ def retinanet(norm: str) -> nn.Module:
     return model
 
 
-def training_step(model: nn.Module) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+def training_step(model: Any) -> tuple[Callable[[], None], torch.optim.Optimizer]:
     """A step of SGD on random images with random boxes."""
     from mmdet.testing import demo_mm_inputs
 
@@ -178,8 +178,6 @@ def bench_step(rounds: int = 20) -> str:
 
 
 def bench_hook(rounds: int = 30) -> str:
-    from mmengine.logging import MessageHub
-
     from psbn_mmdet.collapse.hook import SparsityLoggerHook
 
     model = retinanet("bn")
@@ -192,7 +190,8 @@ def bench_hook(rounds: int = 30) -> str:
             optim_wrapper=SimpleNamespace(optimizer=optimizer),
             cfg={},
             logger=SimpleNamespace(info=lambda _: None, warning=lambda _: None),
-            message_hub=MessageHub.get_instance("benchmark"),
+            visualizer=SimpleNamespace(add_scalars=lambda *_, **__: None),
+            hooks=[],
         )
         hook = SparsityLoggerHook(interval=1, figures=False)
         hook.before_train(runner)
@@ -225,7 +224,7 @@ def bench_anchored(rounds: int = 30) -> str:
     # One model and one optimizer, so that memory lies the same.
     model = retinanet("bn")
     step, optimizer = training_step(model)
-    handles = []
+    handles: list[Any] = []
 
     def put_on_or_off(name: str) -> None:
         while handles:
@@ -246,24 +245,24 @@ def bench_anchored(rounds: int = 30) -> str:
 
 def bench_measure(rounds: int = 200) -> str:
     model = retinanet("bn")
-    layers = list(norm_modules(model).values())
+    layers: list[Any] = list(norm_modules(model).values())
 
     def loop_of_the_same_counts() -> None:
-        found = dict.fromkeys(("filters", "collapsed", "constant", "inactive", "probability"), 0)
+        counts = dict.fromkeys(("filters", "collapsed", "constant", "inactive", "probability"), 0.0)
         for layer in layers:
             gamma, bias = layer.weight.detach(), layer.bias.detach()
             collapsed = gamma.abs() < 1e-3
             probability = activation_probability(gamma, bias)
-            found["filters"] += gamma.numel()
-            found["collapsed"] += collapsed.sum().item()
-            found["constant"] += (collapsed & (bias >= 1e-3)).sum().item()
-            found["inactive"] += (probability < 1e-3).sum().item()
-            found["probability"] += probability.sum().item()
+            counts["filters"] += gamma.numel()
+            counts["collapsed"] += collapsed.sum().item()
+            counts["constant"] += (collapsed & (bias >= 1e-3)).sum().item()
+            counts["inactive"] += (probability < 1e-3).sum().item()
+            counts["probability"] += probability.sum().item()
 
     def loop_of_gamma_alone() -> None:
-        found = 0
+        collapsed = 0.0
         for layer in layers:
-            found += (layer.weight.detach().abs() < 1e-3).sum().item()
+            collapsed += (layer.weight.detach().abs() < 1e-3).sum().item()
 
     variants = {
         "loop of the same counts": loop_of_the_same_counts,

@@ -6,27 +6,38 @@
 A repeated name is another seed of that arm; every arm is compared with the first. A work dir of
 tools/train.py and tools/test.py is asked for its results, checkpoint and annotation file.
 
-Exit status: 0; 1 when an --expect does not hold; 2 for input that cannot be compared.
+Exit status: 0; 1 when an expectation does not hold; 2 for input that cannot be compared.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+from psbn_mmdet.errors import (
+    FAILED,
+    PsbnError,
+    errors_in_one_line,
+    refuse_to_overwrite,
+    require_packages,
+)
 
-from psbn_mmdet.ap import coco_files, compare, tables
+if TYPE_CHECKING:
+    from psbn_mmdet.ap.runs import RunFiles
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    try:
-        return _run(args)
-    except coco_files.InputError as e:
-        print(f"compare_ap.py: {e}", file=sys.stderr)
-        return 2
+def main() -> None:
+    args = _parser().parse_args()
+    with errors_in_one_line():
+        require_packages("ap", "numba", "scipy", "msgspec", "tqdm")
+        if args.html:
+            require_packages("ap", "plotly", "jinja2")
+        holds = _run(args)
+    sys.exit(0 if holds else FAILED)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,102 +54,147 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--table2", action="store_true", help="lay out as the psBN paper does")
     parser.add_argument("--json", metavar="FILE", help="write the numbers")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page")
-    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     parser.add_argument(
         "--expect",
         action="append",
         default=[],
         metavar="'ARM-BASELINE>=AP'",
-        help="fail unless the observed difference in AP points is so, as 'psbn-bn>=0.3'",
+        help="fail unless the whole interval of the difference in AP points is so: its lower end "
+        "for >= and >, its upper end for <= and <; as 'psbn-bn>=0.3'",
+    )
+    parser.add_argument(
+        "--expect-observed",
+        action="append",
+        default=[],
+        metavar="'ARM-BASELINE>=AP'",
+        help="fail unless the observed difference is so, however wide its interval",
     )
     parser.add_argument(
         "--missing-is-empty",
         action="store_true",
-        help="images without a box were looked at and nothing was found",
+        help="images without a box were looked at and nothing was detected there",
     )
     return parser
 
 
-def _run(args: argparse.Namespace) -> int:
-    runs, arms = [], {}
-    for given in args.runs:
-        arm, equals, path = given.partition("=")
-        if not (arm and equals and path):
-            raise coco_files.InputError(f"{given!r}: wanted ARM=RUN, as bn=work_dirs/bn_s0")
-        arms.setdefault(arm, []).append(len(runs))
-        runs.append(coco_files.find_run(arm, path))
-    _check(args, runs, arms)
-    expected = [tables.parse_expectation(e, list(arms)) for e in args.expect]
-    pairs = (
-        tables.table2_pairs(list(arms))
-        if args.table2
-        else [(arm, next(iter(arms))) for arm in list(arms)[1:]]
-    )
-    pairs += [e[:2] for e in expected if e[:2] not in pairs]
+def _run(args: argparse.Namespace) -> bool:
+    """Compare, say and write; whether all expectations hold."""
+    from tqdm import tqdm
+
+    from psbn_mmdet.ap import coco_files, compare, expect, runs, tables
 
     def bar(items, what="resamples", total=args.resamples):
         return tqdm(items, desc=what, total=total, disable=None)  # None: only on a terminal
 
-    annotations = coco_files.read_shared_annotations(runs, args.ann)
+    named = [_named(given) for given in args.runs]
+    files = [runs.find_run(arm, path) for arm, path in named]
+    arms: dict[str, list[int]] = {}
+    for i, (arm, _) in enumerate(named):
+        arms.setdefault(arm, []).append(i)
+    _check(args, files, arms)
+    names = list(arms)
+    expectations = [expect.parse(e, names) for e in args.expect]
+    expectations += [expect.parse(e, names, observed=True) for e in args.expect_observed]
+    first, *others = names
+    pairs = tables.table2_pairs(names) if args.table2 else [(arm, first) for arm in others]
+    pairs = list(dict.fromkeys([*pairs, *((e.arm, e.baseline) for e in expectations)]))
+
+    annotations = runs.read_shared_annotations(files, args.ann)
     results = [
-        coco_files.read_results(run.results, annotations) for run in bar(runs, "reading", len(runs))
+        coco_files.read_results(f.results, annotations) for f in bar(files, "reading", len(files))
     ]
-    warnings = [w for run in runs for w in run.warnings]
     # a work dir's config says on which images its model was run, a bare result file does not
-    said = args.missing_is_empty or (not args.ann and all(run.annotations for run in runs))
-    warnings += coco_files.check_same_images(annotations, results, said)
+    said = args.missing_is_empty or (not args.ann and all(f.annotations for f in files))
+    warnings = [
+        *annotations.warnings,
+        *(w for f in files for w in f.warnings),
+        *runs.check_same_images(annotations, results, said),
+        *runs.check_distinct(files, results),
+    ]
     measured = compare.measure(
         annotations, results, args.resamples, args.seed, args.sizes, args.threads, bar
     )
+    runs.check_reported(files, measured.observed[:, 0] / 100, annotations)
     c = compare.compare(measured, arms, pairs, args.confidence, args.seed, warnings)
-
-    print(tables.markdown(c, runs, len(annotations.image_ids), args.table2))
-    held = {
-        text: tables.holds(next(d for d in c.differences if (d.arm, d.baseline) == e[:2]), *e[2:])
-        for text, e in zip(args.expect, expected, strict=True)
+    checked = [e.check(c) for e in expectations]
+    settings = {
+        "annotations": annotations.path,
+        "images": len(annotations.image_ids),
+        "resamples": args.resamples,
+        "seed": args.seed,
     }
+    report = tables.report(
+        c,
+        files,
+        settings,
+        args.table2,
+        {e.option: holds for e, (holds, _) in zip(expectations, checked, strict=True)},
+    )
+
+    texts = {}
     if args.json:
-        settings = {"annotations": annotations.path, "images": len(annotations.image_ids)}
-        settings |= {"resamples": args.resamples, "seed": args.seed}
-        data = tables.as_json(c, runs, settings, held)
-        _write(args.json, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        data = tables.as_json(report)
+        texts[args.json] = json.dumps(data, indent=1, allow_nan=False) + "\n"
     if args.html:
-        from psbn_mmdet.ap import page
+        from psbn_mmdet.ap import images, page
 
-        _write(args.html, page.page(c, runs, annotations, results, args.table2, args.threads))
-    for text, held_so in held.items():
-        print(f"expected {text}: {'holds' if held_so else 'DOES NOT HOLD'}", file=sys.stderr)
-    return 0 if all(held.values()) else 1
+        weights = images.weigh_images(c, annotations, results, args.threads)
+        texts[args.html] = page.page(report, weights)
+    print(tables.markdown(report))
+    for file, text in texts.items():
+        _write(file, text)
+    for _, sentence in checked:
+        print(sentence, file=sys.stderr)
+    return all(holds for holds, _ in checked)
 
 
-def _check(args: argparse.Namespace, runs: list, arms: dict[str, list[int]]) -> None:
-    """Refuses, before anything is computed, what would only fail after it."""
+def _named(given: str) -> tuple[str, str]:
+    arm, equals, path = given.partition("=")
+    if not (arm and equals and path):
+        raise PsbnError(f"{given!r}: wanted ARM=RUN, as bn=work_dirs/bn_s0")
+    return arm, path
+
+
+def _check(
+    args: argparse.Namespace, files: Sequence["RunFiles"], arms: dict[str, list[int]]
+) -> None:
+    """Refuse, before anything is computed, what would only fail after it."""
     if len(arms) < 2:
-        raise coco_files.InputError(f"only one arm, {runs[0].arm}; wanted two or more to compare")
+        raise PsbnError(f"only one arm, {files[0].arm}; wanted two or more to compare")
     for arm, members in arms.items():
-        files = [os.path.realpath(runs[i].results) for i in members]
-        if len(set(files)) < len(files):
-            raise coco_files.InputError(f"arm {arm} names {runs[members[0]].results} twice")
+        paths = [os.path.realpath(files[i].results) for i in members]
+        if twice := next((p for p in paths if paths.count(p) > 1), None):
+            raise PsbnError(f"arm {arm} names {twice} twice")
     if args.resamples < 100:
-        raise coco_files.InputError(f"--resamples {args.resamples}: an interval needs 100 or more")
+        raise PsbnError(f"--resamples {args.resamples}: an interval needs 100 or more")
     if not 0.5 <= args.confidence < 1:
-        raise coco_files.InputError(f"--confidence {args.confidence}: wanted 0.5 to 1, as 0.95")
+        raise PsbnError(f"--confidence {args.confidence}: wanted 0.5 to 1, as 0.95")
+    # that many draws must lie outside, or the interval ends at the outermost draw
+    if (wanted := 2 / (1 - args.confidence)) > args.resamples + 1:
+        raise PsbnError(
+            f"--confidence {args.confidence}: needs --resamples {math.ceil(wanted)} or more"
+        )
     if args.threads < 1:
-        raise coco_files.InputError(f"--threads {args.threads}: wanted 1 or more")
-    for file in filter(None, (args.json, args.html)):
-        if Path(file).exists() and not args.force:
-            raise coco_files.InputError(f"{file}: exists; name another file or say --force")
-        if not Path(file).resolve().parent.is_dir():
-            raise coco_files.InputError(f"{file}: its folder does not exist")
+        raise PsbnError(f"--threads {args.threads}: wanted 1 or more")
+    if args.seed < 0:
+        raise PsbnError(f"--seed {args.seed}: wanted 0 or more")
+    if args.json and args.html and os.path.realpath(args.json) == os.path.realpath(args.html):
+        raise PsbnError(f"{args.json}: named by both --json and --html; name two files")
+    refuse_to_overwrite(args.json, args.html, overwrite=args.overwrite)
 
 
 def _write(file: str, text: str) -> None:
-    """Writes the file whole or not at all."""
+    """Write the file whole or not at all."""
     part = Path(f"{file}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise PsbnError(f"{file}: cannot be written ({e.strerror})") from None
     print(f"wrote {file}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

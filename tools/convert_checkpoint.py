@@ -3,119 +3,139 @@
     tools/convert_checkpoint.py bn.pth psbn.pth --to psbn
     tools/convert_checkpoint.py psbn.pth plain.pth --to bn
 
-The layers are changed (bias = beta + alpha), all else stays; optimizer, schedules
-and the like are dropped unless asked for. BN checkpoints also load into psBN
-models as they are; converting is for leaving this package, and for tools that
-want the keys to fit. OUT is written as safetensors if it is so named, and never
-overwritten. An InstanceNorm without running statistics cannot be recognised in a
-checkpoint and stays as it is: convert the model with to_psbn.
+Every state dict in the file is converted (bias = beta + alpha): the weights and what stands beside
+them, such as state_dict_ema or model_ema. All else of the weights stays; optimizer, schedules and
+the weights that mmengine's EMAHook goes on with are dropped unless asked for. BN checkpoints also
+load into psBN models as they are; converting is for leaving this package, and for tools that want
+the keys to fit. OUT is written as safetensors if it is so named. An InstanceNorm without running
+statistics cannot be recognised in a checkpoint and stays as it is: convert the model with to_psbn.
 """
 
 import argparse
 import os
-import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from psbn_mmdet.checkpoint import (
     CheckpointError,
     bn_state_dict,
+    convert_all,
     load,
+    locate,
     psbn_state_dict,
     state_dict_of,
 )
-from psbn_mmdet.collapse import measure
+from psbn_mmdet.errors import PsbnError, errors_in_one_line, refuse_to_overwrite
+from psbn_mmdet.norm.layers import check_alpha
+from psbn_mmdet.norm.recognize import Kind, norm_kinds
 
 
 def convert(
     checkpoint: Any, to: str, alpha: float = 0.1, keep_training_state: bool = False
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[Any, list[str]]:
     """A converted copy of what :func:`psbn_mmdet.checkpoint.load` returned.
 
-    An average of the weights (``ema_state_dict``) and the optimizer are training
-    state; momentum fits both sides, since beta stands where bias stood and its
-    gradient is the same.
+    Momentum of an optimizer fits both sides, since beta stands where bias stood and its gradient is
+    the same.
 
     Returns:
         The new checkpoint, and lines that say what was changed.
 
     Raises:
-        CheckpointError: There is no layer to convert.
+        CheckpointError: There is no layer to convert, or a part of one.
     """
 
-    def change(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    def change(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return psbn_state_dict(state_dict, alpha) if to == "psbn" else bn_state_dict(state_dict)
 
     tensors = state_dict_of(checkpoint)
-    changed = change(tensors)
-    before, after = measure(tensors), measure(changed)
-    difference = max(
-        float((a.bias - b.bias).abs().max())
-        for a, b in zip(before.layers, after.layers, strict=True)
-    )
-    psbn = changed if to == "psbn" else tensors
-    layers = sum(f"{layer.name}.beta".lstrip(".") in psbn for layer in before.layers)
-    name = f"psBN with alpha {alpha:g}" if to == "psbn" else "BN"
-    lines = [f"{layers} layers are now {name}; what they add changed by at most {difference:.1g}"]
-    where = [
-        key
-        for key, value in checkpoint.items()
-        if isinstance(value, Mapping) and any(value.get(k) is v for k, v in tensors.items())
-    ]
-    if not where:  # the checkpoint is the state dict
-        return changed, lines
+    kinds: set[Kind] = {"bn", "psbn"} if to == "psbn" else {"psbn"}
+    lines = _describe(tensors, change(tensors), to, alpha)
+    converted, places = convert_all(checkpoint, change, kinds)
+    place = locate(checkpoint)
+    lines += [f"converted too: {where}" for where in places if where != ".".join(place)]
+    if not place:  # the checkpoint is the state dict
+        return converted, lines
     new: dict[str, Any] = {}
     dropped = []
-    for key, value in checkpoint.items():
-        if key == where[0]:
-            new[key] = change(value)
-        elif key == "meta" or (keep_training_state and not key.startswith("ema")):
+    for key, value in converted.items():
+        holds_layers = any(where == key or where.startswith(f"{key}.") for where in places)
+        if keep_training_state or key == "meta" or (holds_layers and key != "ema_state_dict"):
             new[key] = value
-        elif keep_training_state and isinstance(value, Mapping):
-            new[key] = change(value)
-            lines.append(f"{key}: converted too")
         else:
             dropped.append(key)
+            lines = [line for line in lines if line != f"converted too: {key}"]
     if dropped:
         lines.append(f"dropped (training state): {', '.join(dropped)}")
-    if "cfg" in (checkpoint.get("meta") or {}):
+    meta = checkpoint.get("meta")
+    if isinstance(meta, Mapping) and "cfg" in meta:
         lines.append("meta.cfg still holds the config of the run that wrote the checkpoint")
     return new, lines
 
 
-def save(content: dict[str, Any], path: Path) -> list[str]:
-    """Write to a new file, as safetensors or as torch.save does; returns what to tell the user."""
-    notes = []
-    try:
-        file = open(path, "xb")  # noqa: SIM115 (closed below)
-    except FileExistsError:
-        raise CheckpointError(f"{path}: exists already; remove it or name another file") from None
-    try:
-        with file:
-            if path.suffix == ".safetensors":
-                from safetensors.torch import save as to_safetensors
+def _describe(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], to: str, alpha: float
+) -> list[str]:
+    """How many layers have changed, by how much what they add has, and which could not be told."""
+    old, new = norm_kinds(before), norm_kinds(after)
+    layers = [name for name in old if name in new and (old[name], new[name]) != ("bn", "bn")]
+    layers = [name for name in layers if "psbn" in (old[name], new[name])]
+    difference = max(float((_added(before, n) - _added(after, n)).abs().max()) for n in layers)
+    name = f"psBN with alpha {alpha:g}" if to == "psbn" else "BN"
+    lines = [
+        f"{len(layers)} layers are now {name}; what they add changed by at most {difference:.1g}"
+    ]
+    unknown = [name for name, kind in old.items() if kind == "unknown"]
+    if to == "psbn" and unknown:
+        lines.append(
+            f"{len(unknown)} layers without running statistics stay, as {unknown[0] or 'itself'}: "
+            "InstanceNorm, GroupNorm and LayerNorm look alike in a checkpoint"
+        )
+    return lines
 
-                tensors = state_dict_of(content)
-                file.write(to_safetensors({k: v.clone() for k, v in tensors.items()}))
-                if tensors.keys() != content.keys():
-                    notes.append("safetensors holds tensors alone: all else was left out")
-            else:
-                torch.save(content, file)
-    except BaseException:
-        os.unlink(path)
-        raise
+
+def _added(state_dict: Mapping[str, Tensor], layer: str) -> Tensor:
+    """The bias of a layer, in float64."""
+    prefix = f"{layer}." if layer else ""
+    if f"{prefix}bias" in state_dict:
+        return state_dict[f"{prefix}bias"].double()
+    return state_dict[f"{prefix}beta"].double() + state_dict[f"{prefix}alpha"].double()
+
+
+def save(content: dict[str, Any], path: Path) -> list[str]:
+    """Write a file, as safetensors or as torch.save does; returns what to tell the user."""
+    notes = []
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")  # what stands at path stays until done
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            tensors = state_dict_of(content)
+            save_file({k: v.clone().contiguous() for k, v in tensors.items()}, part)
+            if tensors.keys() != content.keys():
+                notes.append("safetensors holds the model's tensors alone: all else was left out")
+        else:
+            torch.save(content, part)
+        os.replace(part, path)
+    except OSError as error:
+        raise PsbnError(f"{path}: cannot be written: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
     return notes
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.out.exists():
-        raise CheckpointError(f"{args.out}: exists already; remove it or name another file")
+    refuse_to_overwrite(args.out, overwrite=args.overwrite)
     if args.out.suffix == ".safetensors" and args.keep_training_state:
-        raise CheckpointError(f"{args.out}: safetensors cannot hold training state; name it .pth")
+        raise PsbnError(f"{args.out}: safetensors cannot hold training state; name it .pth")
+    try:
+        check_alpha(args.alpha)
+    except ValueError as error:
+        raise PsbnError(f"--alpha: {error}") from None
     checkpoint = load(args.checkpoint)
     state_dict_of(checkpoint, args.checkpoint)
     try:
@@ -130,7 +150,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help=".pth, .pt, .safetensors, or a URL")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        help=".pth, .pt, .safetensors, a URL, or a name as torchvision://resnet50",
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="the new file")
     parser.add_argument("--to", choices=["psbn", "bn"], required=True)
     parser.add_argument("--alpha", type=float, default=0.1, help="of psBN (default %(default)s)")
@@ -139,12 +163,9 @@ def main() -> None:
         action="store_true",
         help="keep optimizer, schedules, message hub and averaged weights",
     )
-    warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's, beside its error
-    try:
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    with errors_in_one_line():
         run(parser.parse_args())
-    except (ValueError, TypeError, OSError) as error:
-        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

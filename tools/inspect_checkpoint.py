@@ -21,7 +21,13 @@ from pathlib import Path
 
 from psbn_mmdet.checkpoint import load, state_dict_of
 from psbn_mmdet.collapse import INACTIVE_BELOW, THRESHOLD, Report, check_thresholds, measure
-from psbn_mmdet.errors import FAILED, PsbnError, errors_in_one_line, refuse_to_overwrite
+from psbn_mmdet.errors import (
+    FAILED,
+    PsbnError,
+    errors_in_one_line,
+    refuse_to_overwrite,
+    require_packages,
+)
 
 
 def course(names: list[str], reports: list[Report], limit: int | None) -> str:
@@ -85,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_to_overwrite(args.json, args.html, overwrite=args.overwrite)
     reports = [inspect(name, args) for name in args.checkpoints]
     if args.html:
+        require_packages("report", "plotly", "jinja2")
         from psbn_mmdet.collapse.page import write_page
         from psbn_mmdet.collapse.trace import TraceError, from_reports
 

@@ -9,12 +9,15 @@ far as they got.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from psbn_mmdet.collapse.figures import write_figures
-from psbn_mmdet.collapse.page import write_page
 from psbn_mmdet.collapse.trace import Trace, read
+from psbn_mmdet.errors import (
+    PsbnError,
+    errors_in_one_line,
+    refuse_to_overwrite,
+    require_packages,
+)
 
 
 def load(arguments: list[str]) -> dict[str, Trace]:
@@ -34,10 +37,12 @@ def load(arguments: list[str]) -> dict[str, Trace]:
 
 def run(args: argparse.Namespace) -> None:
     if not (args.html or args.png):
-        raise ValueError("say where to: --html FILE, --png FOLDER or both")
-    for path in (args.html, args.png):
-        if path and path.exists():
-            raise ValueError(f"{path}: exists already; remove it or name another")
+        raise PsbnError("say where to: --html FILE, --png FOLDER or both")
+    refuse_to_overwrite(args.html, args.png, overwrite=args.overwrite)
+    require_packages("report", "matplotlib", "plotly", "jinja2")
+    from psbn_mmdet.collapse.figures import write_figures
+    from psbn_mmdet.collapse.page import write_page
+
     runs = load(args.runs)
     for name, trace in runs.items():
         print(f"{name}, {trace.moment(-1)}:\n{trace.report().summary()}\n")
@@ -57,11 +62,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help="trace file or work dir")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the page")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="write figures of each run")
-    try:
-        run(parser.parse_args())
-    except (ValueError, OSError) as error:
-        print(f"plot_collapse.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    args = parser.parse_args()
+    with errors_in_one_line():
+        run(args)
 
 
 if __name__ == "__main__":

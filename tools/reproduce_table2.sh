@@ -114,7 +114,7 @@ one() { # train and test one run
 report() {
     local named=() run
     for run in "${runs[@]}"; do named+=("${run% *}=$(folder $run)"); done
-    call "$PYTHON" "$tools/compare_ap.py" --table2 --force --html "$work/table2.html" \
+    call "$PYTHON" "$tools/compare_ap.py" --table2 --overwrite --html "$work/table2.html" \
         --json "$work/table2.json" "${named[@]}"
 }
 

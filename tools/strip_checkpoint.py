@@ -24,7 +24,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from psbn_mmdet.checkpoint import CheckpointError, load, require_fit, state_dict_of
+from psbn_mmdet.checkpoint import load, require_fit, state_dict_of
 from psbn_mmdet.collapse import INACTIVE_BELOW, THRESHOLD
 from psbn_mmdet.collapse.stripping import (
     TOLERANCE,
@@ -35,8 +35,13 @@ from psbn_mmdet.collapse.stripping import (
     summary,
     time_in_pairs,
 )
-from psbn_mmdet.errors import OutputExistsError, PsbnError, errors_in_one_line
-from psbn_mmdet.launch import UsageError, load_config
+from psbn_mmdet.errors import (
+    OutputExistsError,
+    PsbnError,
+    errors_in_one_line,
+    require_packages,
+)
+from psbn_mmdet.launch.config import load_config
 
 CONFIG = '''"""{name} without its collapsed filters, as written by tools/strip_checkpoint.py."""
 
@@ -184,10 +189,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     with errors_in_one_line():
-        try:
-            run(args)
-        except (CheckpointError, UsageError) as error:
-            raise PsbnError(str(error)) from error
+        require_packages("mmdet", "mmdet")
+        require_packages("strip", "torch_pruning")
+        run(args)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The metrics go to WORK_DIR/metrics.json, COCO results to WORK_DIR/results.bbox.j
 import argparse
 
 from psbn_mmdet import launch
+from psbn_mmdet.errors import errors_in_one_line, require_packages
 
 
 def main() -> None:
@@ -14,14 +15,16 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a file or URL")
     launch.add_arguments(parser)
     args = parser.parse_args()
-    with launch.errors_in_one_line():
+    with errors_in_one_line():
+        require_packages("mmdet", "mmdet", "mmcv")
         cfg = launch.load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
-        launch.configure_test(cfg, args.checkpoint)
-        if args.check is not None:
-            launch.check_processes(args.check)
-            launch.check_weights(cfg, strict=True)
-        else:
-            launch.evaluate(cfg, args.launcher)
+        launcher = args.launcher if args.check is None else "none"
+        with launch.process_group(cfg, launcher):
+            launch.configure_test(cfg, args.checkpoint)
+            if args.check is not None:
+                launch.check(cfg, args.check, strict=True)
+            else:
+                launch.evaluate(cfg)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 
 from psbn_mmdet import launch
+from psbn_mmdet.errors import errors_in_one_line, require_packages
 
 
 def main() -> None:
@@ -15,20 +16,24 @@ def main() -> None:
         metavar="CHECKPOINT",
         help="go on from a checkpoint, or from the newest whole one of the work dir",
     )
-    parser.add_argument("--amp", action="store_true", help="mixed precision (GPU)")
+    parser.add_argument(
+        "--amp", action="store_true", help="mixed precision: float16 on GPU, bfloat16 on CPU"
+    )
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale lr to the batch size")
     launch.add_arguments(parser)
     args = parser.parse_args()
-    with launch.errors_in_one_line():
+    with errors_in_one_line():
+        require_packages("mmdet", "mmdet", "mmcv")
         cfg = launch.load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
-        launch.configure_training(
-            cfg, resume=args.resume, amp=args.amp, auto_scale_lr=args.auto_scale_lr
-        )
-        if args.check is not None:
-            launch.check_processes(args.check)
-            launch.check_weights(cfg)
-        else:
-            launch.train(cfg, args.launcher)
+        launcher = args.launcher if args.check is None else "none"
+        with launch.process_group(cfg, launcher):
+            launch.configure_training(
+                cfg, resume=args.resume, amp=args.amp, auto_scale_lr=args.auto_scale_lr
+            )
+            if args.check is not None:
+                launch.check(cfg, args.check, strict=False)
+            else:
+                launch.train(cfg)
 
 
 if __name__ == "__main__":

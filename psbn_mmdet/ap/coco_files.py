@@ -1,22 +1,59 @@
-"""The files that a comparison of detectors reads: COCO annotations, COCO results, work dirs.
+"""COCO annotation and result files, read into the columns that AP is computed from.
 
-Every reader either gives columns that AP can be computed from or raises an ``InputError`` whose
-one line names the file, the record and the way out.
+The format stands once, in the structs below; msgspec decodes and checks it in one pass, and skips
+what AP does not need (segmentations, captions) without building it. Every reader gives columns or
+raises an :class:`InputError` whose one line names the file, the record and what to do.
 """
 
-import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
-RESULTS_NAME = "results.bbox.json"  # what tools/test.py writes into its work dir
+from ..errors import PsbnError
+
+Id = int | float | str  # a float because some writers put 3.0 for 3, which are equal
 
 
-class InputError(ValueError):
-    """A file that cannot be compared; the message names the file, the record and the way out."""
+class InputError(PsbnError, ValueError):
+    """Something that cannot be compared; the message names it and says what to do."""
+
+
+class _Image(msgspec.Struct, gc=False):
+    id: Id
+    file_name: str | None = ""
+
+
+class _Category(msgspec.Struct, gc=False):
+    id: Id
+    name: Id | None = None
+
+
+class _Object(msgspec.Struct, gc=False):
+    id: Id
+    image_id: Id
+    category_id: Id
+    bbox: tuple[float, float, float, float]
+    area: float
+    iscrowd: bool | int | float | None = 0
+
+
+class _Dataset(msgspec.Struct):
+    images: list[_Image]
+    categories: list[_Category]
+    annotations: list[_Object]
+
+
+class _Box(msgspec.Struct, gc=False):
+    image_id: Id
+    category_id: Id
+    bbox: tuple[float, float, float, float]
+    score: float
 
 
 @dataclass(frozen=True)
@@ -34,6 +71,17 @@ class Annotations:
     area: np.ndarray  # (G,) as annotated: of the mask in COCO, not w * h
     crowd: np.ndarray  # (G,) bool
     nameless: np.ndarray  # (G,) bool, id 0: see _match_cells
+    left_out: int = 0  # objects of images or classes that the file does not list
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know of the file."""
+        if not self.left_out:
+            return []
+        return [
+            f"{self.path}: {self.left_out} objects are of images or classes that the file does "
+            "not list and were left out, as pycocotools does"
+        ]
 
 
 @dataclass(frozen=True)
@@ -47,295 +95,148 @@ class Results:
     score: np.ndarray  # (D,)
 
 
-def load_json(path: str | Path) -> Any:
-    """Reads a JSON file; a missing, unreadable or cut-off one is an ``InputError``."""
-    try:
-        return json.loads(Path(path).read_bytes())
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    except json.JSONDecodeError as e:
-        raise InputError(
-            f"{path}: not complete JSON, stops making sense at character {e.pos} of "
-            f"{len(e.doc)} ({e.msg}); was the file cut off? Write it again"
-        ) from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not JSON text; pass the .bbox.json file") from None
-
-
 def read_annotations(path: str | Path) -> Annotations:
-    """Reads a COCO instance annotation file (``instances_val2017.json`` and the like).
+    """Read a COCO instance annotation file (``instances_val2017.json`` and the like).
 
-    Objects of images or classes that the file does not list are left out, as in pycocotools.
+    Objects of images or classes that the file does not list are left out, as in pycocotools, and
+    counted.
 
     Raises:
-        InputError: for JSON that is cut off or lacks a needed key, or a box that is no box.
+        InputError: The JSON is cut off, lacks a key or has a value of another type; two objects
+            share an id; an object is of an image or class that is listed under an id of another
+            type (``"3"`` for ``3``), which would drop it.
     """
-    data = load_json(path)
-    if not isinstance(data, dict) or not {"images", "annotations", "categories"} <= data.keys():
-        raise InputError(
-            f"{path}: no COCO annotation file: wanted an object with images, annotations and "
-            "categories; pass the file that the model was evaluated with"
-        )
-    try:
-        names = {i["id"]: str(i.get("file_name", "")) for i in data["images"]}
-        classes = {c["id"]: str(c.get("name", c["id"])) for c in data["categories"]}
-        image_of = {id_: i for i, id_ in enumerate(sorted(names))}
-        class_of = {id_: i for i, id_ in enumerate(sorted(classes))}
-        objects = [
-            o
-            for o in data["annotations"]
-            if o["image_id"] in image_of and o["category_id"] in class_of
-        ]
-        box, area = [o["bbox"] for o in objects], [o["area"] for o in objects]
-        ids = [o["id"] for o in objects]
-    except KeyError as e:
-        raise InputError(f"{path}: a record has no {e}, which COCO's evaluation needs") from None
-    except TypeError as e:
-        raise InputError(f"{path}: no COCO annotation file ({e})") from None
+    data = decode(path, _Dataset, "an object of images, annotations (with area) and categories")
+    images = {i.id: i.file_name or "" for i in data.images}
+    classes = {c.id: str(c.id if c.name is None else c.name) for c in data.categories}
+    times = Counter(classes.values())  # classes of equal names would be one row of a table
+    classes = {i: name if times[name] == 1 else f"{name} (id {i})" for i, name in classes.items()}
+    image_of = _places(path, "images", images)
+    class_of = _places(path, "categories", classes)
+    kept = [o for o in data.annotations if o.image_id in image_of and o.category_id in class_of]
+    if len(kept) < len(data.annotations):
+        as_text = {str(i) for i in images}, {str(c) for c in classes}
+        for o in data.annotations:
+            for what, id_, known, text in (
+                ("image", o.image_id, image_of, as_text[0]),
+                ("category", o.category_id, class_of, as_text[1]),
+            ):
+                if id_ not in known and str(id_) in text:
+                    raise InputError(
+                        f"{path}: annotation {o.id!r} is of {what} {id_!r} ({_type(id_)}), which "
+                        f"the file lists as {_type(next(iter(known)))}; write ids of one type"
+                    )
+    ids = [o.id for o in kept]
     if len(set(ids)) < len(ids):
-        seen: set = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))
-        raise InputError(f"{path}: annotation id {twice} stands twice; ids must be unique")
-    box = _numbers(box, (len(objects), 4))
-    area = _numbers(area, (len(objects),))
-    if box is None or area is None or not (np.isfinite(box).all() and np.isfinite(area).all()):
-        bad = next(o for o in objects if not _is_box(o["bbox"]) or not _is_number(o["area"]))
-        raise InputError(
-            f"{path}: annotation {bad['id']} has bbox {bad['bbox']} and area {bad['area']}; "
-            "wanted [x, y, w, h] and a number, all finite"
-        )
+        twice = next(i for i, times in Counter(ids).items() if times > 1)
+        raise InputError(f"{path}: two annotations have the id {twice!r}; ids must be unique")
+    n = len(kept)
     return Annotations(
         path=str(path),
         image_ids=list(image_of),
-        file_names=[names[i] for i in image_of],
+        file_names=[images[i] for i in image_of],
         class_ids=list(class_of),
         class_names=[classes[c] for c in class_of],
-        image=np.array([image_of[o["image_id"]] for o in objects], np.int64),
-        cls=np.array([class_of[o["category_id"]] for o in objects], np.int64),
-        box=box,
-        area=area,
-        crowd=np.array([bool(o.get("iscrowd", 0)) for o in objects], bool),
+        image=np.array([image_of[o.image_id] for o in kept], np.int64),
+        cls=np.array([class_of[o.category_id] for o in kept], np.int64),
+        box=np.array([o.bbox for o in kept], np.float64).reshape(n, 4),
+        area=np.array([o.area for o in kept], np.float64),
+        crowd=np.array([bool(o.iscrowd) for o in kept], bool),
         nameless=np.array([i == 0 for i in ids], bool),
+        left_out=len(data.annotations) - n,
     )
 
 
 def read_results(path: str | Path, annotations: Annotations) -> Results:
-    """Reads a COCO bbox result file: ``[{image_id, category_id, bbox, score}, ...]``.
+    """Read a COCO bbox result file: ``[{image_id, category_id, bbox, score}, ...]``.
 
-    An empty list is a model that found nothing.
+    An empty list is a model that detects nothing.
 
     Raises:
-        InputError: for JSON that is cut off, an unknown image or class, a box with NaN or a
-            negative size, a score that is no finite number; it names the file and the record.
+        InputError: The JSON is cut off, lacks a key or has a value of another type (NaN is one);
+            a box is of an image or class that the annotations do not list, or has a negative
+            size.
     """
-    records = load_json(path)
-    if not isinstance(records, list):
-        raise InputError(
-            f"{path}: no COCO result file: wanted a list of boxes, got {type(records).__name__}"
-        )
+    wanted = "a list of objects with image_id, category_id, bbox [x, y, w, h] and score"
+    records = decode(path, list[_Box], wanted)
+    n = len(records)
     image_of = {id_: i for i, id_ in enumerate(annotations.image_ids)}
     class_of = {id_: i for i, id_ in enumerate(annotations.class_ids)}
-    n = len(records)
-    try:
-        image = np.fromiter((image_of.get(r["image_id"], -1) for r in records), np.int64, n)
-        cls = np.fromiter((class_of.get(r["category_id"], -1) for r in records), np.int64, n)
-        box = _numbers([r["bbox"] for r in records], (n, 4))
-        score = _numbers([r["score"] for r in records], (n,))
-        good = box is not None and score is not None
-        good = good and np.isfinite(box).all() and np.isfinite(score).all()
-        good = good and (box[:, 2:] >= 0).all() and (image >= 0).all() and (cls >= 0).all()
-    except (KeyError, TypeError):
-        good = False
-    if not good:
-        for i, r in enumerate(records):
-            if problem := _problem(r, image_of, class_of, annotations.path):
-                raise InputError(f"{path}: record {i}: {problem}")
-        raise InputError(f"{path}: the boxes or scores are not numbers throughout")
+    image = np.fromiter((image_of.get(r.image_id, -1) for r in records), np.int64, n)
+    cls = np.fromiter((class_of.get(r.category_id, -1) for r in records), np.int64, n)
+    box = np.array([r.bbox for r in records], np.float64).reshape(n, 4)
+    for what, index, known in (("image", image, image_of), ("category", cls, class_of)):
+        if (index < 0).any():
+            i = int(np.argmax(index < 0))
+            id_ = getattr(records[i], f"{what}_id")
+            other = str(id_) in {str(k) for k in known}
+            raise InputError(
+                f"{path}: record {i}: {what} {id_!r} is not in {annotations.path}; "
+                + (
+                    f"there it is {_type(next(iter(known)))}, here {_type(id_)}: write ids of "
+                    "one type"
+                    if other
+                    else "compare with the annotation file that the model was evaluated with"
+                )
+            )
+    if (box[:, 2:] < 0).any():
+        i = int(np.argmax((box[:, 2:] < 0).any(1)))
+        raise InputError(
+            f"{path}: record {i}: bbox {list(records[i].bbox)} has a negative size; "
+            "wanted [x, y, w, h], not two corners"
+        )
+    score = np.fromiter((r.score for r in records), np.float64, n)
     return Results(str(path), image, cls, box, score)
 
 
-def _numbers(values: list, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The values as float64, or None where they are not all numbers in that shape."""
-    try:
-        array = np.array(values) if values else np.zeros(shape)
-    except ValueError:  # rows of different lengths
-        return None
-    return array.astype(np.float64) if array.shape == shape and array.dtype.kind in "iuf" else None
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and bool(np.isfinite(x))
-
-
-def _is_box(x: Any) -> bool:
-    return isinstance(x, list) and len(x) == 4 and all(map(_is_number, x))
-
-
-def _problem(r: Any, image_of: dict, class_of: dict, annotations: str) -> str | None:
-    """What is wrong with a record of a result file, in words; None if nothing is."""
-    if not isinstance(r, dict):
-        return f"is {r!r:.80}, wanted an object with image_id, category_id, bbox and score"
-    if missing := [k for k in ("image_id", "category_id", "bbox", "score") if k not in r]:
-        return f"has no {' and no '.join(missing)}; only bbox results can be compared"
-    for key, known, what in (("image_id", image_of, "image"), ("category_id", class_of, "class")):
-        if isinstance(r[key], list | dict) or r[key] not in known:
-            return (
-                f"{what} {r[key]!r:.80} is not in {annotations}; compare with the annotation "
-                "file that the model was evaluated with"
-            )
-    if not _is_box(r["bbox"]):
-        return f"bbox is {r['bbox']!r:.120}, wanted four finite numbers [x, y, w, h]"
-    if min(r["bbox"][2:]) < 0:
-        return f"bbox {r['bbox']} has a negative size; wanted [x, y, w, h], not two corners"
-    if not _is_number(r["score"]):
-        return f"score is {r['score']!r:.80}, wanted a finite number"
-    return None
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """Where a run lies: its result file, and what else its work dir says about it."""
-
-    arm: str
-    results: str
-    annotations: str | None = None
-    config: str | None = None
-    checkpoint: str | None = None
-    seed: int | None = None
-    warnings: tuple[str, ...] = ()
-
-
-def find_run(arm: str, path: str | Path) -> RunFiles:
-    """A run from a result file, or from a work dir of ``tools/train.py`` and ``tools/test.py``.
-
-    A work dir holds ``results.bbox.json``, the resolved config (whose ``test_evaluator`` names
-    the annotation file) and the checkpoint that ``last_checkpoint`` names.
-
-    Raises:
-        InputError: when the path does not exist, the work dir has no results (with the command
-            that writes them), or its configs disagree about the annotation file.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        if not path.exists():
-            raise InputError(f"{path}: does not exist; wanted a result file or a work dir")
-        return RunFiles(arm, str(path))
-    configs = sorted(path.glob("*.py"), key=lambda p: p.stat().st_mtime)
-    checkpoint = _checkpoint(path)
-    results = path / RESULTS_NAME
-    if not results.exists():
-        config = configs[-1] if configs else "CONFIG"
-        raise InputError(
-            f"{path}: a work dir with no {RESULTS_NAME}; write it with: "
-            f"python tools/test.py {config} {checkpoint or 'CHECKPOINT'} --work-dir {path}"
-        )
-    found = [(c, *_read_config(c)) for c in configs]
-    files = {annotations for _, annotations, _ in found if annotations}
-    if len(files) > 1:
-        raise InputError(
-            f"{path}: its configs name different annotation files ({', '.join(sorted(files))}); "
-            "pass the right one with --ann"
-        )
-    stale = checkpoint and checkpoint.stat().st_mtime > results.stat().st_mtime
-    return RunFiles(
-        arm=arm,
-        results=str(results),
-        annotations=files.pop() if files else None,
-        config=str(found[-1][0]) if found else None,
-        checkpoint=str(checkpoint) if checkpoint else None,
-        seed=next((s for *_, s in reversed(found) if s is not None), None),
-        warnings=(f"{results} is older than {checkpoint}; test that checkpoint",) if stale else (),
-    )
-
-
-def _checkpoint(work_dir: Path) -> Path | None:
-    last = work_dir / "last_checkpoint"
-    named = work_dir / Path(last.read_text().strip()).name if last.exists() else None
-    newest = max(work_dir.glob("*.pth"), key=lambda p: p.stat().st_mtime, default=None)
-    return named if named and named.exists() else newest
-
-
-def _read_config(path: Path) -> tuple[str | None, int | None]:
-    """The annotation file and the seed that a resolved config names."""
-    from mmengine.config import Config  # takes seconds, and result files do without
-
-    try:
-        config = Config.fromfile(path, import_custom_modules=False)
-    except Exception as e:
-        raise InputError(f"{path}: cannot be read as a config ({e!s:.200})") from None
-    evaluators = config.get("test_evaluator") or []
-    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
-        if evaluator.get("ann_file"):
-            return evaluator["ann_file"], (config.get("randomness") or {}).get("seed")
-    return None, (config.get("randomness") or {}).get("seed")
-
-
-def read_shared_annotations(runs: Sequence[RunFiles], path: str | None) -> Annotations:
-    """The annotation file that all runs were evaluated with; ``path`` overrules the configs.
-
-    Raises:
-        InputError: when no file is known, or two runs name files with different images.
-    """
-    if path:
-        return read_annotations(path)
-    for run in runs:
-        if not run.annotations:
-            raise InputError(f"{run.results}: no config tells its annotation file; pass --ann FILE")
-        if not Path(run.annotations).exists():
-            raise InputError(
-                f"{run.annotations}: the annotation file named by {run.config} does not exist "
-                "here; pass --ann FILE"
-            )
-    read = {f: read_annotations(f) for f in dict.fromkeys(run.annotations for run in runs)}
-    (first, a), *others = read.items()
-    for other, b in others:
-        only_a, only_b = set(a.image_ids) - set(b.image_ids), set(b.image_ids) - set(a.image_ids)
-        if only_a or only_b:
-            raise InputError(
-                f"evaluated on different images: {first} ({len(a.image_ids)} images, only there: "
-                f"{_some(only_a)}) and {other} ({len(b.image_ids)} images, only there: "
-                f"{_some(only_b)}); test all models on the same images"
-            )
-        if any(not np.array_equal(getattr(a, c), getattr(b, c)) for c in ("image", "cls", "box")):
-            raise InputError(f"{first} and {other}: same images, other objects; pass --ann FILE")
-    return a
-
-
-def check_same_images(
-    annotations: Annotations, results: Sequence[Results], missing_is_empty: bool = False
-) -> list[str]:
-    """Tells by their boxes whether models were evaluated on the same images.
-
-    A result file does not say on which images its model was run: one without a box may have been
-    left out, or nothing was found there. A detector that was run leaves few images empty, so it
-    is taken as left out when more than one image in twenty that another model has boxes on is
-    without. A file without any box is a model that finds nothing.
+def decode(path: str | Path, kind: Any, wanted: str) -> Any:
+    """Decode a JSON file into a msgspec type.
 
     Args:
-        missing_is_empty: do not refuse.
+        path: The file.
+        kind: What msgspec is to make of it.
+        wanted: The same in words, for the error.
 
-    Returns:
-        What was seen but not refused, in words.
+    Raises:
+        InputError: The file cannot be read, is not JSON or is not of that type.
     """
-    ids = np.array(annotations.image_ids, dtype=object)
-    seen = [np.bincount(r.image, minlength=len(ids)) > 0 for r in results]
-    said = []
-    for a, in_a in zip(results, seen, strict=True):
-        if not in_a.any():
-            said.append(f"{a.path}: holds no box, so every AP is 0")
-            continue
-        for b, in_b in zip(results, seen, strict=True):
-            missing = ids[in_b & ~in_a]
-            if len(missing) > 0.05 * in_b.sum() and not missing_is_empty:
-                raise InputError(
-                    f"evaluated on different images: {a.path} has no box on {len(missing)} of the "
-                    f"{in_b.sum()} images that {b.path} has boxes on (image ids {_some(missing)});"
-                    " test both models on the same images, or say --missing-is-empty if this one "
-                    "found nothing there"
-                )
-    return said
+    try:
+        data = Path(path).read_bytes()
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as e:
+        what, _, where = str(e).replace("`", "").partition(" - at $")
+        where = re.sub(r"^\[(\d+)\]\.?", r"record \1: ", where).lstrip(".")
+        where = f"{where}: " if where and not where.endswith(": ") else where
+        raise InputError(f"{path}: {where}{what[0].lower()}{what[1:]}; wanted {wanted}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: {_not_json(data, str(e))}") from None
 
 
-def _some(ids) -> str:
-    ids = sorted(ids)
-    return ", ".join(map(str, ids[:10])) + (f" and {len(ids) - 10} more" if ids[10:] else "") or "-"
+def _not_json(data: bytes, error: str) -> str:
+    """Say why these bytes are not JSON."""
+    if "truncated" in error:
+        return f"not complete JSON: ends after {len(data):,} bytes; was it cut off? Write it again"
+    place = re.search(r"byte (\d+)", error)
+    at = int(place[1]) if place else 0
+    if number := re.match(rb"-?(NaN|Infinity)", data[at:] if at else data):
+        start = max(data.rfind(b"{", 0, at), at - 200, 0)
+        record = " ".join(data[start : at + len(number[0])].decode(errors="replace").split())
+        return f"holds {number[0].decode()}, which is no number, in the record {record} ..."
+    return f"is not JSON text ({error}); pass the .bbox.json file"
+
+
+def _places(path: str | Path, what: str, ids: Iterable) -> dict[Any, int]:
+    """The place of each id among the sorted ids."""
+    try:
+        return {id_: i for i, id_ in enumerate(sorted(ids))}
+    except TypeError:
+        raise InputError(
+            f"{path}: ids of {what} are numbers in part and strings in part; write ids of one type"
+        ) from None
+
+
+def _type(id_: Any) -> str:
+    return "a string" if isinstance(id_, str) else "a number"

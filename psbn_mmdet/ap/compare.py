@@ -11,11 +11,19 @@ from warnings import catch_warnings, simplefilter
 
 import numpy as np
 
-from .coco_files import Annotations, Results
-from .evaluate import match, mean_over_classes, resample, weighted_ap
+from .coco_files import Annotations, InputError, Results
+from .evaluate import mean_over_classes, resample, weighted_ap
+from .matching import match
 
 BETTER, WORSE, NOT_SHOWN = "better", "worse", "no difference shown"
+METHODS, CHECKPOINTS = "methods", "checkpoints"
 POWER = 0.8
+
+_SAID_OF_CHECKPOINTS = {
+    BETTER: "better checkpoint, method not compared",
+    WORSE: "worse checkpoint, method not compared",
+    NOT_SHOWN: "no difference shown between these checkpoints",
+}
 
 
 @dataclass(frozen=True)
@@ -42,13 +50,40 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """Arm minus baseline, on the same images."""
+    """Arm minus baseline, on the same images.
+
+    Attributes:
+        outcome: On AP: better, worse or no difference shown.
+        scope: METHODS where both arms have two runs or more, so that the interval carries the
+            seeds; else CHECKPOINTS: it carries the images alone and says nothing of other seeds.
+        further_seeds: Per arm, for 80% power; 0 when shown, None when unknown or none would do.
+        reason: What the interval carries and what would narrow it, in one or two sentences.
+    """
 
     arm: str
     baseline: str
-    verdict: str  # on AP: better, worse or no difference shown
-    further_seeds: int | None  # per arm, for 80% power; 0 when shown, None when unknown or none do
-    reason: str  # what the interval carries and what would narrow it, in one or two sentences
+    outcome: str
+    scope: str
+    further_seeds: int | None
+    reason: str
+
+    @property
+    def verdict(self) -> str:
+        """The outcome, in words that say what it is about."""
+        return self.outcome if self.scope == METHODS else _SAID_OF_CHECKPOINTS[self.outcome]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Precision of an arm, mean over classes and runs, with its interval: arrays (3, 101).
+
+    Rows are IoU 0.50:0.95, 0.50 and 0.75, columns the recalls 0, 0.01 ... 1. The interval carries
+    the images alone.
+    """
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -57,6 +92,7 @@ class Comparison:
 
     measured: Measured
     arms: dict[str, Estimate]
+    curves: dict[str, Curves]
     runs: dict[str, list[int]]  # of each arm, into Measured
     differences: list[Difference]
     confidence: float
@@ -72,12 +108,25 @@ def measure(
     threads: int = 2,
     progress: Callable[[Iterator], Iterator] = iter,
 ) -> Measured:
-    """Evaluates every run on the images as they are and on every resample of them.
+    """Evaluate every run on the images as they are and on every resample of them.
 
     Args:
+        annotations: The data set.
+        results: Of every run.
+        resamples: 1000 puts the ends of a 95% interval within about 5% of its width.
+        seed: Of the resampling.
         sizes: APs, APm and APl too; each costs another matching and another round of resamples.
-        progress: wraps the iterator over the resamples of one area range, e.g. ``tqdm``.
+        threads: The result does not depend on them.
+        progress: Wraps the iterator over the resamples of one area range, e.g. ``tqdm``.
+
+    Raises:
+        InputError: No object counts, so that there is nothing to measure.
     """
+    if annotations.crowd.all():
+        raise InputError(
+            f"{annotations.path}: nothing to measure: of {len(annotations.image_ids)} images and "
+            f"{len(annotations.class_ids)} classes it has no object (crowds do not count)"
+        )
     names, observed, resampled = [], [], []
     for area in ("all", "s", "m", "l") if sizes else ("all",):
         runs = [match(annotations, r, area) for r in results]
@@ -106,59 +155,90 @@ def measure(
 class _Arm:
     """The parts of an arm's variance: arrays (Q,), and the draws (B, Q) they were taken from."""
 
+    runs: int
     mean: np.ndarray
     images: np.ndarray  # mean of the arm's runs on every resample
-    seeds: np.ndarray  # what other seeds would add to it
+    seeds: np.ndarray  # what other seeds would add to it; 0 for a single run
     between: np.ndarray  # variance of AP between runs, as measured on these images
     within: np.ndarray  # the part of it that is these images: run by run, over resamples
-    runs: int
-    donor: str  # the arm whose runs tell the variance between seeds
 
 
-def _arm(
-    measured: Measured, runs: list[int], donor: str, lent: list[int], rng: np.random.Generator
-) -> _Arm:
-    images = measured.resampled[:, runs].mean(1)
-    n, m = len(runs), len(lent)
-    observed, resampled = measured.observed[lent], measured.resampled[:, lent]
-    zero = np.zeros(images.shape[1])
-    if m < 2:
-        return _Arm(
-            measured.observed[runs].mean(0), images, np.zeros_like(images), zero, zero, n, donor
-        )
+def _arm(measured: Measured, runs: list[int], rng: np.random.Generator) -> _Arm:
+    observed, resampled = measured.observed[runs], measured.resampled[:, runs]
+    n, mean, images = len(runs), observed.mean(0), resampled.mean(1)
+    if n < 2:
+        none = np.zeros_like(mean)
+        return _Arm(n, mean, images, np.zeros_like(images), none, none)
     between = observed.var(0, ddof=1)
-    noise = resampled - resampled.mean(1, keepdims=True) - (observed - observed.mean(0))
-    within = np.nanmean((noise**2).sum(1) / (m - 1), 0)
+    own = resampled - images[:, None]  # each run's deviation from its arm, on every resample
+    within = np.nanmean(((own - (observed - mean)) ** 2).sum(1) / (n - 1), 0)
     # variance over the weights: the variance between runs on the resample, over n
-    weights = rng.normal(0, 1, (len(resampled), m, 1)) / math.sqrt((m - 1) * n)
-    seeds = (weights * (resampled - resampled.mean(1, keepdims=True))).sum(1)
+    weights = rng.normal(0, 1, (len(resampled), n, 1)) / math.sqrt((n - 1) * n)
     with np.errstate(invalid="ignore", divide="ignore"):
         scale = np.maximum(between - within, 0) / (between + within)
-    seeds = seeds * np.sqrt(np.nan_to_num(scale))
-    return _Arm(measured.observed[runs].mean(0), images, seeds, between, within, n, donor)
+    seeds = (weights * own).sum(1) * np.sqrt(np.nan_to_num(scale))
+    return _Arm(n, mean, images, seeds, between, within)
+
+
+def _freedom(arms: Sequence[_Arm], images: np.ndarray) -> np.ndarray:
+    """Degrees of freedom of the estimated variance of a sum over arms, by Welch-Satterthwaite.
+
+    ``2 total^2 / var(total)``, where an arm of n runs adds s2/n with variance 2 (s2/n)^2/(n-1).
+    With few runs s2 is small by chance in one arm, and the degrees of freedom come out too large,
+    the more so the less equal the numbers of runs; they are therefore held to what they would be
+    if the arms had one variance, the pooled one. (Equal numbers of runs: no change.)
+    """
+    several = [a for a in arms if a.runs > 1]
+    if not several:
+        return np.full(images.shape, np.inf)
+    weights = np.array([a.runs - 1.0 for a in several])
+    pooled = [
+        np.average([getattr(a, k) for a in several], 0, weights) for k in ("between", "within")
+    ]
+    freedom = np.full(images.shape, np.inf)
+    for parts in ([(a.between, a.within) for a in several], [pooled] * len(several)):
+        total, doubt = images, np.zeros_like(images)
+        for arm, (between, within) in zip(several, parts, strict=True):
+            total = total + np.maximum(between - within, 0) / arm.runs
+            doubt = doubt + (between / arm.runs) ** 2 / (arm.runs - 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            freedom = np.minimum(freedom, np.where(doubt > 0, total**2 / doubt, np.inf))
+    return np.clip(freedom, 1, 1e6)
 
 
 def _estimate(
-    value: np.ndarray, images: np.ndarray, seeds: np.ndarray, parts: list[_Arm], confidence: float,
-    donors: dict[str, int],
-) -> tuple[np.ndarray, ...]:  # fmt: skip
-    """Interval ends and the share above 0 from draws, stretched for what few seeds leave open."""
+    arms: Sequence[_Arm], confidence: float, with_seeds: bool = True
+) -> tuple[np.ndarray, ...]:
+    """Value, interval ends and the share above 0 of an arm, or of the first minus the second.
+
+    The spread of the draws is stretched by t/z for what few seeds leave open.
+    """
     from scipy.special import ndtri, stdtrit
 
-    draws = images + seeds
-    centre = np.nanmean(draws, 0)
+    signs = (1, -1)[: len(arms)]
+    value, images, seeds = (
+        sum(sign * getattr(a, k) for sign, a in zip(signs, arms, strict=True))
+        for k in ("mean", "images", "seeds")
+    )
     tail = (1 - confidence) / 2
-    total = np.nanvar(images, 0) + np.nanvar(seeds, 0)
-    doubt = np.zeros_like(total)
-    for donor, m in donors.items():
-        doubt += sum(p.between / p.runs for p in parts if p.donor == donor) ** 2 / max(m - 1, 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        freedom = np.where(doubt > 0, total**2 / doubt, np.inf)
-    stretch = stdtrit(np.clip(freedom, 1, 1e6), 1 - tail) / ndtri(1 - tail)
-    draws = value + stretch * (draws - centre)
-    low, high = np.nanquantile(draws, [tail, 1 - tail], axis=0)
+    if with_seeds:
+        draws = images + seeds
+        freedom = _freedom(arms, np.nanvar(images, 0))
+        stretch = stdtrit(freedom, 1 - tail) / ndtri(1 - tail)
+    else:
+        draws, stretch = images, 1.0
+    draws = value + stretch * (draws - np.nanmean(draws, 0))
+    # at these plotting positions each end leaves its tail outside for any number of draws
+    low, high = np.nanquantile(draws, [tail, 1 - tail], axis=0, method="weibull")
     above = np.nanmean(np.where(np.isnan(draws), np.nan, (np.sign(draws) + 1) / 2), 0)
-    return low, high, above
+    return value, low, high, above
+
+
+def _curves(measured: Measured, runs: list[int], confidence: float) -> Curves:
+    tail = (1 - confidence) / 2
+    mean, draws = measured.curve[runs].mean(0), measured.curve_resampled[:, runs].mean(1)
+    low, high = np.quantile(draws, [tail, 1 - tail], axis=0) - draws.mean(0) + mean
+    return Curves(mean, low.clip(0, 1), high.clip(0, 1))
 
 
 def compare(
@@ -190,57 +270,68 @@ def compare(
     The draws are centred on the observed value: AP of a resample, in which images repeat, is on
     average higher than AP of the data set, which is no evidence for either arm.
 
-    An arm with a single run, next to an arm with several, takes the variance between seeds from
-    the arm with the most. If no arm has two, the intervals carry the images alone: they are about
-    these trained models, and say nothing about another seed of the same arms.
+    One run tells nothing of the spread between seeds, and another arm's need not be the same. So
+    where an arm of a pair has a single run, the interval of the difference carries the images
+    alone, for both arms: it is about these trained models, and its scope says so.
+
+    ``tools/benchmark_ap.py coverage`` measures how often the intervals hold the true difference.
 
     Args:
+        measured: The runs.
+        arms: Name -> indices of its runs.
         pairs: (arm, baseline); by default every arm against the first.
-        confidence: of the intervals; the verdict is read off the interval of AP.
-        warnings: what was noticed on the way here, kept with the result.
+        confidence: Of the intervals; the outcome is read off the interval of AP.
+        seed: Of the weights.
+        warnings: What was noticed on the way here, kept with the result.
     """
     first, *others = arms
     pairs = [(arm, first) for arm in others] if pairs is None else list(pairs)
-    richest = max(arms, key=lambda a: len(arms[a]))
-    donor = {a: a if len(runs) > 1 else richest for a, runs in arms.items()}
     rng = np.random.default_rng(seed)
-
-    def estimate(value, images, seeds, of):
-        lent = {p.donor: len(arms[p.donor]) for p in of}
-        return _estimate(value, images, seeds, of, confidence, lent)
-
     with catch_warnings():
         # a class without objects is NaN throughout, and is to come out as NaN
         simplefilter("ignore", RuntimeWarning)
-        parts = {a: _arm(measured, runs, donor[a], arms[donor[a]], rng) for a, runs in arms.items()}
-        estimates = {
-            a: Estimate(p.mean, *estimate(p.mean, p.images, p.seeds, [p])) for a, p in parts.items()
-        }
+        parts = {a: _arm(measured, runs, rng) for a, runs in arms.items()}
+        estimates = {a: Estimate(*_estimate([p], confidence)) for a, p in parts.items()}
+        curves = {a: _curves(measured, runs, confidence) for a, runs in arms.items()}
         differences = []
         for arm, baseline in pairs:
             a, b = parts[arm], parts[baseline]
-            value = a.mean - b.mean
-            low, high, above = estimate(value, a.images - b.images, a.seeds - b.seeds, [a, b])
-            verdict = BETTER if low[0] > 0 else WORSE if high[0] < 0 else NOT_SHOWN
-            further, reason = _what_would_show(a, b, verdict, confidence)
-            differences.append(
-                Difference(value, low, high, above, arm, baseline, verdict, further, reason)
+            scope = METHODS if min(a.runs, b.runs) > 1 else CHECKPOINTS
+            value, low, high, above = _estimate([a, b], confidence, scope == METHODS)
+            outcome = BETTER if low[0] > 0 else WORSE if high[0] < 0 else NOT_SHOWN
+            further, reason = (
+                _what_would_show(a, b, outcome, confidence)
+                if scope == METHODS
+                else (None, _about_checkpoints(arm, a.runs, baseline, b.runs))
             )
-    return Comparison(measured, estimates, arms, differences, confidence, list(warnings))
+            differences.append(
+                Difference(value, low, high, above, arm, baseline, outcome, scope, further, reason)
+            )
+    return Comparison(measured, estimates, curves, arms, differences, confidence, list(warnings))
 
 
-def _what_would_show(a: _Arm, b: _Arm, verdict: str, confidence: float) -> tuple[int | None, str]:
+def _about_checkpoints(arm: str, runs: int, baseline: str, others: int) -> str:
+    if runs == others == 1:
+        return (
+            f"One run per arm: this is about these two checkpoints, not about {arm} and "
+            f"{baseline} as methods. The interval carries the images, not the seeds; other seeds "
+            "may differ by more. Train two or more per arm."
+        )
+    single, several, n = (arm, baseline, others) if runs == 1 else (baseline, arm, runs)
+    return (
+        f"{single} has one run, which tells nothing of the spread between its seeds: this is "
+        f"about that checkpoint and the mean of the {n} of {several}, not about the methods. The "
+        f"interval carries the images, not the seeds. Train further seeds of {single}."
+    )
+
+
+def _what_would_show(a: _Arm, b: _Arm, outcome: str, confidence: float) -> tuple[int | None, str]:
     """The further seeds per arm that would show the observed difference in AP with 80% power.
 
     With n runs in both arms the variance of the difference is V0 + (s2_a + s2_b)/n, V0 the part
     of the images' variance that all runs of an arm share; power is that of Welch's t-test.
     """
-    if a.donor == b.donor and not a.between[0] and a.runs == b.runs == 1:
-        return None, (
-            "One run per arm: the interval carries the images, not the seeds. It is about these "
-            "two models; another seed of the same arms may differ by more. Train further seeds."
-        )
-    if verdict != NOT_SHOWN:
+    if outcome != NOT_SHOWN:
         return 0, "The interval carries the images and the seeds."
     from scipy.special import nctdtr, ndtri, stdtrit
 

@@ -1,29 +1,221 @@
-"""A comparison of AP as Markdown, as JSON, and as Table 2 of the psBN paper."""
+"""What a comparison of AP says, as plain data: Markdown, JSON and the page are rendered from it."""
 
 import math
-import operator
-import re
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from .coco_files import InputError, RunFiles
-from .compare import NOT_SHOWN, Comparison, Difference, Estimate
+from .coco_files import InputError
+from .compare import METHODS, NOT_SHOWN, Comparison, Curves, Difference, Estimate
+from .runs import RunFiles
 
 # arXiv 2001.11216, Table 2: AP on COCO-2017, one run each as far as the paper says
 PAPER = {500: (32.7, 33.4), 800: (35.8, 36.4)}
 TABLE2_ARMS = [("bn_500", "psbn_500"), ("bn_800", "psbn_800")]
 
-_RELATIONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+@dataclass(frozen=True)
+class Cell:
+    """A number in AP points and its interval; all NaN where nothing could be measured."""
+
+    value: float
+    low: float
+    high: float
+    p_positive: float = math.nan  # of a difference: the share of the draws above 0
+
+    @property
+    def measured(self) -> bool:
+        """Whether there was an object to measure on."""
+        return not math.isnan(self.value)
+
+    def text(self, sign: str = "") -> str:
+        """``0.62 (0.21 to 1.03)``; with ``sign="+"``, ``+0.62 (+0.21 to +1.03)``."""
+        if not self.measured:
+            return "–"
+        v, low, high = (f"{x:{sign}.2f}" for x in (self.value, self.low, self.high))
+        return f"{v} ({low} to {high})"
+
+    @property
+    def p_text(self) -> str:
+        """P(difference > 0), three decimals."""
+        return "–" if math.isnan(self.p_positive) else f"{self.p_positive:.3f}"
+
+    @property
+    def apart(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A metric or a class: AP of the baseline, of the arm, and their difference."""
+
+    name: str
+    baseline: Cell
+    arm: Cell
+    difference: Cell
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An arm against its baseline."""
+
+    arm: str
+    baseline: str
+    verdict: str
+    outcome: str
+    scope: str
+    further_seeds: int | None
+    reason: str
+    headline: str
+    overall: list[Row]  # AP, AP50, AP75 and, if measured, the size classes
+    classes: list[Row]  # in the order of the annotations
+    classes_apart: str
+    curves: dict[str, Curves]  # of the baseline and of the arm
+
+    @property
+    def sorted_classes(self) -> list[Row]:
+        """The classes that could be measured, by falling difference."""
+        measured = [r for r in self.classes if r.difference.measured]
+        return sorted(measured, key=lambda r: -r.difference.value)
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A run as observed, without an interval."""
+
+    files: RunFiles
+    ap: dict[str, float | None]  # AP, AP50, AP75
+
+
+@dataclass(frozen=True)
+class Table2Row:
+    """One image scale of the paper's Table 2 with our numbers; None where not run."""
+
+    scale: int
+    paper_bn: float
+    paper_psbn: float
+    pair: Pair | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is said about a comparison."""
+
+    settings: dict[str, Any]
+    confidence: float
+    pairs: list[Pair]
+    arms: dict[str, list[tuple[str, Cell]]]  # by name: the metrics, then the classes
+    metrics: int  # how many of these come before the classes
+    runs: list[RunRow]
+    table2: list[Table2Row]  # empty unless asked for
+    carries: str  # what the intervals carry
+    warnings: list[str]
+    expected: dict[str, bool] = field(default_factory=dict)
+
+
+def report(
+    c: Comparison,
+    runs: Sequence[RunFiles],
+    settings: dict[str, Any],
+    table2: bool = False,
+    expected: dict[str, bool] | None = None,
+) -> Report:
+    """Put a comparison into tables.
+
+    Args:
+        c: The comparison.
+        runs: Where its runs lie, in the order of ``c.measured``.
+        settings: What a reader needs to repeat it; ``images`` is the number of images.
+        table2: Lay Table 2 of the paper beside it.
+        expected: Expectation -> whether it holds.
+    """
+    pairs = [_pair(c, d) for d in c.differences]
+    by_arms = {(p.baseline, p.arm): p for p in pairs}
+    names = c.measured.names
+    return Report(
+        settings=settings,
+        confidence=c.confidence,
+        pairs=pairs,
+        arms={a: list(zip(names, cells(e), strict=True)) for a, e in c.arms.items()},
+        metrics=c.measured.overall,
+        runs=[
+            RunRow(run, {n: _known(v) for n, v in zip(names[:3], ap[:3], strict=True)})
+            for run, ap in zip(runs, c.measured.observed, strict=True)
+        ],
+        table2=[
+            Table2Row(scale, *PAPER[scale], by_arms.get(arms))
+            for scale, arms in zip(PAPER, TABLE2_ARMS, strict=True)
+            if table2
+        ],
+        carries=_carries(c, settings["images"]),
+        warnings=list(c.warnings),
+        expected=expected or {},
+    )
+
+
+def cells(e: Estimate) -> Iterator[Cell]:
+    """An estimate, name by name."""
+    positive = e.positive if isinstance(e, Difference) else [math.nan] * len(e.value)
+    for numbers in zip(e.value, e.low, e.high, positive, strict=True):
+        yield Cell(*map(float, numbers))
+
+
+def _known(x: float) -> float | None:
+    return None if math.isnan(x) else float(x)
+
+
+def _pair(c: Comparison, d: Difference) -> Pair:
+    columns = map(cells, (c.arms[d.baseline], c.arms[d.arm], d))
+    rows = [Row(*row) for row in zip(c.measured.names, *columns, strict=True)]
+    overall, classes = rows[: c.measured.overall], rows[c.measured.overall :]
+    measured = [r for r in classes if r.difference.measured]
+    apart = sum(r.difference.apart for r in measured)
+    return Pair(
+        arm=d.arm,
+        baseline=d.baseline,
+        verdict=d.verdict,
+        outcome=d.outcome,
+        scope=d.scope,
+        further_seeds=d.further_seeds,
+        reason=d.reason,
+        headline=(
+            f"{d.arm} against {d.baseline}: {d.verdict}, "
+            f"{overall[0].difference.text('+')} AP with a {c.confidence:.0%} interval"
+        ),
+        overall=overall,
+        classes=classes,
+        classes_apart=(
+            f"{apart} of {len(measured)} classes have an interval without 0; "
+            f"about {(1 - c.confidence) * len(measured):.0f} would by chance alone"
+        ),
+        curves={a: c.curves[a] for a in (d.baseline, d.arm)},
+    )
+
+
+def _carries(c: Comparison, images: int) -> str:
+    """What the intervals carry, in one or two sentences."""
+    several = [a for a, runs in c.runs.items() if len(runs) > 1]
+    single = [a for a in c.runs if a not in several]
+    said = (
+        f"AP in points, with {c.confidence:.0%} intervals from {len(c.measured.resampled)} paired "
+        f"resamples of {images} images"
+    )
+    if not several:
+        return f"{said}. They carry no seeds: every arm has one run."
+    if not single:
+        return f"{said} and of the runs."
+    return (
+        f"{said} and, for {', '.join(several)}, of the runs. Those of {', '.join(single)}, with "
+        "one run each, and of differences that involve them carry no seeds."
+    )
 
 
 def table2_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs (arm, baseline) of Table 2 among the arms ``bn_500, psbn_500, bn_800, psbn_800``.
 
     Raises:
-        InputError: when an arm has another name, or a scale lacks one of its two.
+        InputError: An arm has another name, or a scale lacks one of its two.
     """
     known = [a for pair in TABLE2_ARMS for a in pair]
     if strange := [a for a in arms if a not in known]:
@@ -34,160 +226,117 @@ def table2_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def parse_expectation(text: str, arms: Sequence[str]) -> tuple[str, str, str, float]:
-    """``'psbn-bn>=0.3'`` to ('psbn', 'bn', '>=', 0.3): a claim about the observed AP difference.
+def as_json(r: Report) -> dict[str, Any]:
+    """The report as JSON data; AP in points, null where nothing could be measured."""
 
-    Raises:
-        InputError: when it is no such claim, or names an arm that is not there.
-    """
-    found = re.fullmatch(r"\s*(.+?)\s*(>=|<=|>|<)\s*([-+]?\d*\.?\d+)\s*", text)
-    pairs = [(a, b) for a in arms for b in arms if a != b and found and found[1] == f"{a}-{b}"]
-    if not pairs:
-        raise InputError(
-            f"--expect {text!r}: wanted ARM-BASELINE>=AP, as 'psbn-bn>=0.3', with arms of "
-            f"{', '.join(arms)}"
-        )
-    return *pairs[0], found[2], float(found[3])
+    def numbers(cell: Cell) -> dict[str, float | None]:
+        return {"value": _known(cell.value), "low": _known(cell.low), "high": _known(cell.high)}
 
-
-def holds(difference: Difference, relation: str, bound: float) -> bool:
-    """Whether the observed difference in AP points is as claimed."""
-    return bool(_RELATIONS[relation](difference.value[0], bound))
-
-
-def cell(estimate: Estimate, i: int, sign: str = "") -> str:
-    """``+0.62 (+0.21 to +1.03)``, AP points; a dash where nothing could be measured."""
-    if math.isnan(estimate.value[i]):
-        return "–"
-    v, low, high = (f"{x[i]:{sign}.2f}" for x in (estimate.value, estimate.low, estimate.high))
-    return f"{v} ({low} to {high})"
-
-
-def headline(d: Difference, confidence: float) -> str:
-    """The verdict in one sentence."""
-    return (
-        f"{d.arm} against {d.baseline}: {d.verdict}, "
-        f"{cell(d, 0, '+')} AP with a {confidence:.0%} interval"
-    )
-
-
-def class_order(c: Comparison, d: Difference) -> np.ndarray:
-    """Indices of the classes that could be measured, by falling difference."""
-    classes = np.arange(c.measured.overall, len(c.measured.names))
-    classes = classes[~np.isnan(d.value[classes])]
-    return classes[np.argsort(-d.value[classes], kind="stable")]
-
-
-def classes_apart(c: Comparison, d: Difference) -> str:
-    """How many classes differ, and how many would by chance alone."""
-    classes = class_order(c, d)
-    apart = int(((d.low[classes] > 0) | (d.high[classes] < 0)).sum())
-    chance = (1 - c.confidence) * len(classes)
-    return (
-        f"{apart} of {len(classes)} classes have an interval without 0; "
-        f"by chance alone {chance:.0f} would"
-    )
-
-
-def markdown(
-    c: Comparison, runs: Sequence[RunFiles], images: int, table2: bool = False, extremes: int = 5
-) -> str:
-    """The whole comparison as text.
-
-    Args:
-        extremes: how many of the classes with the largest gain and the largest loss to list.
-    """
-    names, lines = c.measured.names, []
-    if table2:
-        lines += [*_table2(c), ""]
-    for d in c.differences:
-        a, b = c.arms[d.arm], c.arms[d.baseline]
-        lines += [f"## {headline(d, c.confidence)}", "", d.reason, ""]
-        lines += [f"| | {d.baseline} | {d.arm} | difference | P(difference > 0) |"]
-        lines += ["| --- | ---: | ---: | ---: | ---: |"]
-        rows = list(range(c.measured.overall))
-        order = class_order(c, d)
-        rows += [i for n, i in enumerate(order) if n < extremes or n >= len(order) - extremes]
-        for i in rows:
-            name = names[i].replace("|", "\\|")
-            p = "–" if math.isnan(d.value[i]) else f"{d.positive[i]:.3f}"
-            lines += [f"| {name} | {cell(b, i)} | {cell(a, i)} | {cell(d, i, '+')} | {p} |"]
-        lines += ["", f"{classes_apart(c, d)}.", ""]
-    lines += ["## Runs", "", "| arm | AP | AP50 | AP75 | results | checkpoint | seed |"]
-    lines += ["| --- | ---: | ---: | ---: | --- | --- | ---: |"]
-    for run, ap in zip(runs, c.measured.observed, strict=True):
-        seed = "" if run.seed is None else run.seed
-        lines += [
-            f"| {run.arm} | {ap[0]:.2f} | {ap[1]:.2f} | {ap[2]:.2f} "
-            f"| {run.results} | {run.checkpoint or ''} | {seed} |"
-        ]
-    lines += [
-        "",
-        f"AP in points, with {c.confidence:.0%} intervals from {len(c.measured.resampled)} "
-        f"paired resamples of {images} images"
-        + (" and of the runs." if any(len(r) > 1 for r in c.runs.values()) else "."),
-    ]
-    return "\n".join(lines + [f"Warning: {w}." for w in c.warnings]) + "\n"
-
-
-def _table2(c: Comparison) -> list[str]:
-    """The paper's Table 2 with our numbers beside its own."""
-    lines = [
-        "## Table 2: AP of RetinaNet on MS-COCO2017, ours beside the paper's",
-        "",
-        "| image scale | BN | paper | psBN | paper | difference | paper | verdict |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for (scale, (bn, psbn)), (bn_arm, psbn_arm) in zip(PAPER.items(), TABLE2_ARMS, strict=True):
-        paper = f"{bn:.1f}", f"{psbn:.1f}", f"{psbn - bn:+.1f}"
-        found = [d for d in c.differences if (d.arm, d.baseline) == (psbn_arm, bn_arm)]
-        ours = ["not run"] * 4
-        for d in found:
-            ours = [cell(c.arms[bn_arm], 0), cell(c.arms[psbn_arm], 0), cell(d, 0, "+"), d.verdict]
-        lines += [
-            f"| {scale} | {ours[0]} | {paper[0]} | {ours[1]} | {paper[1]} | {ours[2]} | {paper[2]} "
-            f"| {ours[3]} |"
-        ]
-    return lines
-
-
-def as_json(
-    c: Comparison, runs: Sequence[RunFiles], settings: dict[str, Any], expected: dict[str, bool]
-) -> dict[str, Any]:
-    """The whole comparison as JSON data; AP in points, null where nothing could be measured."""
-    names, overall = c.measured.names, c.measured.overall
-
-    def numbers(e: Estimate) -> dict[str, Any]:
-        def one(i: int) -> dict[str, float | None]:
-            shown = {"value": e.value[i], "low": e.low[i], "high": e.high[i]}
-            if isinstance(e, Difference):
-                shown["p_positive"] = e.positive[i]
-            return {k: None if math.isnan(v) else float(v) for k, v in shown.items()}
-
-        return {
-            **{names[i]: one(i) for i in range(overall)},
-            "classes": {names[i]: one(i) for i in range(overall, len(names))},
-        }
+    def difference(row: Row) -> dict[str, float | None]:
+        return {**numbers(row.difference), "p_positive": _known(row.difference.p_positive)}
 
     return {
-        "settings": {"confidence": c.confidence, **settings},
-        "warnings": c.warnings,
-        "runs": [
-            {**asdict(run), **dict(zip(names[:3], map(float, ap[:3]), strict=True))}
-            for run, ap in zip(runs, c.measured.observed, strict=True)
-        ],
-        "arms": {a: numbers(e) for a, e in c.arms.items()},
+        "settings": {"confidence": r.confidence, **r.settings},
+        "warnings": r.warnings,
+        "runs": [{**vars(run.files), **run.ap} for run in r.runs],
+        "arms": {
+            arm: {
+                **{name: numbers(x) for name, x in named[: r.metrics]},
+                "classes": {name: numbers(x) for name, x in named[r.metrics :]},
+            }
+            for arm, named in r.arms.items()
+        },
         "differences": [
             {
-                "arm": d.arm,
-                "baseline": d.baseline,
-                "verdict": d.verdict,
-                "shown": d.verdict != NOT_SHOWN,
-                "further_seeds": d.further_seeds,
-                "reason": d.reason,
-                **numbers(d),
+                "arm": p.arm,
+                "baseline": p.baseline,
+                "verdict": p.verdict,
+                "shown": p.outcome != NOT_SHOWN,
+                "scope": p.scope,
+                "seeds_in_interval": p.scope == METHODS,
+                "further_seeds": p.further_seeds,
+                "reason": p.reason,
+                **{row.name: difference(row) for row in p.overall},
+                "classes": {row.name: difference(row) for row in p.classes},
             }
-            for d in c.differences
+            for p in r.pairs
         ],
-        "expected": expected,
+        "expected": r.expected,
     }
+
+
+def markdown(r: Report, extremes: int = 5) -> str:
+    """The report as Markdown.
+
+    Args:
+        r: The report.
+        extremes: How many of the classes with the largest gain and the largest loss to list.
+    """
+    lines = []
+    if r.table2:
+        lines += ["## Table 2: AP of RetinaNet on MS-COCO2017, ours beside the paper's", ""]
+        lines += _markdown_table(
+            ["image scale", "BN", "paper", "psBN", "paper", "difference", "paper", "verdict"],
+            [table2_cells(row) for row in r.table2],
+        )
+    for p in r.pairs:
+        lines += [f"## {p.headline}", "", p.reason, ""]
+        classes = p.sorted_classes
+        ends = [
+            row for n, row in enumerate(classes) if n < extremes or n >= len(classes) - extremes
+        ]
+        lines += _markdown_table(
+            ["", p.baseline, p.arm, "difference", "P(difference > 0)"],
+            [
+                [
+                    row.name,
+                    row.baseline.text(),
+                    row.arm.text(),
+                    row.difference.text("+"),
+                    row.difference.p_text,
+                ]
+                for row in [*p.overall, *ends]
+            ],
+        )
+        lines += [f"{p.classes_apart}.", ""]
+    lines += ["## Runs", ""]
+    lines += _markdown_table(RUN_HEADER, [run_cells(run) for run in r.runs], left=(0, 4, 5))
+    lines += [r.carries, *(f"Warning: {w}." for w in r.warnings)]
+    return "\n".join(lines) + "\n"
+
+
+RUN_HEADER = ["arm", "AP", "AP50", "AP75", "results", "checkpoint", "seed"]
+
+
+def run_cells(run: RunRow) -> list[str]:
+    """A run under RUN_HEADER."""
+    files = run.files
+    return [
+        files.arm,
+        *("–" if x is None else f"{x:.2f}" for x in run.ap.values()),
+        files.results,
+        files.checkpoint or "",
+        "" if files.seed is None else str(files.seed),
+    ]
+
+
+def table2_cells(row: Table2Row) -> list[str]:
+    """A row of Table 2: scale; ours and the paper's for BN, psBN and the difference; verdict."""
+    ours = ["not run"] * 4
+    if row.pair:
+        ap = row.pair.overall[0]
+        ours = [ap.baseline.text(), ap.arm.text(), ap.difference.text("+"), row.pair.verdict]
+    paper = f"{row.paper_bn:.1f}", f"{row.paper_psbn:.1f}", f"{row.paper_psbn - row.paper_bn:+.1f}"
+    return [str(row.scale), ours[0], paper[0], ours[1], paper[1], ours[2], paper[2], ours[3]]
+
+
+def _markdown_table(
+    header: list[str], rows: list[list[str]], left: Sequence[int] = (0,)
+) -> list[str]:
+    """The lines of a table and an empty one; columns other than ``left`` are set to the right."""
+
+    def line(texts: list[str]) -> str:
+        return "| " + " | ".join(t.replace("|", "\\|") for t in texts) + " |"
+
+    align = ["---" if i in left else "---:" for i in range(len(header))]
+    return [line(header), line(align), *map(line, rows), ""]

@@ -1,23 +1,33 @@
 """Checkpoints: read without running code, converted, checked against a model, the last whole one.
 
+- :mod:`.allowed`: what a checkpoint may hold, and ``torch.load`` held to it
+- :mod:`.schemes`: which file or URL a name stands for
 - :mod:`.read`: files and URLs of any PyTorch project
-- :mod:`.loaders`: the same for whatever mmengine loads
+- :mod:`.unwrap`: the one state dict within, by the model's own names
+- :mod:`.fit`: whether it gives a model the function it was saved with
 - :mod:`.convert`: state dicts from BN to psBN and back
-- :mod:`.fit`: whether a checkpoint gives a model the function it was saved with
 - :mod:`.latest`: the newest checkpoint of a work dir that was written to its end
+- :mod:`.install`: the same for all that mmengine loads; importing the package is enough
+- :mod:`.loaders`: the hook that holds a Runner to loading all or nothing
 """
 
-from .convert import bn_state_dict, psbn_state_dict
+from .convert import bn_state_dict, convert_all, psbn_state_dict
 from .fit import mismatch, require_fit
-from .latest import is_whole, latest_whole
-from .read import CheckpointError, load, state_dict_of
+from .install import install
+from .latest import latest_whole
+from .read import is_whole, load
+from .unwrap import CheckpointError, locate, state_dict_of
+
+install()
 
 __all__ = [
     "CheckpointError",
     "bn_state_dict",
+    "convert_all",
     "is_whole",
     "latest_whole",
     "load",
+    "locate",
     "mismatch",
     "psbn_state_dict",
     "require_fit",

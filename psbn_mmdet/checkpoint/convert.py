@@ -1,19 +1,23 @@
 """State dicts from BN to psBN and back, their function preserved."""
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..norm.layers import check_alpha, check_load_bn, rebase
 from ..norm.recognize import Kind, norm_kinds
-from .read import CheckpointError
+from .unwrap import CheckpointError, as_tensor, is_array
+
+_DIMENSIONS = dict(weight=1, bias=1, beta=1, alpha=0, running_mean=1, running_var=1)
 
 
 def prefixes(state_dict: Mapping[str, Tensor], kind: Kind) -> set[str]:
     """What stands in front of the tensors of each layer of a kind, such as ``'layer1.0.bn1.'``."""
     kinds = norm_kinds(state_dict)
-    return {f"{name}." if name else "" for name, found in kinds.items() if found == kind}
+    return {f"{name}." if name else "" for name, its_kind in kinds.items() if its_kind == kind}
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -33,10 +37,11 @@ def psbn_state_dict(
     ``alpha`` do; the latter are rebased to ``alpha``.
 
     Raises:
-        CheckpointError: There is no such layer.
+        CheckpointError: There is no such layer, or only a part of one.
         TypeError, ValueError: A wrong ``alpha`` or ``load_bn``.
     """
     alpha, load_bn = check_alpha(alpha), check_load_bn(load_bn)
+    _refuse_parts(state_dict)
     bn, psbn = prefixes(state_dict, "bn"), prefixes(state_dict, "psbn")
     if not bn | psbn:
         raise CheckpointError("the state dict holds no BatchNorm layer")
@@ -61,8 +66,9 @@ def bn_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of ``to_bn(model)`` from that of ``model``: ``bias = beta + alpha``.
 
     Raises:
-        CheckpointError: There is no psBN layer.
+        CheckpointError: There is no psBN layer, or only a part of one.
     """
+    _refuse_parts(state_dict)
     psbn = prefixes(state_dict, "psbn")
     if not psbn:
         raise CheckpointError("the state dict holds no psBN layer (beta and alpha)")
@@ -74,3 +80,69 @@ def bn_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif not (prefix in psbn and name == "alpha"):
             converted[key] = value
     return converted
+
+
+def convert_all(
+    content: Any, change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], kinds: set[Kind]
+) -> tuple[Any, list[str]]:
+    """Convert each state dict in a checkpoint, however deep: weights, averages, several models.
+
+    Args:
+        content: What :func:`load` returned; it is not changed.
+        change: Converts one state dict.
+        kinds: State dicts with layers of these kinds are converted.
+
+    Returns:
+        A copy with the converted ones in their places, and where these are: ``'state_dict_ema'``,
+        ``''`` for the checkpoint itself.
+
+    Raises:
+        CheckpointError: One of them holds a part of a layer.
+    """
+    places: list[str] = []
+
+    def walk(value: Any, place: str) -> Any:
+        if type(value) in (list, tuple):
+            items = [walk(item, f"{place}[{i}]") for i, item in enumerate(value)]
+            same = all(a is b for a, b in zip(items, value, strict=True))
+            return value if same else type(value)(items)
+        if not isinstance(value, Mapping):
+            return value
+        new = value
+        tensors = {k: as_tensor(v) for k, v in value.items() if isinstance(k, str) and is_array(v)}
+        _refuse_parts(tensors)
+        if kinds & {*norm_kinds(tensors).values()}:
+            places.append(place)
+            rest = {key: value[key] for key in value if key not in tensors}
+            new = change(tensors) | rest
+        walked = {k: walk(v, f"{place}.{k}".lstrip(".")) for k, v in new.items()}
+        if new is value and all(walked[key] is value[key] for key in value):
+            return value
+        if not isinstance(value, OrderedDict):
+            return walked
+        ordered = OrderedDict(walked)
+        ordered.__dict__.update(value.__dict__)  # torch's versions of modules
+        return ordered
+
+    return walk(content, ""), places
+
+
+def _refuse_parts(state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse a state dict with a part of a layer, which would stay as it is.
+
+    That happens where a state dict has been cut into shards.
+    """
+    kinds = norm_kinds(state_dict)
+    parts: dict[str, set[str]] = {}
+    for key, tensor in state_dict.items():
+        prefix, name = _split(key)
+        if tensor.dim() == _DIMENSIONS.get(name):
+            parts.setdefault(prefix[:-1], set()).add(name)
+    for layer, names in parts.items():
+        shifted = "beta" in names and names & {"alpha", "weight"}
+        tracked = names & {"running_mean", "running_var"} and names & {"weight", "bias"}
+        if (shifted or tracked) and kinds.get(layer) not in ("bn", "psbn"):
+            raise CheckpointError(
+                f"of the layer {layer or 'itself'} only {', '.join(sorted(names))} are there; is "
+                "this one of several shards? join them first"
+            )

@@ -2,25 +2,45 @@
 
 import os
 import re
-import zipfile
 from pathlib import Path
 
-
-def is_whole(path: str | os.PathLike) -> bool:
-    """Whether a file of ``torch.save`` was written to its end.
-
-    It is a zip archive, whose directory comes last: a writer that was killed
-    leaves a file without one.
-    """
-    return zipfile.is_zipfile(path)
+from .read import is_whole, load
+from .unwrap import CheckpointError
 
 
 def latest_whole(work_dir: str | os.PathLike) -> Path | None:
     """The newest ``epoch_N.pth`` or ``iter_N.pth`` of a work dir that is whole, if any.
 
-    mmengine itself goes by the file ``last_checkpoint``, which a kill at the
-    wrong moment leaves empty.
+    The newest is that with the highest number, whatever the files' times, which copies lose. Where
+    there are epochs and iterations, the iteration that each says it was saved at decides.
+
+    mmengine itself goes by the file ``last_checkpoint``, which a kill at the wrong moment leaves
+    empty.
+
+    Raises:
+        CheckpointError: There are epochs and iterations, and one does not say its iteration.
     """
-    found = [p for p in Path(work_dir).glob("*.pth") if re.fullmatch(r"(epoch|iter)_\d+", p.stem)]
-    newest_first = sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True)
-    return next((p for p in newest_first if is_whole(p)), None)
+    numbers: dict[str, dict[int, Path]] = {"epoch": {}, "iter": {}}
+    for path in Path(work_dir).glob("*.pth"):
+        if named := re.fullmatch(r"(epoch|iter)_(\d+)", path.stem):
+            numbers[named[1]][int(named[2])] = path
+    newest = [
+        next((path for _, path in sorted(paths.items(), reverse=True) if is_whole(path)), None)
+        for paths in numbers.values()
+    ]
+    candidates = [path for path in newest if path is not None]
+    if len(candidates) > 1:
+        return max(candidates, key=_iteration)
+    return next(iter(candidates), None)
+
+
+def _iteration(path: Path) -> int:
+    """The iteration that a checkpoint of mmengine was saved at."""
+    checkpoint = load(path, "meta")
+    meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
+    if not isinstance(meta, dict) or not isinstance(meta.get("iter"), int):
+        raise CheckpointError(
+            f"{path}: does not say at which iteration it was saved, so whether it is the newest "
+            "is unknown; name the checkpoint to resume from"
+        )
+    return meta["iter"]

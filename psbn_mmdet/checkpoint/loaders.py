@@ -1,56 +1,28 @@
-"""How mmengine reads checkpoints once this module is imported (``custom_imports``).
+"""Import this (``custom_imports``) for configs that load checkpoints, before mmengine loads any.
 
-- local files and URLs run no code, whatever the version of torch;
-- ``torchvision://NAME`` needs no torchvision: mmengine itself ships the table of
-  the files that these names stand for.
-
-And :class:`CheckpointGuard`, which stops where mmengine would go on with a
-warning and a network that computes something else.
+It makes sure that mmengine's functions are replaced (see :mod:`.install`; importing the package
+does the same), and holds :class:`CheckpointGuard`, for a Runner that must not go on with a
+checkpoint that fits in part.
 """
 
-from pathlib import Path
 from typing import Any
 
-import mmengine
-from mmengine.dist import barrier, get_rank
 from mmengine.hooks import Hook
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
 
-from .fit import require_fit
-from .read import CheckpointError, load
+from .fit import mismatch
+from .install import hold_to_all, install
+from .unwrap import CheckpointError, state_dict_of
 
-_TABLE = Path(mmengine.__path__[0], "hub", "torchvision_0.12.json")
-
-
-def load_local(filename: str, map_location: Any = "cpu") -> Any:
-    return load(filename, map_location or "cpu")
-
-
-def load_url(filename: str, map_location: Any = "cpu") -> Any:
-    if get_rank() == 0:  # who downloads, for all on a shared disk
-        load(filename, "meta")
-    barrier()
-    return load(filename, map_location or "cpu")
-
-
-def load_torchvision(filename: str, map_location: Any = "cpu") -> Any:
-    name = filename.partition("://")[2]
-    table = mmengine.load(_TABLE)
-    if name not in table:
-        raise CheckpointError(f"{filename}: no such file in {_TABLE}; give its URL instead")
-    return load_url(table[name], map_location)
-
-
-for _prefixes, _loader in [
-    ("", load_local),
-    (("http://", "https://"), load_url),
-    (("torchvision://", "modelzoo://"), load_torchvision),
-]:
-    CheckpointLoader.register_scheme(_prefixes, _loader, force=True)
+install()
 
 
 class CheckpointGuard(Hook):
-    """:func:`require_fit` for whatever a Runner loads.
+    """Refuses a checkpoint of which a model would be only partly loaded.
+
+    What is checked is what mmengine loads after this hook and those of others, and the average of
+    weights that ``EMAHook`` goes on with.
 
     Args:
         strict: True for testing; a resumed run is always held to it.
@@ -59,6 +31,25 @@ class CheckpointGuard(Hook):
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        model = getattr(runner.model, "module", runner.model)
-        require_fit(model, checkpoint, runner._load_from, self.strict or runner._resume)
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Hold the model to the state dict that it is about to load.
+
+        Raises:
+            CheckpointError: A run is to be resumed from what holds weights alone, or from an
+                average that does not fit.
+        """
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if self.strict or runner._resume:
+            hold_to_all(model)
+        if not runner._resume:
+            return
+        absent = [key for key in ("meta", "message_hub") if key not in checkpoint]
+        if absent:
+            raise CheckpointError(
+                f"{runner._load_from}: has no {absent[0]}, so it is not the checkpoint of a run "
+                "and cannot be resumed; take its weights with load_from and resume=False"
+            )
+        if "ema_state_dict" in checkpoint:
+            average = state_dict_of(checkpoint["ema_state_dict"], str(runner._load_from))
+            if wrong := mismatch(model, average, strict=True):
+                raise CheckpointError(f"{runner._load_from}: its ema_state_dict: {wrong}")

@@ -1,26 +1,49 @@
-"""What a trace shows: the state of each filter at each moment, summed by layer."""
+"""What a trace shows: the state of each filter at each moment, summed by layer.
+
+Where the trace knows that no ReLU follows a layer, its filters are judged accordingly
+(:mod:`.criteria`).
+"""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .criteria import activation_probability, collapsed, constant
+from .criteria import collapsed, constant, inactive, not_finite
 from .trace import Trace
 
-STATES = ("live", "inactive", "dead", "constant")
-COLORS = {"live": "#8195a8", "inactive": "#e69f00", "dead": "#c1121f", "constant": "#7b2cbf"}
+STATES = ("live", "inactive", "dead", "constant", "not finite")
+COLORS = {
+    "live": "#8195a8",
+    "inactive": "#e69f00",
+    "dead": "#d62839",
+    "constant": "#9b5de5",
+    "not finite": "#2a9d8f",
+}
 
 
 def states(trace: Trace, index: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.uint8]:
-    """0 live, 1 inactive, 2 dead, 3 constant: (moments, F) for a slice of moments.
+    """An index into STATES for each filter: (moments, F) for a slice of moments.
 
     A collapsed filter is dead or constant, whether inactive or not.
     """
     gamma, bias = torch.tensor(trace.gamma[index]), torch.tensor(trace.bias[index])
-    found = (activation_probability(gamma, bias) < trace.inactive_below).byte()
-    found[collapsed(gamma, trace.threshold)] = 2
-    found[constant(gamma, bias, trace.threshold)] = 3
-    return found.numpy()
+    relu = torch.tensor(trace.relu)
+    state = inactive(gamma, bias, trace.inactive_below, relu).byte()
+    state[collapsed(gamma, trace.threshold)] = 2
+    state[constant(gamma, bias, trace.threshold, relu)] = 3
+    state[not_finite(gamma, bias)] = 4
+    return state.numpy()
+
+
+def is_collapsed(states: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Dead or constant."""
+    return (states == 2) | (states == 3)
+
+
+def percent(states: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(T, F) -> (T,): the share of some filters among those that are finite, in percent."""
+    finite = (states != 4).sum(1)
+    return np.divide(100 * mask.sum(1), finite, out=np.full(len(mask), np.nan), where=finite > 0)
 
 
 def evenly(length: int, most: int) -> NDArray[np.int64]:
@@ -29,7 +52,8 @@ def evenly(length: int, most: int) -> NDArray[np.int64]:
 
 
 def starts(trace: Trace) -> NDArray[np.int64]:
-    return np.cumsum([0, *(filters for _, filters, _ in trace.layers)])
+    """(layers + 1,), where the filters of each layer start, and the number of all."""
+    return np.cumsum([0, *(layer.filters for layer in trace.layers)])
 
 
 def sum_by_layer(trace: Trace, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -54,5 +78,6 @@ def non_trainable(trace: Trace, half_width: float, bottom: float) -> list[tuple[
 
 
 def inactive_states(trace: Trace) -> NDArray[np.bool_]:
-    probability = activation_probability(torch.tensor(trace.gamma), torch.tensor(trace.bias))
-    return (probability < trace.inactive_below).numpy()
+    """(T, F), whether a filter is inactive; it may be collapsed, too."""
+    gamma, bias = torch.tensor(trace.gamma), torch.tensor(trace.bias)
+    return inactive(gamma, bias, trace.inactive_below, torch.tensor(trace.relu)).numpy()

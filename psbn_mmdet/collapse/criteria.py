@@ -42,7 +42,14 @@ thousand positions, of which then less than one lets a gradient through."""
 NEARLY_LINEAR_ABOVE = 0.95
 """Mean activation probability above which a ReLU is nearly the identity: bias > 1.64 |gamma|.
 
-The shift of psBN does that to a layer whose gamma is small against alpha."""
+The shift of psBN does that to a layer whose gamma is small against alpha. With c = bias / |gamma|
+and Gaussian x_hat the share of the variance of ReLU(x_hat + c) that a linear function of x_hat
+explains is
+
+    Phi(c)^2 / ((c^2 + 1) Phi(c) + c phi(c) - (c Phi(c) + phi(c))^2),
+
+73% at P(active) = Phi(c) = 0.5, 97% at 0.9 and 98.6% at 0.95: what is left of the layer's
+nonlinearity is then a twentieth of a usual ReLU's."""
 
 
 class MeasureError(PsbnError, ValueError):
@@ -103,8 +110,8 @@ def inactive(
         below: Threshold of the activation probability.
         relu: (C,) bool, whether a ReLU follows; True everywhere by default.
     """
-    found = (activation_probability(gamma, bias) < below) & ~not_finite(gamma, bias)
-    return found if relu is None else found & relu
+    silent = (activation_probability(gamma, bias) < below) & ~not_finite(gamma, bias)
+    return silent if relu is None else silent & relu
 
 
 def nearly_linear(
@@ -163,16 +170,18 @@ def count(
 
     Returns:
         Counts: ``filters``, ``collapsed`` = ``dead`` + ``constant``,
-        ``inactive``, ``not_finite``. ``collapsed_percent``,
+        ``inactive``, ``not_finite``. ``collapsed_percent``, ``dead_percent``,
         ``constant_percent`` and ``inactive_percent`` of the finite filters, NaN
         if there are none. ``activation_probability``, the mean over the finite
         filters with a ReLU, NaN if there are none.
     """
     unusable = not_finite(gamma, bias)
     n_constant = int(constant(gamma, bias, threshold, relu).sum())
+    n_dead = int(dead(gamma, bias, threshold, relu).sum())
     counts = {
         "filters": gamma.numel(),
-        "collapsed": n_constant + int(dead(gamma, bias, threshold, relu).sum()),
+        "collapsed": n_constant + n_dead,
+        "dead": n_dead,
         "constant": n_constant,
         "inactive": int(inactive(gamma, bias, inactive_below, relu).sum()),
         "not_finite": int(unusable.sum()),
@@ -181,10 +190,9 @@ def count(
     judged = ~unusable if relu is None else ~unusable & relu
     return {
         **counts,
-        "dead": counts["collapsed"] - n_constant,
         **{
             f"{name}_percent": 100 * counts[name] / finite if finite else math.nan
-            for name in ("collapsed", "constant", "inactive")
+            for name in ("collapsed", "dead", "constant", "inactive")
         },
         "activation_probability": float(activation_probability(gamma, bias)[judged].mean()),
     }

@@ -19,9 +19,10 @@ def ways_to_call(model: nn.Module, images: Tensor) -> list[Callable[[nn.Module],
     """
     if not any(base.__name__ == "BaseDetector" for base in type(model).__mro__):  # mmdet's
         return [lambda m: m(images)]
+    proposals = not getattr(model, "with_rpn", False)
     return [
-        lambda m: m(images, _data_samples(images), mode="tensor"),
-        lambda m: m(images, _data_samples(images), mode="predict"),
+        lambda m: m(images, _data_samples(images, proposals), mode="tensor"),
+        lambda m: m(images, _data_samples(images, proposals), mode="predict"),
     ]
 
 
@@ -33,7 +34,7 @@ def ways_to_compare(model: nn.Module, images: Tensor) -> list[Callable[[nn.Modul
     """
     ways = ways_to_call(model, images)
     if len(ways) > 1 and hasattr(model, "rpn_head") and hasattr(model, "roi_head"):
-        samples = _data_samples(images)
+        samples = _data_samples(images, proposals=True)
         proposals = [sample.proposals for sample in samples]
 
         def two_stage(m: Any) -> Any:
@@ -44,7 +45,7 @@ def ways_to_compare(model: nn.Module, images: Tensor) -> list[Callable[[nn.Modul
     return ways
 
 
-def _data_samples(images: Tensor) -> list[Any]:
+def _data_samples(images: Tensor, proposals: bool) -> list[Any]:
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
@@ -64,10 +65,10 @@ def _data_samples(images: Tensor) -> list[Any]:
                 "flip_direction": None,
             }
         )
-        # Only Fast R-CNN, which has no network for them, reads these: the image and its quarters.
-        x, y = width / 2, height / 2
-        boxes = [(0, 0, width, height), (0, 0, x, y), (x, 0, width, y)]
-        boxes += [(0, y, x, height), (x, y, width, height)]
-        sample.proposals = InstanceData(bboxes=images.new_tensor(boxes))
+        if proposals:  # Fast R-CNN has no network for them: the image and its quarters
+            x, y = width / 2, height / 2
+            boxes: list[tuple[float, ...]] = [(0, 0, width, height)]
+            boxes += [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
+            sample.proposals = InstanceData(bboxes=images.new_tensor(boxes))
         samples.append(sample)
     return samples

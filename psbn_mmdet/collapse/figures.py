@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .course import COLORS, STATES, inactive_states, non_trainable, starts, states, sum_by_layer
+from .course import (
+    COLORS,
+    STATES,
+    inactive_states,
+    is_collapsed,
+    non_trainable,
+    percent,
+    starts,
+    states,
+    sum_by_layer,
+)
 from .trace import Trace, read
 
 FIGURE_STYLE = {
@@ -30,8 +40,8 @@ FIGURE_STYLE = {
 def write_figures(trace: Trace | str | os.PathLike, folder: str | os.PathLike) -> list[Path]:
     """Draw ``collapse.png``, ``layers.png``, ``norms.png`` and ``paths.png``.
 
-    The last two are of the layer with the largest share of dead and inactive filters. ``norms.png``
-    is left out where no convolution is known in front of any layer.
+    The last two are of the layer with the largest share of filters that are inactive or collapsed.
+    ``norms.png`` is left out where no convolution is known in front of any layer.
 
     Args:
         trace: A run, its trace file or its work dir.
@@ -48,7 +58,7 @@ def write_figures(trace: Trace | str | os.PathLike, folder: str | os.PathLike) -
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with mpl.rc_context(FIGURE_STYLE):
+    with mpl.rc_context(FIGURE_STYLE):  # type: ignore[arg-type]
         for name, draw in [
             ("collapse", _draw_course),
             ("layers", _draw_heat_map),
@@ -65,15 +75,17 @@ def write_figures(trace: Trace | str | os.PathLike, folder: str | os.PathLike) -
 
 def _draw_course(figure: Any, trace: Trace) -> bool:
     axes = figure.add_subplot()
-    found = states(trace)
+    state = states(trace)
     inactive = inactive_states(trace)
-    for label, mask, color in [
-        ("inactive", inactive, COLORS["inactive"]),
-        ("collapsed", found >= 2, COLORS["dead"]),
-        ("of these constant", found == 3, COLORS["constant"]),
+    marker = "o" if len(state) < 30 else ""
+    for label, mask, color, line in [
+        ("inactive", inactive, COLORS["inactive"], "-"),
+        ("collapsed", is_collapsed(state), COLORS["dead"], "-"),
+        ("of these constant", state == 3, COLORS["constant"], "--"),  # often all of them
     ]:
-        marker = "o" if len(mask) < 30 else ""
-        axes.plot(trace.iterations, 100 * mask.mean(1), marker=marker, color=color, label=label)
+        axes.plot(
+            trace.iterations, percent(state, mask), line, marker=marker, color=color, label=label
+        )
     axes.set(ylabel="% of the filters", title=trace.report().summary().splitlines()[0])
     axes.set_ylim(bottom=0)
     _label_time(axes, trace)
@@ -90,7 +102,7 @@ def _label_time(axes: Any, trace: Trace) -> None:
 
 def _draw_heat_map(figure: Any, trace: Trace) -> bool:
     sizes = np.diff(starts(trace))
-    percent = 100 * sum_by_layer(trace, states(trace) >= 2) / sizes
+    share = 100 * sum_by_layer(trace, is_collapsed(states(trace))) / sizes
     height = min(max(3.0, 0.14 * len(sizes) + 1), 14.0)
     figure.set_size_inches(8, height)
     axes = figure.add_subplot()
@@ -99,36 +111,32 @@ def _draw_heat_map(figure: Any, trace: Trace) -> bool:
     middle = (times[1:] + times[:-1]) / 2
     edges = np.concatenate([times[:1] - (not len(middle)), middle, times[-1:] + (not len(middle))])
     # What the run comes to sets the scale, not a start with gamma = 0.
-    top = max(float(percent[len(percent) // 2 :].max()), 1.0)
+    top = max(float(share[len(share) // 2 :].max()), 1.0)
     image = axes.pcolormesh(
-        edges, np.arange(len(sizes) + 1), percent.T, cmap="YlOrRd", vmin=0, vmax=top
+        edges, np.arange(len(sizes) + 1), share.T, cmap="OrRd", vmin=0, vmax=top
     )
     axes.invert_yaxis()
     step = -(-len(sizes) // 90)
-    names = [name for name, _, _ in trace.layers]
+    names = [layer.name for layer in trace.layers]
     axes.set_yticks(np.arange(0, len(names), step) + 0.5, names[::step], fontsize=6)
     _label_time(axes, trace)
     axes.set_title("Collapsed filters of each layer")
-    figure.colorbar(image, label="% collapsed", extend="max" if percent.max() > top else "neither")
+    figure.colorbar(image, label="% collapsed", extend="max" if share.max() > top else "neither")
     return True
 
 
-def _most_collapsed(trace: Trace, among: NDArray[np.bool_]) -> int | None:
-    """The layer among some with the largest share of dead and inactive filters at the end."""
-    if not among.any():
-        return None
-    last = slice(len(trace.iterations) - 1, None)
-    found = states(trace, last)
-    score = sum_by_layer(trace, found == 2) + sum_by_layer(trace, inactive_states(trace)[last])
-    score = (score + 1e-3 * sum_by_layer(trace, found >= 2))[0] / np.diff(starts(trace))
-    return int(np.where(among, score, -1).argmax())
+def _most_collapsed(trace: Trace, among: NDArray[np.bool_]) -> int:
+    """The layer among some with the largest share of filters that are not live at the end."""
+    state = states(trace, slice(len(trace.iterations) - 1, None))
+    share = sum_by_layer(trace, state > 0)[0] / np.diff(starts(trace))
+    return int(np.where(among, share, -1).argmax())
 
 
 def _draw_norms(figure: Any, trace: Trace) -> bool:
-    paired = np.array([conv is not None for _, _, conv in trace.layers])
-    layer = _most_collapsed(trace, paired) if trace.norms else None
-    if layer is None:
+    paired = np.array([layer.conv is not None for layer in trace.layers])
+    if not (trace.norms and paired.any()):
         return False
+    layer = _most_collapsed(trace, paired)
     start, end = starts(trace)[layer : layer + 2]
     axes = figure.add_subplot()
     times = sorted(trace.norms)
@@ -146,7 +154,11 @@ def _draw_norms(figure: Any, trace: Trace) -> bool:
         color=COLORS["dead"],
         label=labels[-1],
     )
-    axes.set(xlabel="L1 norm of the filter", ylabel="filters", title=trace.layers[layer][2])
+    axes.set(
+        xlabel="L1 norm of the filter",
+        ylabel="filters",
+        title=f"Filters of {trace.layers[layer].conv}",
+    )
     axes.legend(frameon=False)
     return True
 
@@ -160,7 +172,7 @@ def _draw_paths(figure: Any, trace: Trace) -> bool:
     layer = _most_collapsed(trace, np.ones(len(trace.layers), bool))
     start, end = starts(trace)[layer : layer + 2]
     gamma, bias = _finite(trace.gamma[:, start:end]), _finite(trace.bias[:, start:end])
-    found = states(trace, slice(len(gamma) - 1, None))[0, start:end]
+    last = states(trace, slice(len(gamma) - 1, None))[0, start:end]
     axes = figure.add_subplot()
     figure.set_size_inches(7, 5.5)
     width = 1.05 * float(np.nanmax(np.abs(gamma), initial=1e-6))
@@ -168,11 +180,11 @@ def _draw_paths(figure: Any, trace: Trace) -> bool:
     pad = 0.06 * max(high - low, 1e-6)
     low, high = low - pad, high + pad
     corners = non_trainable(trace, width, low)
-    if corners:
+    if corners and trace.relu[start]:
         label = f"non-trainable: P(ReLU fires) < {trace.inactive_below:g}"
         axes.fill(*zip(*corners, strict=True), color="#f3d9d6", lw=0, label=label, zorder=0)
     for code, state in enumerate(STATES):
-        chosen = found == code
+        chosen = last == code
         if chosen.any():
             axes.plot(
                 gamma[:, chosen], bias[:, chosen], color=COLORS[state], lw=0.7, alpha=0.5, zorder=1
@@ -191,7 +203,7 @@ def _draw_paths(figure: Any, trace: Trace) -> bool:
         ylim=(low, high),
         xlabel="gamma",
         ylabel="bias (psBN: beta + alpha)",
-        title=f"{trace.layers[layer][0]}, {trace.moment(0)} to {trace.moment(-1)}",
+        title=f"{trace.layers[layer].name}, {trace.moment(0)} to {trace.moment(-1)}",
     )
     axes.legend(frameon=False, fontsize=8)
     return True

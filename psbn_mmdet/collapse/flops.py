@@ -226,7 +226,7 @@ class _Within:
 class _Call:
     """One call of a convolution: its shape, and who read what it put out."""
 
-    def __init__(self, conv: nn.Module, inputs: Tensor, active_in: Tensor) -> None:
+    def __init__(self, conv: Any, inputs: Tensor, active_in: Tensor) -> None:
         self.groups = getattr(conv, "groups", 1)
         self.kernel = 1 if isinstance(conv, nn.Linear) else conv.weight.shape[2:].numel()
         self.filters = filters_of(conv)
@@ -268,7 +268,7 @@ class _Readers(TorchFunctionMode):
 
 
 def _conv_hooks(
-    name: str, conv: nn.Module, calls: list[_Call], within: _Within
+    name: str, conv: Any, calls: list[_Call], within: _Within
 ) -> tuple[Callable, Callable]:
     """Hooks of a convolution of one input or of a list of them (as TridentNet's)."""
     linear = isinstance(conv, nn.Linear)

@@ -1,42 +1,56 @@
 """A hook that shows, while a model trains, which of its filters collapse."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
 from ..norm.layers import PostShift
-from .criteria import INACTIVE_BELOW, THRESHOLD, check_thresholds, count
+from .criteria import INACTIVE_BELOW, NEARLY_LINEAR_ABOVE, THRESHOLD, MeasureError, check_thresholds
 from .layers import gather, norm_modules
-from .report import measure
+from .report import Report, measure
 from .trace import FILE_NAME, TraceError, Writer, read
 
 
 class SparsityLoggerHook(Hook):
     """Measures the filters (:mod:`psbn_mmdet.collapse`) at an interval and shows them.
 
-    - The totals go into the log line and to every visualization backend, as
-      ``collapsed_percent``, ``constant_percent``, ``inactive_percent`` and the
-      mean ``activation_probability``.
+    - A line in the log and, at the same iteration, a point in every visualization
+      backend: ``collapse/collapsed_percent`` and ``collapse/dead_percent``,
+      ``collapse/constant_percent``, ``collapse/inactive_percent``, the mean
+      ``collapse/activation_probability``, and how many filters have a gamma or bias
+      that is ``collapse/not_finite`` (the percentages leave them out). With psBN also
+      ``collapse/nearly_linear_layers``, those whose ReLU passes nearly everything.
     - gamma and bias of every filter go into ``WORK_DIR/collapse.trace``
-      (:mod:`psbn_mmdet.trace`), before the first iteration, at the interval and
-      after the last. A resumed run goes on in the same file, without a gap or a
-      double. A record takes about 6 bytes per filter: 160 kB for a ResNet-50.
+      (:mod:`psbn_mmdet.collapse.trace`). A resumed run goes on in the same file,
+      without a gap or a double. A record takes about 6 bytes per filter: 160 kB for
+      a ResNet-50.
     - At the end figures and an HTML page are drawn into the run's log folder.
 
-    Only rank 0 measures, with one synchronisation of the device. The training is
-    not touched: weights come out equal to the bit with and without the hook.
+    It measures before the first iteration, at the interval and after the last.
 
-    At the start it warns of psBN layers whose beta is not decayed, which psBN
-    needs to do anything, and of layers that start with gamma = 0, as the last
-    one of a residual block often does: they read as collapsed until they have
-    moved, but they are not.
+    Where mmengine's ``EMAHook`` averages the weights, all this is of the weights that
+    are trained, which weight decay acts on. Those that are evaluated and saved are
+    the averaged ones: they are measured, too, as ``collapse/ema_collapsed_percent``
+    and so on.
+
+    Only rank 0 measures, with one synchronisation of the device. The training is
+    not touched: weights come out equal to the bit with and without the hook. What
+    cannot be written or drawn, as on a full disk, or measured, as the FLOPs of a
+    model that wants more than images, gets a warning and ends no training.
+
+    It warns of psBN layers whose beta is not decayed, which psBN needs to do
+    anything; of layers that start with gamma = 0, as the last one of a residual
+    block often does (they read as collapsed until they have moved, but they are
+    not); and, once they appear, of values that are not finite and of psBN layers
+    whose ReLU passes nearly everything (:func:`.criteria.nearly_linear`).
 
     Args:
         interval: Iterations (or epochs) from one measurement to the next.
@@ -44,8 +58,8 @@ class SparsityLoggerHook(Hook):
         threshold: Of |gamma|.
         inactive_below: Of the activation probability.
         input_size: (C, H, W) of an image: also log the FLOPs that removing the
-            collapsed filters would save, at the start and at the end, if the
-            model can be called with images alone, as most detectors can.
+            collapsed filters would save, at the start and at the end, of a model
+            that can be called with images alone, or a detector of mmdet.
         figures: Whether to draw at the end.
 
     Raises:
@@ -53,7 +67,7 @@ class SparsityLoggerHook(Hook):
             without normalization layers.
     """
 
-    priority = "NORMAL"  # before the logger, so that it prints what was measured
+    priority = "LOW"  # after EMAHook, to see the averaged weights of this iteration
 
     def __init__(
         self,
@@ -77,21 +91,27 @@ class SparsityLoggerHook(Hook):
         if not is_main_process():
             return
         model = _unwrapped(runner.model)
-        self._layers = norm_modules(model).values()
+        self._warned: set[str] = set()
+        self._writer: Writer | None = None
+        self._last: int | None = None  # iteration that was measured
         for warning in [*_decay_warnings(model, runner), *_zero_gamma_warnings(model, runner.iter)]:
             runner.logger.warning(warning)
-        report = measure(model, *self.thresholds, self.input_size)
-        self._writer = Writer(Path(runner.work_dir, FILE_NAME), report, runner.iter)
-        if self._writer.moved_to:
+        start = self._report(runner)
+        self._measured = {"": (start, norm_modules(model).values())}
+        if (averaged := _averaged(runner)) is not None:
+            self._measured["ema_"] = start, norm_modules(averaged).values()
             runner.logger.info(
-                f"the trace of another run was moved aside to {self._writer.moved_to}"
+                "EMAHook averages the weights: collapse/ema_... is of the averaged ones, which are "
+                "evaluated and saved; all else is of the weights that are trained"
             )
-        if runner.iter == 0:
-            self._writer.write_norms(0, report)
+        self._open_trace(runner, start)
+        if self._writer and runner.iter == 0:
+            with self._writing(runner):
+                self._writer.write_norms(0, start)
         # Also after a resume: the last record may have been lost with the machine.
         if (not self.by_epoch and runner.iter % self.interval == 0) or runner.iter == 0:
             self._measure(runner, runner.iter)
-        runner.logger.info(f"before training:\n{report.summary()}")
+        runner.logger.info(f"before training:\n{start.summary()}")
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         if (
@@ -109,31 +129,108 @@ class SparsityLoggerHook(Hook):
         if not is_main_process():
             return
         self._measure(runner, runner.iter)
-        report = measure(_unwrapped(runner.model), *self.thresholds, self.input_size)
-        self._writer.write_norms(runner.iter, report)
-        self._writer.close()
+        report = self._report(runner)
         runner.logger.info(f"after training:\n{report.summary()}")
+        if self._writer is None:
+            return
+        with self._writing(runner):
+            self._writer.write_norms(runner.iter, report)
+        with self._writing(runner):
+            self._writer.close()
         if self.figures:
-            self._draw(runner)
+            self._draw(runner, self._writer.path)
+
+    def _report(self, runner: Runner) -> Report:
+        """On the model as it is, with FLOPs if they are wanted and can be counted."""
+        model = _unwrapped(runner.model)
+        report = measure(model, *self.thresholds)
+        if self.input_size:
+            try:
+                return measure(model, *self.thresholds, self.input_size)
+            except MeasureError as error:
+                self._warn_once(runner, "flops", f"no FLOPs of the collapsed filters: {error}")
+        return report
+
+    def _open_trace(self, runner: Runner, report: Report) -> None:
+        path = Path(runner.work_dir, FILE_NAME)
+        try:
+            self._writer = Writer(path, report, runner.iter)
+        except OSError as error:
+            runner.logger.warning(f"no trace of the filters in this run: {error}")
+            return
+        if self._writer.moved_to:
+            runner.logger.info(
+                f"the trace of another run was moved aside to {self._writer.moved_to}"
+            )
 
     def _measure(self, runner: Runner, iteration: int) -> None:
-        gamma, bias = gather(self._layers)
-        self._writer.write(iteration, gamma, bias)
-        found = count(gamma, bias, *self.thresholds)
-        # mmengine averages what is named loss, time or grad_norm; these are not.
-        for name in ("collapsed", "constant", "inactive"):
-            percent = 100 * found[name] / found["filters"]
-            runner.message_hub.update_scalar(f"train/{name}_percent", percent)
-        runner.message_hub.update_scalar(
-            "train/activation_probability", found["activation_probability"]
-        )
+        if iteration == self._last:
+            return
+        self._last = iteration
+        scalars: dict[str, float] = {
+            "iter": iteration
+        }  # as LoggerHook: for trackers that know no steps
+        lines = []
+        for prefix, (layers, modules) in self._measured.items():
+            gamma, bias = gather(modules)
+            if self._writer and not prefix:
+                with self._writing(runner):
+                    self._writer.write(iteration, gamma, bias)
+            report = layers.at(gamma, bias)
+            self._warn_of(runner, iteration, report)
+            scalars |= {f"collapse/{prefix}{name}": v for name, v in _scalars(report).items()}
+            lines.append(("averaged weights: " if prefix else "") + _line(report))
+        try:
+            runner.visualizer.add_scalars(scalars, step=iteration)
+        except OSError as error:
+            self._warn_once(runner, "scalars", f"measures of collapse are not logged: {error}")
+        runner.logger.info(f"collapse at iteration {iteration}: {'; '.join(lines)}")
 
-    def _draw(self, runner: Runner) -> None:
+    @contextmanager
+    def _writing(self, runner: Runner) -> Iterator[None]:
+        """A warning for what cannot be written to the trace, at the first of several failures."""
+        try:
+            yield
+        except (OSError, TraceError) as error:
+            self._warn_once(
+                runner,
+                "trace",
+                f"{FILE_NAME} misses a record, and more until it can be written: {error}",
+            )
+        else:
+            self._warned.discard("trace")
+
+    def _warn_of(self, runner: Runner, iteration: int, report: Report) -> None:
+        if report.totals["not_finite"]:
+            name = next(row["name"] for row in report.rows if row["not_finite"])
+            self._warn_once(
+                runner,
+                "not_finite",
+                f"at iteration {iteration} {report.totals['not_finite']} of "
+                f"{report.totals['filters']} filters (the first in {name}) have a gamma or bias "
+                "that is not finite: the training has diverged",
+            )
+        if report.nearly_linear:
+            self._warn_once(
+                runner,
+                "nearly_linear",
+                f"at iteration {iteration} {len(report.nearly_linear)} psBN layers (as "
+                f"{report.nearly_linear[0]}) have an alpha so large against gamma that their ReLU "
+                f"passes nearly everything (mean P(active) > {NEARLY_LINEAR_ABOVE:g}): the network "
+                "turns linear there; a smaller alpha or less weight decay keeps it from that",
+            )
+
+    def _warn_once(self, runner: Runner, subject: str, text: str) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
+            runner.logger.warning(text)
+
+    def _draw(self, runner: Runner, path: Path) -> None:
         try:
             from .figures import write_figures
             from .page import write_page
 
-            trace = read(self._writer.path)
+            trace = read(path)
             folder = Path(runner.log_dir, "collapse")
             write_figures(trace, folder)
             write_page({runner.experiment_name: trace}, folder / "collapse.html")
@@ -143,8 +240,40 @@ class SparsityLoggerHook(Hook):
             runner.logger.info(f"figures of the collapsed filters: {folder}")
 
 
+def _scalars(report: Report) -> dict[str, float]:
+    """What is logged of a report: name -> value."""
+    totals = report.totals
+    names = ["collapsed_percent", "dead_percent", "constant_percent", "inactive_percent"]
+    scalars = {name: totals[name] for name in [*names, "activation_probability", "not_finite"]}
+    if any(layer.alpha is not None for layer in report.layers):
+        scalars["nearly_linear_layers"] = len(report.nearly_linear)
+    return scalars
+
+
+def _line(report: Report) -> str:
+    """The same for the log."""
+    t = report.totals
+    finite = t["filters"] - t["not_finite"]
+    if not finite:
+        return f"none of {t['filters']} filters has a finite gamma and bias"
+    line = (
+        f"{t['collapsed_percent']:.2f}% of {finite} filters collapsed "
+        f"({t['dead_percent']:.2f}% dead, {t['constant_percent']:.2f}% constant), "
+        f"{t['inactive_percent']:.2f}% inactive, mean P(active) {t['activation_probability']:.3f}"
+    )
+    return line + (f", {t['not_finite']} not finite" if t["not_finite"] else "")
+
+
+def _averaged(runner: Runner) -> nn.Module | None:
+    """The model with the averaged weights of EMAHook, if the runner has one."""
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook):
+            return cast(nn.Module, hook.ema_model.module)
+    return None
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
+    return cast(nn.Module, model.module) if is_model_wrapper(model) else model
 
 
 def _optimizers(runner: Runner) -> Iterator[torch.optim.Optimizer]:
@@ -201,7 +330,7 @@ def responsible_key(name: str, optim_wrapper: Mapping[str, Any]) -> str:
     keys = rules.get("custom_keys") or {}
     for key in sorted(sorted(keys), key=len, reverse=True):
         if key in name:
-            return f"mend decay_mult in optim_wrapper.paramwise_cfg.custom_keys[{key!r}]"
+            return f"change decay_mult in optim_wrapper.paramwise_cfg.custom_keys[{key!r}]"
     for rule in ("norm_decay_mult", "flat_decay_mult"):
         if rules.get(rule) is not None:
             return f"remove optim_wrapper.paramwise_cfg.{rule}={rules[rule]}"
@@ -211,7 +340,11 @@ def responsible_key(name: str, optim_wrapper: Mapping[str, Any]) -> str:
 def _zero_gamma_warnings(model: nn.Module, iteration: int) -> Iterator[str]:
     if iteration > 0:
         return
-    zero = [name for name, m in norm_modules(model).items() if not m.weight.detach().any()]
+    zero = [
+        name
+        for name, module in norm_modules(model).items()
+        if isinstance(module.weight, torch.Tensor) and not module.weight.any()
+    ]
     if zero:
         yield (
             f"{len(zero)} layers (as {zero[0]}) start with gamma = 0 in all filters, as the last "

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,12 @@ class Layer:
     @property
     def relu(self) -> Tensor:
         """(C,) bool, whether a ReLU follows each filter; assumed where it is not known."""
-        return torch.full(self.gamma.shape, self.followed_by in ("relu", "unknown"))
+        return torch.full(self.gamma.shape, judged_as_relu(self.followed_by))
+
+
+def judged_as_relu(followed_by: str) -> bool:
+    """Whether filters of a layer are judged as ones that a ReLU follows: assumed if unknown."""
+    return followed_by in ("relu", "unknown")
 
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -65,7 +71,7 @@ def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def gather(modules: Iterable[nn.Module]) -> tuple[Tensor, Tensor]:
+def gather(modules: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """Read gamma and bias of some layers, concatenated, float32 on the CPU, (C,) each.
 
     They are joined on the device and copied at once: one synchronisation.
@@ -84,8 +90,10 @@ def gather(modules: Iterable[nn.Module]) -> tuple[Tensor, Tensor]:
 
 def layers_of_model(model: nn.Module) -> list[Layer]:
     """The layers of a model as :func:`measure` reads them, in order of definition."""
-    norms = norm_modules(model)
-    convs, order, ids = {}, [], {id(m) for m in norms.values()}
+    norms: dict[str, Any] = norm_modules(model)
+    convs: dict[str | None, Any] = {}
+    order, ids = [], {id(m) for m in norms.values()}
+    module: Any
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in ids:
             order.append((name, False, module.weight.numel()))

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .course import evenly, inactive_states, non_trainable, states, sum_by_layer
+from .course import (
+    COLORS,
+    evenly,
+    inactive_states,
+    is_collapsed,
+    non_trainable,
+    states,
+    sum_by_layer,
+)
 from .criteria import activation_probability
 from .trace import Trace, read
 
@@ -61,7 +69,7 @@ def write_page(
     packed = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     shown = {c: _base64_bytes(path.read_bytes()) for c, path in (pictures or {}).items()}
     page = _TEMPLATES.get_template("page.html").render(
-        title=title, pictures=shown, data=packed, plotly=get_plotlyjs()
+        title=title, pictures=shown, data=packed, colors=COLORS, plotly=get_plotlyjs()
     )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,10 +80,15 @@ def write_page(
 def _page_data(name: str, trace: Trace, path_bytes: int) -> dict[str, Any]:
     """What the page's script reads of a run; arrays are base64, row by row."""
     shown = evenly(len(trace.iterations), MOMENTS)
-    found, inactive = states(trace)[shown], inactive_states(trace)[shown]
-    counts = np.stack(
-        [sum_by_layer(trace, mask) for mask in (found >= 2, found == 2, found == 3, inactive)]
+    states_shown, inactive = states(trace)[shown], inactive_states(trace)[shown]
+    masks = (
+        is_collapsed(states_shown),
+        states_shown == 2,
+        states_shown == 3,
+        inactive,
+        states_shown == 4,
     )
+    counts = np.stack([sum_by_layer(trace, mask) for mask in masks])
     filters = trace.gamma.shape[1]
     kept = evenly(len(trace.iterations), path_bytes * 3 // 4 // (_BYTES_PER_VALUE * filters))
     norms = trace.norms[max(trace.norms)] if trace.norms else np.full(filters, np.nan)
@@ -83,12 +96,12 @@ def _page_data(name: str, trace: Trace, path_bytes: int) -> dict[str, Any]:
     corner = non_trainable(trace, 1.0, -1e9)
     return {
         "name": name,
-        "layers": [[layer, size, conv] for layer, size, conv in trace.layers],
+        "layers": [layer[:4] for layer in trace.layers],  # name, filters, conv, followed_by
         "summary": trace.report().summary(),
         "moments": len(trace.iterations),
         "times": trace.iterations[shown].tolist(),
         "labels": None if trace.labels is None else list(trace.labels),
-        "counts": _base64(counts.astype("<u4")),  # (4, times, layers)
+        "counts": _base64(counts.astype("<u4")),  # (5, times, layers)
         "probability": [_number(v) for v in probability[shown].nanmean(1).tolist()],
         "pathTimes": trace.iterations[kept].tolist(),
         "gamma": _base64(trace.gamma[kept].astype("<f2")),  # (pathTimes, filters)

@@ -49,18 +49,21 @@ def pair_in_order(order: Iterable[tuple[str, bool, int]]) -> dict[str, str]:
     """
     channels_of: dict[str, int] = {}
     last_child: dict[str, str] = {}
-    pairs, taken = {}, set()
+    pairs: dict[str, str] = {}
+    taken: set[str] = set()
     for name, is_conv, channels in order:
         parent, leaf = _split(name)
         if is_conv:
             channels_of[name] = channels
         else:
-            candidates = []
+            candidates: list[str | None] = []
             for twin in _twin_names(leaf):
                 twin = _join(parent, twin)
                 candidates += [twin, _last_inside(channels_of, twin)]
             for candidate in [*candidates, parent, last_child.get(parent)]:
-                if channels_of.get(candidate) == channels and candidate not in taken:
+                if candidate in taken or candidate is None:
+                    continue
+                if channels_of.get(candidate) == channels:
                     pairs[name] = candidate
                     taken.add(candidate)
                     break
@@ -103,15 +106,15 @@ def pair_by_name(
     for norm, channels in norms.items():
         parent, leaf = _split(norm)
         if parent in convs:
-            conv = parent
+            conv: str | None = parent
         elif leaf.isdigit() and (before := _before(norm, children[parent])) in convs:
             conv = before
         else:
             first, last = _twin(norm, norms, convs, children)
-            if first is not None:
+            if first is not None and last is not None:
                 blocks[parent].add(norm, channels, convs[first], convs[last], last)
             continue
-        if convs[conv][0] == channels:
+        if conv and convs[conv][0] == channels:
             pairs[norm] = conv
     for kind_of in (_Block.names, _Block.unnumbered):
         votes: dict[object, set[bool]] = defaultdict(set)
@@ -171,12 +174,12 @@ class _Block:
         if not self.norm_first:
             return {norm: conv for norm, _, conv, _ in self.members}
         by_number = {_number(norm): (conv, filters) for norm, _, conv, filters in self.members}
-        found = {}
+        paired = {}
         for norm, channels, *_ in self.members:
             conv, filters = by_number.get(_number(norm) - 1, (None, None))
-            if filters == channels:
-                found[norm] = conv
-        return found
+            if conv and filters == channels:
+                paired[norm] = conv
+        return paired
 
 
 def _twin(
@@ -203,8 +206,8 @@ def _twin(
     siblings = [child for child in children[parent] if child in convs]
     layers = [child for child in children[parent] if child in norms]
     order = next((o for o in _KNOWN_ORDERS if {_join(parent, c) for c in o} <= {*siblings}), ())
-    if order and (found := re.fullmatch(r"bn(\d+)", leaf)) and 0 < int(found[1]) <= len(order):
-        conv = _join(parent, order[int(found[1]) - 1])
+    if order and (number := re.fullmatch(r"bn(\d+)", leaf)) and 0 < int(number[1]) <= len(order):
+        conv = _join(parent, order[int(number[1]) - 1])
         return conv, conv
     if len(siblings) == len(layers) == 1 and not leaf.isdigit():
         return siblings[0], siblings[0]
@@ -232,7 +235,7 @@ def _before(name: str, siblings: Iterable[str]) -> str | None:
     return max(lower, key=natural_order, default=None)
 
 
-def _last_inside(names: Mapping[str, int], block: str) -> str | None:
+def _last_inside(names: dict[str, int], block: str) -> str | None:
     """The last name within a block, as conv1.6 in a ResNet's deep stem conv1."""
     return next((n for n in reversed(names) if n.startswith(block + ".")), None)
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +35,25 @@ class Report:
     threshold: float = THRESHOLD
     inactive_below: float = INACTIVE_BELOW
     flops: Flops | None = None
+
+    def at(self, gamma: Tensor, bias: Tensor) -> "Report":
+        """The same layers at another moment; their L1 norms and the FLOPs are left out.
+
+        Args:
+            gamma, bias: Of all layers concatenated, float32 on the CPU, as
+                :func:`.layers.gather` reads them.
+        """
+        sizes = [layer.gamma.numel() for layer in self.layers]
+        return Report(
+            tuple(
+                replace(layer, gamma=g, bias=b, filter_l1=None)
+                for layer, g, b in zip(
+                    self.layers, gamma.split(sizes), bias.split(sizes), strict=True
+                )
+            ),
+            self.threshold,
+            self.inactive_below,
+        )
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -256,9 +275,8 @@ def measure(
     if isinstance(source, nn.Module):
         layers = layers_of_model(source)
         if inputs is not None:
-            live = {
-                m: ~collapsed(m.weight.detach(), threshold) for m in norm_modules(source).values()
-            }
+            norms: Any = norm_modules(source).values()
+            live = {m: ~collapsed(m.weight.detach(), threshold) for m in norms}
             flops = probe(source, live, inputs)
     elif isinstance(source, Mapping):
         layers = layers_of_state_dict(source)

@@ -20,7 +20,7 @@ nothing happens.
 
 `beta` is kept from step to step, since `b = beta + alpha` is rounded: a step, however small, is not
 lost to the larger number, and the run is psBN's to the bit. Where the bias is no longer the one
-that the last step left (a checkpoint was loaded), `beta` is taken anew from it. A bias that the
+that the last step left (a checkpoint was loaded), `beta` is taken from it again. A bias that the
 optimizer leaves alone (frozen, no gradient, a skipped step) keeps its bits.
 """
 
@@ -100,14 +100,14 @@ def anchor_bias_decay(
         raise ValueError(f"init is {init!r}: wanted one of {INIT}")
     _check_optimizer(optimizer, any_optimizer)
     inner = list(_unwrapped(model))[-1]
-    found, left = _choose(inner, layers)
+    biases, left = _choose(inner, layers)
 
     decay = {id(p): g.get("weight_decay", 0.0) for g in optimizer.param_groups for p in g["params"]}
-    taken = {name: p for name, p in found.items() if id(p) in decay}
+    taken = {name: p for name, p in biases.items() if id(p) in decay}
     if not taken:
         raise ValueError(
-            f"none of the {len(found)} biases of norm layers is in this optimizer: make it from the"
-            " parameters of this model, after the model is wrapped or moved"
+            f"none of the {len(biases)} biases of norm layers is in this optimizer: make it from"
+            " the parameters of this model, after the model is wrapped or moved"
         )
     without = [name for name, p in taken.items() if not decay[id(p)]]
     if len(without) == len(taken):
@@ -129,7 +129,7 @@ def anchor_bias_decay(
             f"{len(started)} of them start there",
             f"{frozen} frozen" if frozen else "",
             f"without weight decay and so without effect: {', '.join(without)}" if without else "",
-            f"in another optimizer: {len(found) - len(taken)}" if len(found) > len(taken) else "",
+            f"in another optimizer: {len(biases) - len(taken)}" if len(biases) > len(taken) else "",
             f"left, as no rectifier follows: {', '.join(left)}" if left else "",
         ]
         text = "; ".join(fact for fact in facts if fact)
@@ -288,7 +288,7 @@ class AnchoredBiases:
         """Go on from saved betas. Load the model's own state dict, too, in either order.
 
         A saved beta counts only where `beta + alpha` is the bias, to the bit; elsewhere (weights or
-        alpha are others) and where none is saved it is taken anew from the bias.
+        alpha are others) and where none is saved it is taken from the bias.
 
         Raises:
             ValueError: a beta has another shape than its bias.

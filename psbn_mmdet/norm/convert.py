@@ -130,8 +130,8 @@ def to_bn(model: nn.Module) -> nn.Module:
             has been changed then.
     """
     _refuse_wrapped(model)
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, PostShift)]
-    for name, module in found:
+    shifted = [(name, m) for name, m in model.named_modules() if isinstance(m, PostShift)]
+    for name, module in shifted:
         if type(module) not in _TO_PLAIN:
             raise TypeError(
                 f"{name or 'the model'} is a {type(module).__name__}, a subclass of a post-shifted "
@@ -139,7 +139,7 @@ def to_bn(model: nn.Module) -> nn.Module:
             )
     biases: dict[nn.Parameter, nn.Parameter] = {}
     layer: Any
-    for _, layer in found:
+    for _, layer in shifted:
         bias = (layer.beta + layer.alpha).detach()
         beta = layer._parameters.pop("beta")
         if beta not in biases:

@@ -186,9 +186,9 @@ class PostShift(nn.Module):
             del state_dict[prefix + "bias"]
             beta = bias if self.load_bn == "shift" else rebase(bias, 0, alpha, self.beta.dtype)
         elif beta is not None:
-            if not torch.isfinite(saved).all():
+            if saved.numel() != 1 or not torch.isfinite(saved).all():
                 raise RuntimeError(
-                    f"{name}: the checkpoint's alpha is {saved}, not a finite number"
+                    f"{name}: the checkpoint's alpha is {saved.tolist()}, not a finite number"
                 )
             beta = rebase(beta, saved, alpha, self.beta.dtype)
         if beta is not None:

@@ -112,7 +112,7 @@ def _draw_histograms(
 
 def _layer_slices(trace: Trace) -> dict[str, slice]:
     slices, start = {}, 0
-    for name, filters, _ in trace.layers:
+    for name, filters, *_ in trace.layers:
         slices[name] = slice(start, start + filters)
         start += filters
     return slices

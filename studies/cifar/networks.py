@@ -1,5 +1,7 @@
 """ResNet-20/56/110 and VGG11/16 for 32x32 images, with any normalization and activation.
 
+And the backbone of a detector: mmdet's own ResNet-18, to be pretrained on CIFAR-10.
+
 ResNets are those of section 4.2 of He et al. (arXiv 1512.03385), with option A:
 shortcuts have no parameters. VGGs are configurations A and D of Simonyan and
 Zisserman (arXiv 1409.1556) with one linear layer behind, as is usual on CIFAR-10.
@@ -18,7 +20,8 @@ VGG_STAGES = {
     "vgg16": ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
 }
 RESNET_BLOCKS = {"resnet20": 3, "resnet56": 9, "resnet110": 18}
-NETWORKS = (*RESNET_BLOCKS, *VGG_STAGES)
+MMDET_RESNET18 = "mmdet_resnet18"
+NETWORKS = (*RESNET_BLOCKS, *VGG_STAGES, MMDET_RESNET18)
 
 Cfg = dict[str, Any]
 
@@ -45,7 +48,8 @@ def build_network(
         classes: Of the last layer.
 
     Raises:
-        ValueError: An unknown name, or a width without channels.
+        ValueError: An unknown name, a width without channels, or a normalization or
+            activation that mmdet's ResNet does not have.
     """
     if name not in NETWORKS:
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {name!r}")
@@ -53,6 +57,8 @@ def build_network(
         raise ValueError(f"width must be positive, got {width}")
     if name in RESNET_BLOCKS:
         network = ResNet(RESNET_BLOCKS[name], norm_cfg, act_cfg, width, classes)
+    elif name == MMDET_RESNET18:
+        network = Backbone(norm_cfg, act_cfg, width, classes)
     else:
         network = VGG(VGG_STAGES[name], norm_cfg, act_cfg, width, classes)
     for module in network.modules():
@@ -160,3 +166,30 @@ class VGG(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, 32, 32) -> logits (N, classes)."""
         return self.fc(torch.flatten(self.features(x), 1))
+
+
+class Backbone(nn.Module):
+    """mmdet's ResNet-18 with a linear layer behind: what a detector starts from.
+
+    The strides are those of the detector, so 32x32 images end as one position.
+    ``backbone`` is mmdet's module itself; its state dict fits a detector's backbone of
+    ``base_channels = round(64 * width)``.
+    """
+
+    def __init__(
+        self, norm_cfg: Cfg | None, act_cfg: Cfg | None, width: float, classes: int
+    ) -> None:
+        from mmdet.models.backbones import ResNet as MMDetResNet  # seconds, for this one alone
+
+        super().__init__()
+        if norm_cfg is None or (act_cfg or {}).get("type", "ReLU") != "ReLU":
+            raise ValueError(f"{MMDET_RESNET18} always has a normalization and ReLU")
+        base = _channels(64, width)
+        self.backbone = MMDetResNet(
+            18, stem_channels=base, base_channels=base, norm_cfg=norm_cfg, norm_eval=False
+        )
+        self.fc = nn.Linear(8 * base, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> logits (N, classes)."""
+        return self.fc(self.backbone(x)[-1].mean((2, 3)))

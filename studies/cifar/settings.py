@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .networks import NETWORKS, build_network
+from .networks import MMDET_RESNET18, NETWORKS, build_network
 
 NORMS = {
     "BN": dict(type="BN"),
@@ -102,6 +102,8 @@ class Settings:
         for name in ("rounds", "epochs", "batch_size", "lr", "width"):
             if not getattr(self, name) > 0:
                 raise RunError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.network == MMDET_RESNET18 and (self.norm == "none" or self.act != "ReLU"):
+            raise RunError(f"{MMDET_RESNET18} always has a normalization and ReLU")
         if self.ensemble > self.rounds:
             raise RunError(f"an ensemble of {self.ensemble} needs as many rounds: {self.rounds}")
 
@@ -127,8 +129,12 @@ class Settings:
         )
 
 
-def check_settings(settings: Settings, folder: Path) -> None:
+def check_settings(settings: Any, folder: Path) -> None:
     """Write ``settings.json``, or refuse a folder that holds another run.
+
+    Args:
+        settings: A dataclass of plain values.
+        folder: Of the run; made if need be.
 
     Raises:
         RunError: It was made with other settings.

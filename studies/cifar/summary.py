@@ -95,7 +95,7 @@ def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "")
         "command": command,
         "machine": {
             "device": sorted({result["device"] for _, result in outcomes}),
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads_of_a_run": sorted({result["threads"] for _, result in outcomes}),
             "torch": first["torch"],
@@ -109,7 +109,7 @@ def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "")
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

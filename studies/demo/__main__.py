@@ -4,7 +4,7 @@ Draws a small detection data set, trains a small RetinaNet on it with BN,
 finetunes from that checkpoint twice, once with BN and once with psBN, and ends
 with a table and a page. A demonstration, not a measurement: one seed, one tiny
 network, and decay and learning rate chosen so that filters collapse in minutes.
-Steps that are done are kept; remove the folder to begin anew.
+Finished steps are kept; remove the folder to start again.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def run(title: str, log: Path, *command: str) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        for line in process.stdout:
+        for line in process.stdout or ():
             file.write(line)
             step = re.search(r"Epoch\(train\)\s+\[(\d+)\].* eta: (\S+) .* loss: (\S+)", line)
             if step and int(step[1]) % 4 == 0:

@@ -61,18 +61,19 @@ def write_shapes(root: str | Path, train: int, val: int, size: int = 128, seed: 
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(exist_ok=True)
         rng = np.random.default_rng([seed, stream])
-        images, annotations = [], []
+        images: list[dict] = []
+        annotations: list[dict] = []
         for i in range(count):
             image, objects = _draw(rng, size)
             name = f"{i:06}.png"
             cv2.imwrite(str(folder / name), image)
             images.append({"id": i, "file_name": name, "width": size, "height": size})
-            for found in objects:
-                area = found["bbox"][2] * found["bbox"][3]
+            for shape in objects:
+                area = shape["bbox"][2] * shape["bbox"][3]
                 more = {"id": len(annotations) + 1, "image_id": i, "area": area, "iscrowd": 0}
-                annotations.append(found | more)
+                annotations.append(shape | more)
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
-        # Last, so that a drawing that was broken off is begun anew.
+        # Last, so that an interrupted drawing starts again.
         target.write_text(
             json.dumps({"images": images, "annotations": annotations, "categories": categories})
         )

@@ -111,6 +111,18 @@ class TestNearlyLinear:
         assert not collapse.nearly_linear(gamma, torch.full((8,), 0.1644))
         assert collapse.nearly_linear(gamma, torch.full((8,), 0.1646))
 
+    def test_what_is_left_of_the_nonlinearity_there(self):
+        # The share of the variance of ReLU(x + c) that is linear in x, by sampling at quantiles.
+        x = torch.special.ndtri((torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1e6)
+        assert collapse.NEARLY_LINEAR_ABOVE == 0.95
+        for probability, linear in [(0.5, 0.73), (0.9, 0.97), (0.95, 0.986)]:
+            c = torch.special.ndtri(torch.tensor(probability, dtype=torch.float64))
+            phi = torch.exp(-(c**2) / 2) / math.sqrt(2 * math.pi)
+            variance = (c**2 + 1) * probability + c * phi - (c * probability + phi) ** 2
+            assert float(probability**2 / variance) == pytest.approx(linear, abs=5e-3)
+            sampled = torch.corrcoef(torch.stack([x, torch.relu(x + c)]))[0, 1] ** 2
+            assert float(sampled) == pytest.approx(float(probability**2 / variance), abs=1e-4)
+
     def test_filters_without_a_signal_do_not_count(self):
         gamma = torch.tensor([1.0, 0.0, 9e-4, math.nan])
         bias = torch.tensor([0.0, 1.0, 1.0, 1.0])

@@ -1,5 +1,9 @@
 """SparsityLoggerHook: on a real Runner, killed and resumed, and against the truth made by hand."""
 
+import errno
+import io
+import json
+import math
 import os
 import re
 import signal
@@ -20,7 +24,7 @@ from psbn_mmdet.collapse.hook import SparsityLoggerHook, responsible_key, undeca
 from tests.helpers import distributed
 from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
 from tests.helpers.paths import ROOT
-from tests.helpers.toy_runner import make_runner
+from tests.helpers.toy_runner import make_runner, program
 
 
 def log_of(work_dir):
@@ -79,7 +83,7 @@ class TestTraining:
             assert np.array_equal(got.bias[row], bias.numpy())
         assert sorted(got.norms) == [0, 12]
         final = measure(make_runner(tmp_path / "b", [], iterations=1).model)
-        assert [layer.name for layer in final.layers] == [name for name, _, _ in got.layers]
+        assert [layer.name for layer in final.layers] == [layer.name for layer in got.layers]
 
     def test_a_log_line_shows_what_was_measured_in_its_own_iteration(self, tmp_path):
         class Collapse(Hook):
@@ -91,8 +95,10 @@ class TestTraining:
         net = norm.to_psbn(Net())
         hook_list = [SparsityLoggerHook(1, figures=False), Collapse()]
         make_runner(tmp_path, hook_list, net, iterations=4).train()
-        line = next(x for x in log_of(tmp_path).splitlines() if "Iter(train) [4/4]" in x)
-        assert "collapsed_percent: 14.2857" in line  # 4 of 28
+        lines = [x for x in log_of(tmp_path).splitlines() if "collapse at iteration" in x]
+        assert [re.search(r"iteration (\d): ([.\d]+)%", x).groups() for x in lines] == [
+            (str(n), f"{100 * n / 28:.2f}") for n in range(5)
+        ]
 
     def test_by_epoch(self, tmp_path):
         make_runner(
@@ -100,33 +106,6 @@ class TestTraining:
         ).train()
         # 16 samples in batches of 4
         assert trace.read(tmp_path / "collapse.trace").iterations.tolist() == [0, 8, 16, 20]
-
-    def test_totals_reach_the_log_line_and_tensorboard_under_names_that_are_not_averaged(
-        self, tmp_path
-    ):
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        net = collapse_by_hand(Net())
-        for parameter in net.parameters():
-            parameter.requires_grad_(parameter is net.fc.bias)
-        visualizer = {"type": "Visualizer", "vis_backends": [{"type": "TensorboardVisBackend"}]}
-        hook = SparsityLoggerHook(1, figures=False)
-        runner = make_runner(
-            tmp_path, [hook], net, visualizer={**visualizer, "name": str(tmp_path)}
-        )
-        runner.train()
-        runner.visualizer.close()
-        line = next(x for x in log_of(tmp_path).splitlines() if "Iter(train) [ 4/12]" in x)
-        assert "collapsed_percent: 28.5714" in line  # 8 of 28
-        assert "constant_percent: 7.1429" in line  # 2 of 28
-        assert "inactive_percent: 14.2857" in line  # 4 of 28
-        events = next(tmp_path.glob("**/events.out*"))
-        curves = EventAccumulator(str(events.parent)).Reload()
-        assert [e.step for e in curves.Scalars("collapsed_percent")] == [4, 8, 12]
-        assert curves.Scalars("collapsed_percent")[0].value == pytest.approx(100 * 8 / 28)
-        for name in runner.message_hub.log_scalars:
-            if name not in ("train/loss", "train/time", "train/data_time"):
-                assert not re.search("loss|time|grad_norm", name), name
 
     def test_one_synchronisation_for_a_measurement(self, monkeypatch):
         layers = collapse.norm_modules(norm.to_psbn(Net())).values()
@@ -173,25 +152,33 @@ def test_sync_bn_is_recorded_alike(tmp_path):
 
 
 class TestResume:
-    def run(self, work_dir, kill_at=0, resume=False):
-        call = f"program({str(work_dir)!r}, {kill_at}, {resume})"
-        code = f"from tests.helpers.toy_runner import program; {call}"
+    def killed(self, work_dir, kill_at):
+        code = (
+            f"from tests.helpers.toy_runner import program; program({str(work_dir)!r}, {kill_at})"
+        )
         return subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             timeout=120,
-        )
+        ).returncode
+
+    @pytest.fixture(autouse=True)
+    def one_thread(self):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
 
     @pytest.mark.slow
     def test_a_run_killed_and_resumed_has_the_trace_of_an_uninterrupted_one(self, tmp_path):
-        assert self.run(tmp_path / "whole").returncode == 0
+        program(tmp_path / "whole")
         # The last checkpoint is of iteration 8; 10 is recorded and a torn record follows.
-        assert self.run(tmp_path / "killed", kill_at=11).returncode == -signal.SIGKILL
+        assert self.killed(tmp_path / "killed", kill_at=11) == -signal.SIGKILL
         torn = trace.read(tmp_path / "killed" / "collapse.trace")
         assert torn.iterations.tolist() == [0, 2, 4, 6, 8, 10]
-        assert self.run(tmp_path / "killed", resume=True).returncode == 0
+        program(tmp_path / "killed", resume=True)
         whole = trace.read(tmp_path / "whole" / "collapse.trace")
         again = trace.read(tmp_path / "killed" / "collapse.trace")
         assert again.iterations.tolist() == whole.iterations.tolist() == [0, 2, 4, 6, 8, 10, 12]
@@ -201,102 +188,163 @@ class TestResume:
         assert sorted(again.norms) == [0, 12]
 
 
-class TestWriter:
-    report = measure(collapse_by_hand(Net()))
+def rows_of(work_dir):
+    """iteration -> what the hook logged, from mmengine's own backend."""
+    rows = [json.loads(x) for p in work_dir.glob("*/vis_data/scalars.json") for x in p.open()]
+    return {row["iter"]: row for row in rows if "collapse/collapsed_percent" in row}
 
-    def values(self, seed):
-        g = torch.Generator().manual_seed(seed)
-        return torch.randn(28, generator=g), torch.randn(28, generator=g)
 
-    def fill(self, path, iterations):
-        writer = trace.Writer(path, self.report, 0)
-        for i in iterations:
-            writer.write(i, *self.values(i))
-        writer.close()
-        return path
+def local(work_dir):
+    """A visualizer of mmengine that writes a file; Runner changes the dict."""
+    backends = [{"type": "LocalVisBackend"}]
+    return {"type": "Visualizer", "vis_backends": backends, "name": str(work_dir)}
 
-    def test_records_after_the_resumed_iteration_are_dropped_and_none_is_doubled(self, tmp_path):
-        path = self.fill(tmp_path / "a.trace", [0, 10, 20, 30])
-        writer = trace.Writer(path, self.report, 20)
-        assert trace.read(path).iterations.tolist() == [0, 10, 20]
-        for i in (20, 30, 40):
-            writer.write(i, *self.values(i + 1))
-        got = trace.read(path)
-        assert got.iterations.tolist() == [0, 10, 20, 30, 40]
-        for row, seed in enumerate([0, 10, 20, 31, 41]):
-            assert np.array_equal(got.gamma[row], self.values(seed)[0].numpy())
-            assert np.array_equal(got.bias[row], self.values(seed)[1].numpy())
 
-    def test_every_cut_keeps_the_whole_records_before_it(self, tmp_path):
-        path = self.fill(tmp_path / "a.trace", [0, 1, 2])
-        content = path.read_bytes()
-        sizes = []
-        for n in (1, 2, 3):
-            sizes.append(self.fill(tmp_path / f"{n}.trace", range(n)).stat().st_size)
-        for length in range(sizes[0], len(content)):
-            path.write_bytes(content[:length])
-            assert len(trace.read(path).iterations) == sum(length >= s for s in sizes)
+class Damage(Hook):
+    """Change gamma of the first layer after some iterations."""
 
-    def test_a_damaged_record_ends_the_trace(self, tmp_path):
-        path = self.fill(tmp_path / "a.trace", [0, 1, 2])
-        content = bytearray(path.read_bytes())
-        content[-5] ^= 1
-        path.write_bytes(content)
-        assert trace.read(path).iterations.tolist() == [0, 1]
+    priority = "VERY_HIGH"
 
-    def test_a_torn_end_is_written_over(self, tmp_path):
-        path = self.fill(tmp_path / "a.trace", [0, 1, 2])
-        path.write_bytes(path.read_bytes()[:-7])
-        writer = trace.Writer(path, self.report, 1)
-        writer.write(5, *self.values(5))
-        assert trace.read(path).iterations.tolist() == [0, 1, 5]
+    def __init__(self, at, value):
+        self.at, self.value = at, value
 
-    def test_a_run_from_the_start_or_of_another_model_moves_the_old_file_aside(self, tmp_path):
-        path = self.fill(tmp_path / "a.trace", [0, 1])
-        content = path.read_bytes()
-        assert trace.Writer(path, self.report, 0).moved_to == tmp_path / "a-1.trace"
-        assert (tmp_path / "a-1.trace").read_bytes() == content
-        other = measure(nn.BatchNorm2d(3))
-        assert trace.Writer(path, other, 7).moved_to == tmp_path / "a-2.trace"
+    def after_train_iter(self, runner, *args, **kwargs):
+        if runner.iter + 1 == self.at:
+            self.change(runner.model.net)
 
-    def test_values_that_stay_cost_next_to_nothing(self, tmp_path):
-        report = measure(nn.BatchNorm2d(4096))
-        writer = trace.Writer(tmp_path / "a.trace", report, 0)
-        gamma, bias = torch.randn(4096), torch.randn(4096)
-        sizes = []
-        for i in range(3):
-            writer.write(i, gamma, bias)
-            sizes.append(writer.path.stat().st_size)
-        assert sizes[2] - sizes[1] < 400 < 20_000 < sizes[0]
+    def change(self, net):
+        net.bn1.weight.data[:] = self.value
 
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            (None, "no such file"),
-            (b"", "is empty"),
-            (b"hello\n", "is no trace file"),
-            (b"psbn-trace 1\n", "is no trace file"),
-            (b'psbn-trace 1\n{"layers"', "is no trace file"),
-        ],
-    )
-    def test_what_is_no_trace_gets_one_line(self, content, message, tmp_path):
-        path = tmp_path / "a.trace"
-        if content is not None:
-            path.write_bytes(content)
-        with pytest.raises(trace.TraceError, match=message) as error:
-            trace.read(path)
-        assert str(error.value).startswith(str(path))
-        assert "\n" not in str(error.value)
 
-    def test_a_trace_without_a_record_says_so(self, tmp_path):
-        path = self.fill(tmp_path / "a.trace", [])
-        with pytest.raises(trace.TraceError, match="holds no whole record"):
-            trace.read(path)
+class TestAveragedWeights:
+    def test_both_are_measured_each_under_its_name(self, tmp_path):
+        # Registered behind the hook; the averaged gamma moves by a hundredth at a time.
+        averaging = {"type": "EMAHook", "momentum": 0.01}
+        hook_list = [SparsityLoggerHook(4, figures=False), averaging, Damage(8, 0)]
+        runner = make_runner(tmp_path, hook_list, visualizer=local(tmp_path))
+        runner.train()
+        rows = rows_of(tmp_path)
+        for at in (4, 8, 12):
+            saved = torch.load(tmp_path / f"iter_{at}.pth", weights_only=False)
+            evaluated = measure(saved["state_dict"]).totals
+            trained = measure({k.removeprefix("module."): v
+                               for k, v in saved["ema_state_dict"].items()}).totals  # fmt: skip
+            for name in ("collapsed_percent", "dead_percent"):
+                assert rows[at][f"collapse/{name}"] == pytest.approx(trained[name])
+                assert rows[at][f"collapse/ema_{name}"] == pytest.approx(evaluated[name])
+        assert rows[8]["collapse/collapsed_percent"] == pytest.approx(100 * 8 / 28)
+        assert rows[8]["collapse/ema_collapsed_percent"] == 0
+        text = log_of(tmp_path)
+        assert "which are evaluated and saved" in text
+        assert "averaged weights: 0.00% of 28 filters collapsed" in text
 
-    def test_checkpoints_of_different_networks_are_no_series(self):
-        reports = [self.report, measure(nn.BatchNorm2d(3))]
-        with pytest.raises(trace.TraceError, match="b has other layers than a"):
-            trace.from_reports(reports, ["a", "b"])
+    def test_without_averaging_nothing_of_it_is_said(self, tmp_path):
+        runner = make_runner(
+            tmp_path, [SparsityLoggerHook(figures=False)], iterations=1,
+            visualizer=local(tmp_path),
+        )  # fmt: skip
+        runner.train()
+        assert not [name for name in rows_of(tmp_path)[1] if "ema" in name]
+        assert "averaged" not in log_of(tmp_path)
+
+
+class TestLoud:
+    def test_values_that_are_not_finite_are_never_zero_percent(self, tmp_path):
+        hook_list = [SparsityLoggerHook(1, figures=False), Damage(2, math.nan)]
+        runner = make_runner(tmp_path, hook_list, iterations=4, visualizer=local(tmp_path))
+        runner.train()
+        rows = rows_of(tmp_path)
+        assert [rows[i]["collapse/not_finite"] for i in range(3)] == [0, 0, 8]
+        # One step of training carries it to all other layers.
+        assert rows[3]["collapse/not_finite"] == 28
+        assert math.isnan(rows[3]["collapse/collapsed_percent"])
+        text = log_of(tmp_path)
+        warnings = [x for x in text.splitlines() if "not finite: the training has diverged" in x]
+        assert len(warnings) == 1
+        assert "WARNING" in warnings[0]
+        assert "at iteration 2 8 of 28 filters (the first in net.bn1)" in warnings[0]
+        assert "iteration 3: none of 28 filters has a finite gamma and bias" in text
+
+    def test_an_alpha_that_makes_the_network_linear(self, tmp_path):
+        # P(active) = Phi((beta + alpha) / |gamma|)
+        # Phi(0.1 / 0.06) = 0.952, Phi(0.1 / 0.061) = 0.949
+        found = {}
+        for gamma in (0.061, 0.06):
+            net = norm.to_psbn(Net(), load_bn="shift")
+            for parameter in net.parameters():
+                parameter.requires_grad_(parameter is net.fc.bias)
+            for layer in (net.bn1, net.block.bn1):  # those that a ReLU follows
+                nn.init.constant_(layer.weight, gamma)
+                nn.init.zeros_(layer.beta)
+            work_dir = tmp_path / str(gamma)
+            make_runner(
+                work_dir, [SparsityLoggerHook(1, figures=False)], net, iterations=2,
+                visualizer=local(work_dir),
+            ).train()  # fmt: skip
+            lines = log_of(work_dir).splitlines()
+            found[gamma] = (
+                rows_of(work_dir)[2]["collapse/nearly_linear_layers"],
+                [x for x in lines if "WARNING" in x and "the network turns linear there" in x],
+            )
+        assert found[0.061] == (0, [])
+        layers, (warning,) = found[0.06]  # once, not at each measurement
+        assert layers == 2
+        assert "at iteration 0 2 psBN layers (as net.bn1) have an alpha so large" in warning
+
+    def test_flops_that_cannot_be_counted_end_no_training(self, tmp_path):
+        runner = make_runner(tmp_path, [SparsityLoggerHook(figures=False, input_size=(4, 6, 6))])
+        runner.train()
+        assert runner.iter == 12
+        lines = [x for x in log_of(tmp_path).splitlines() if "no FLOPs of the collapsed" in x]
+        assert len(lines) == 1
+        assert "cannot be called with an input of size (4, 6, 6)" in lines[0]
+        assert trace.read(tmp_path).iterations.tolist() == [0, 12]
+
+
+class TestDisk:
+    """What the trace itself does is in test_trace.py; here, that the training goes on."""
+
+    def trained(self, work_dir, *hook_list):
+        runner = make_runner(work_dir, [SparsityLoggerHook(1, figures=False), *hook_list])
+        runner.train()
+        assert runner.iter == 12
+        lines = log_of(work_dir).splitlines()
+        return [x for x in lines if "WARNING" in x and " trac" in x.replace("collapse.", " ")]
+
+    def test_a_full_disk(self, tmp_path, monkeypatch):
+        class SmallDisk(io.FileIO):
+            def write(self, content):
+                if self.tell() >= 1500:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return super().write(content[: 1500 - self.tell()])
+
+        monkeypatch.setattr(trace, "open", lambda *args, **_: SmallDisk(*args[:2]), raising=False)
+        (warning,) = self.trained(tmp_path)
+        assert "collapse.trace misses a record" in warning
+        assert "No space left on device" in warning
+        written = trace.read(tmp_path).iterations.tolist()
+        assert 1 < len(written) < 13
+        assert written == list(range(len(written)))
+
+    def test_a_file_that_cannot_be_opened(self, tmp_path):
+        (tmp_path / "collapse.trace").mkdir()
+        (warning,) = self.trained(tmp_path)
+        assert "no trace of the filters in this run" in warning
+
+    def test_another_process_on_the_same_file(self, tmp_path):
+        class Other(Hook):
+            priority = "LOWEST"
+
+            def after_train_iter(self, runner, *args, **kwargs):
+                if runner.iter + 1 == 5:
+                    report = measure(runner.model)
+                    writer = trace.Writer(Path(runner.work_dir, "collapse.trace"), report, 5)
+                    layers = collapse.norm_modules(runner.model).values()
+                    writer.write(6, *collapse.gather(layers))
+
+        (warning,) = self.trained(tmp_path, Other())
+        assert "are two runs going on in one work dir" in warning
+        assert trace.read(tmp_path).iterations.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
 class TestWarnings:
@@ -388,8 +436,10 @@ def _train_distributed(rank, work_dir):
         iterations=2,
         launcher="pytorch",
     )
+    logged = []
+    runner.visualizer.add_scalars = lambda scalars, **_: logged.extend(scalars)
     runner.train()
-    return rank, "train/collapsed_percent" in runner.message_hub.log_scalars
+    return rank, "collapse/collapsed_percent" in logged
 
 
 @pytest.mark.slow

@@ -55,6 +55,18 @@ class TestInspect:
         assert done.stderr.count("\n") == 1
         assert "28.57% of the filters collapsed, more than 20%" in done.stderr
 
+    def test_an_alpha_that_is_large_against_gamma_is_said(self, net, tmp_path, inspect):
+        norm.to_psbn(net)
+        for name in DEAD:
+            layer = net.get_submodule(name)
+            torch.nn.init.constant_(layer.weight, 0.06)  # Phi(0.1 / 0.06) = 0.952
+            torch.nn.init.constant_(layer.beta, 0 if name == "bn1" else -0.1)
+        torch.save(net.state_dict(), tmp_path / "a.pth")
+        done = inspect(tmp_path / "a.pth", "--json", tmp_path / "a.json")
+        assert "1 psBN layers (as bn1): alpha is large against gamma" in done.stdout
+        (entry,) = json.loads((tmp_path / "a.json").read_text())["checkpoints"]
+        assert entry["nearly_linear"] == ["bn1"]
+
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_every_kind_of_layer_gives_the_filters_collapsed_by_hand(
         self, net, variant, tmp_path, inspect
@@ -282,7 +294,7 @@ class TestConvert:
             (["bn.pth", "bn.pth", "--to=psbn"], "exists already"),
             (["bn.pth", "new.pth", "--to=bn"], "holds no psBN layer"),
             (["bn.pth", "new.pth", "--to=psbn", "--alpha=-1"], "not negative"),
-            (["bn.pth", "none/new.pth", "--to=psbn"], "No such file or directory"),
+            (["bn.pth", "none/new.pth", "--to=psbn"], "there is no folder"),
             (["bn.pth", "a.safetensors", "--to=psbn", "--keep-training-state"], "name it .pth"),
             (["text.pth", "new.pth", "--to=psbn"], "text.pth"),
         ],

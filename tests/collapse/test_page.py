@@ -3,8 +3,6 @@
 import base64
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,14 +13,13 @@ from psbn_mmdet.collapse import course, figures, measure, norm_modules, trace
 from psbn_mmdet.collapse import page as page_module
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
 from psbn_mmdet.collapse.page import write_page
-from tests.helpers.browser import CHROMIUM, Browser
+from tests.helpers.browser import WHY_NOT, Tab, chromium
 from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
-from tests.helpers.paths import ROOT
 from tests.helpers.tools import Main
 from tests.helpers.toy_runner import make_runner
 
 COLLAPSED = {name: sorted(DEAD[name] + CONSTANT[name]) for name in DEAD}
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+needs_browser = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
 def by_hand(variant="BN", moments=1):
@@ -39,18 +36,44 @@ def random_run(layers, filters, moments, seed=0):
     total = layers * filters
     gamma = rng.normal(1, 0.3, (moments, total)).astype(np.float32)
     bias = rng.normal(-0.5, 0.5, (moments, total)).astype(np.float32)
-    names = tuple((f"layer{i}.bn", filters, f"layer{i}.conv") for i in range(layers))
+    names = tuple(
+        trace.TracedLayer(f"layer{i}.bn", filters, f"layer{i}.conv") for i in range(layers)
+    )
     norms = {0: rng.uniform(1, 2, total).astype(np.float32)}
     return trace.Trace(names, np.arange(moments) * 10, gamma, bias, norms)
 
 
 def test_states_are_those_made_by_hand():
     run = by_hand()
-    found = np.split(course.states(run)[0], np.cumsum([n for _, n, _ in run.layers])[:-1])
-    for (name, _, _), codes in zip(run.layers, found, strict=True):
+    found = np.split(course.states(run)[0], np.cumsum([n for _, n, *_ in run.layers])[:-1])
+    for (name, *_), codes in zip(run.layers, found, strict=True):
         assert np.flatnonzero(codes == 2).tolist() == DEAD[name]
         assert np.flatnonzero(codes == 3).tolist() == CONSTANT[name]
     assert [np.flatnonzero(c == 1).tolist() for c in found] == [[2], [], [7], []]
+
+
+def without_relu():
+    """gamma 0 or small and bias negative, before a SiLU and before a ReLU; one value is NaN."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.SiLU(),
+        torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(),
+    )  # fmt: skip
+    for i in (1, 4):
+        net[i].weight.data[:] = torch.tensor([0.0, 0.1, 1.0, torch.nan])
+        net[i].bias.data[:] = torch.tensor([-1.0, -1.0, 0.0, 0.0])
+    return trace.from_reports([measure(net)], ["a"])
+
+
+def test_states_know_what_follows_a_layer_and_what_is_not_finite():
+    run = without_relu()
+    found = course.states(run)
+    assert [course.STATES[code] for code in found[0]] == [
+        "constant", "live", "live", "not finite", "dead", "inactive", "live", "not finite",
+    ]  # fmt: skip
+    assert course.is_collapsed(found)[0].nonzero()[0].tolist() == [0, 4]
+    assert course.percent(found, course.is_collapsed(found)) == pytest.approx([100 * 2 / 6])
+    assert course.percent(found, course.inactive_states(run)) == pytest.approx([100 * 2 / 6])
+    assert np.isnan(course.percent(np.full((1, 3), 4, np.uint8), np.zeros((1, 3), bool))).all()
 
 
 def test_the_region_is_where_relu_fires_once_in_a_thousand():
@@ -71,8 +94,8 @@ class TestFigures:
         written = figures.write_figures(by_hand(moments=3), tmp_path)
         assert [p.name for p in written] == ["collapse.png", "layers.png", "norms.png", "paths.png"]
         for path in written:
-            picture = np.asarray(Image.open(path).convert("RGB"))
-            assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20, path
+            picture = Image.open(path).convert("RGB")
+            assert len(picture.getcolors(picture.width * picture.height)) > 20, path
 
     def test_what_is_drawn_are_the_numbers(self):
         from matplotlib.figure import Figure
@@ -88,7 +111,7 @@ class TestFigures:
         figure = Figure()
         figures._draw_heat_map(figure, run)
         cells = figure.axes[0].collections[0].get_array()
-        want = [100 * len(COLLAPSED[name]) / n for name, n, _ in run.layers]
+        want = [100 * len(COLLAPSED[name]) / n for name, n, *_ in run.layers]
         np.testing.assert_allclose(np.asarray(cells)[:, -1], want)
 
     def test_a_single_moment_no_convolution_and_values_that_are_not_finite(self, tmp_path):
@@ -145,19 +168,23 @@ class TestPageFile:
         assert not (tmp_path / "a.html").exists()
 
 
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
+
+
 @pytest.fixture
-def browse(tmp_path):
+def browse(browser):
     opened = []
 
     def start(path, **kwargs):
-        browser = Browser(tmp_path / f"profile{len(opened)}", **kwargs)
-        opened.append(browser)
-        browser.open(path)
-        return browser
+        opened.append(Tab(browser, path, **kwargs))
+        return opened[-1]
 
     yield start
-    for browser in opened:
-        browser.close()
+    for tab in opened:
+        tab.close()
 
 
 PLOTTED_SETS = """
@@ -170,10 +197,10 @@ for (const name of names) {
 return found; })()"""
 
 
-@needs_chromium
+@needs_browser
 class TestPage:
     @pytest.mark.slow
-    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("variant", ["BN", "psBN"])  # all others: test_report.py
     def test_it_shows_exactly_the_filters_collapsed_by_hand(self, variant, tmp_path, browse):
         page = browse(write_page({"hand": by_hand(variant, 2)}, tmp_path / "a.html"))
         found = page.js(PLOTTED_SETS)
@@ -229,7 +256,7 @@ class TestPage:
         assert page.js("chosen.filter") == 2
         assert page.js("document.querySelectorAll('#single .js-plotly-plot').length") == 2
         run = trace.read(files["bn"])
-        start = sum(n for name, n, _ in run.layers[: names.index(page.js("chosen.layer"))])
+        start = sum(n for name, n, *_ in run.layers[: names.index(page.js("chosen.layer"))])
         shown = page.js("document.querySelector('#single .chart').data[0].y")
         np.testing.assert_allclose(shown, run.gamma[:, start + 2], rtol=1e-3, atol=1e-6)
         # ... time goes back to the start with Home, ...
@@ -238,7 +265,7 @@ class TestPage:
         assert page.js("document.getElementById('moment').textContent") == "iteration 0"
         # ... and a run is taken off with the space bar.
         page.js("document.querySelector('#runs input').focus()")
-        page.press(" ")
+        page.press("Space")
         assert page.js("document.querySelectorAll('#maps .js-plotly-plot').length") == 1
         assert page.js("document.querySelector('#maps h3').textContent") == "psbn"
         assert page.errors == []
@@ -250,7 +277,7 @@ class TestPage:
     def test_nothing_sticks_out_of_a_window(self, width, tmp_path, browse):
         run = random_run(20, 16, 12)
         long = "backbone.a_rather_long_name_of_a_stage.and.another_one.bn"
-        layers = ((long, 16, None), *run.layers[1:])
+        layers = (trace.TracedLayer(long, 16), *run.layers[1:])
         run = trace.Trace(layers, run.iterations, run.gamma, run.bias, run.norms)
         path = write_page({"BN, trained": run, "psBN, finetuned": run}, tmp_path / "a.html")
         page = browse(path, width=width)
@@ -281,6 +308,36 @@ class TestPage:
         assert page.js("document.querySelectorAll('#paths .js-plotly-plot').length") == 1
         assert page.errors == []
 
+    def test_long_names_of_checkpoints_are_shortened_by_what_they_share(self, tmp_path, browse):
+        page = browse(write_page({"a": by_hand(moments=3)}, tmp_path / "a.html"), width=380)
+        ticks = "document.getElementById('course').layout.xaxis.ticktext"
+        assert page.js(ticks) == ["round 0", "round 1", "round 2"]
+        for labels, short, pattern in [
+            (["runs/iter_1000.pth", "runs/iter_2000.pth"], ["1000", "2000"], "runs/iter_*.pth"),
+            (["a_long_name.pth", "another_name.pth"], ["a_long", "another"], "*_name.pth"),
+            (["the_same_name.pth"] * 2, ["the_same_name.pth"] * 2, ""),
+            (["the_same_name.pth", "the_same_"], ["the_same_name.pth", "the_same_"], ""),
+            (["something_else", "nothing in common"], ["something_else", "nothing in common"], ""),
+        ]:
+            assert page.js(f"shortened({json.dumps(labels)})") == [short, pattern]
+
+    def test_a_layer_without_relu_and_the_share_of_the_finite_filters(self, tmp_path, browse):
+        page = browse(write_page({"a": without_relu()}, tmp_path / "a.html"))
+        assert page.js("document.querySelector('#runs b').textContent") == "33.33%"
+        heat = page.js("document.querySelector('#maps .chart').data[0].z")
+        assert np.ravel(heat) == pytest.approx([100 / 3, 100 / 3])
+        legend = "[...document.querySelectorAll('#legend > span')].filter(e => e.offsetParent)"
+        assert "not finite" in page.js(f"{legend}.map(e => e.innerText.trim())")
+        zones = "document.querySelector('#paths .chart').data.filter(d => d.fill).length"
+        for layer, text, zone in [("1", "Something other than a ReLU follows it: none", 0),
+                                  ("4", "A ReLU follows it.", 1)]:  # fmt: skip
+            page.js(f"choose({{layer: '{layer}', filter: null}})")
+            assert page.js("document.getElementById('follows').textContent").startswith(text)
+            assert page.js(zones) == zone
+        caption = "document.querySelector('#paths figcaption').textContent"
+        assert page.js(caption) == "Of 4 filters 1 live, 1 inactive, 1 dead, 1 not finite."
+        assert page.errors == []
+
 
 class TestTool:
     @pytest.fixture
@@ -299,18 +356,24 @@ class TestTool:
 
     def test_work_dirs_and_files_side_by_side(self, tmp_path, plot):
         a, b = self.work_dir(tmp_path / "a"), self.work_dir(tmp_path / "b")
-        done = plot(a, f"psBN={b / 'collapse.trace'}", f"psBN={b}", "--html", tmp_path / "p.html",
-                    "--png", tmp_path / "png")  # fmt: skip
+        done = plot(a, f"psBN={b / 'collapse.trace'}", f"psBN={b}", "--html", tmp_path / "p.html")
         assert done.returncode == 0
         assert done.stdout.startswith("a, iteration 0:\n8 of 28 filters collapsed (28.57%)\n")
         assert "\npsBN (2), iteration 0:\n" in done.stdout
-        assert len(list((tmp_path / "png").glob("*/*.png"))) == 12
         assert (tmp_path / "p.html").stat().st_size > 4_000_000
+        assert plot(a, b, "--png", tmp_path / "png").returncode == 0
+        assert len(list((tmp_path / "png").glob("*/*.png"))) == 8
 
     def test_bad_input_is_one_line(self, tmp_path, plot):
         a = self.work_dir(tmp_path / "a")
         assert "say where to" in plot.refuses(a)
-        assert "exists already" in plot.refuses(a, "--html", a / "collapse.trace")
+        taken = tmp_path / "taken.html"
+        taken.write_text("mine")
+        assert "exists already" in plot.refuses(a, "--html", taken)
+        assert taken.read_text() == "mine"
+        assert plot(a, "--html", taken, "--overwrite").returncode == 0
+        assert taken.stat().st_size > 4_000_000
+        assert "there is no folder" in plot.refuses(a, "--html", tmp_path / "none" / "a.html")
         out = ["--html", tmp_path / "p.html"]
         assert "no such file" in plot.refuses(tmp_path / "none", *out)
         (tmp_path / "empty.trace").touch()
@@ -318,11 +381,10 @@ class TestTool:
         assert not (tmp_path / "p.html").exists()
 
 
-def test_inspect_writes_the_page(tmp_path):
+def test_inspect_writes_the_page(tmp_path, capsys):
     torch.save(collapse_by_hand(Net()).state_dict(), tmp_path / "a.pth")
-    tool = ROOT / "tools" / "inspect_checkpoint.py"
-    command = [sys.executable, tool, tmp_path / "a.pth", "--html", tmp_path / "a.html"]
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    inspect = Main("inspect_checkpoint", capsys)
+    assert inspect(tmp_path / "a.pth", "--html", tmp_path / "a.html").returncode == 0
     (data,) = TestPageFile().data(tmp_path / "a.html")
     assert data["labels"] == ["a.pth"]
     assert data["summary"].startswith("8 of 28 filters collapsed (28.57%)")

@@ -1,141 +1,79 @@
-"""A headless Chromium driven over its DevTools pipe: real keys, real widths, no further package."""
+"""Pages in a headless Chromium of the system, driven by Playwright: real keys, real widths."""
 
-import base64
-import itertools
-import json
-import os
-import select
 import shutil
-import subprocess
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    from playwright.sync_api import Browser, Page, sync_playwright
+except ImportError:
+    sync_playwright = None
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-_FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--remote-debugging-pipe",
-    "about:blank",
-]
+
+WHY_NOT = (
+    "no chromium on this machine"
+    if CHROMIUM is None
+    else "playwright is not installed"
+    if sync_playwright is None
+    else None
+)
+"""The reason to skip what needs a browser; None where there is one."""
 
 
-class Browser:
-    """One page in a new browser with an empty profile.
+@contextmanager
+def chromium() -> Iterator["Browser"]:
+    """A browser for as many pages as are needed."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Tab:
+    """A page of this project, with nothing left of others.
 
     Args:
-        profile: An empty folder.
+        browser: Of :func:`chromium`.
+        path: The file; it is opened, and its script has drawn.
         width, height: Of the window, in CSS pixels.
         dark: Whether the page sees a dark colour scheme.
     """
 
-    def __init__(self, profile: Path, width: int = 1280, height: int = 900, dark: bool = False):
-        read_end, self._out = os.pipe()
-        self._in, write_end = os.pipe()
-
-        def as_3_and_4() -> None:
-            a, b = os.dup(read_end), os.dup(write_end)
-            os.dup2(a, 3)
-            os.dup2(b, 4)
-
-        self._process = subprocess.Popen(
-            [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}"],
-            preexec_fn=as_3_and_4,
-            close_fds=False,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(read_end)
-        os.close(write_end)
-        self._ids, self._buffer, self._session = itertools.count(1), b"", None
-        self.width = width
+    def __init__(
+        self,
+        browser: "Browser",
+        path: Path,
+        width: int = 1280,
+        height: int = 900,
+        dark: bool = False,
+    ) -> None:
         self.errors: list[str] = []
         self.requests: list[str] = []
-        target = next(
-            t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"
+        self._context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
         )
-        self._session = self.call(
-            "Target.attachToTarget", targetId=target["targetId"], flatten=True
-        )["sessionId"]
-        for domain in ("Page", "Runtime", "Network"):
-            self.call(f"{domain}.enable")
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
-
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        number = next(self._ids)
-        message = {"id": number, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._out, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._next()
-            if answer.get("id") == number:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']}")
-                return answer["result"]
-            if answer.get("method") == "Runtime.exceptionThrown":
-                details = answer["params"]["exceptionDetails"]
-                self.errors.append(details.get("exception", {}).get("description", str(details)))
-            if answer.get("method") == "Network.requestWillBeSent":
-                self.requests.append(answer["params"]["request"]["url"][:100])
-
-    def _next(self) -> dict[str, Any]:
-        while b"\0" not in self._buffer:
-            if not select.select([self._in], [], [], 60)[0]:
-                raise TimeoutError("no answer from Chromium for a minute")
-            self._buffer += os.read(self._in, 1 << 20)
-        message, self._buffer = self._buffer.split(b"\0", 1)
-        return json.loads(message)
-
-    def open(self, path: Path) -> None:
-        """Open a file and wait until its script has drawn."""
-        self.call("Page.navigate", url=path.resolve().as_uri())
-        for _ in range(600):
-            if self.js("document.documentElement?.dataset.ready") == "true":
-                return
-            time.sleep(0.1)
-        raise TimeoutError(f"{path} did not become ready; errors: {self.errors}")
+        self.page: Page = self._context.new_page()
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url[:100]))
+        self.page.goto(path.resolve().as_uri())
+        self.page.wait_for_function("document.documentElement.dataset.ready === 'true'")
 
     def js(self, expression: str) -> Any:
-        """The JSON value of an expression."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        if "exceptionDetails" in result:
-            raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
-        return result["result"].get("value")
+        """The value of an expression."""
+        return self.page.evaluate(expression)
 
     def press(self, *keys: str) -> None:
-        """Press keys as a person does: Tab, Enter, ArrowDown, Home, or a character."""
-        codes = {"Tab": 9, "Enter": 13, " ": 32, "Home": 36, "End": 35}
-        codes |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
         for key in keys:
-            event = {"key": key, "windowsVirtualKeyCode": codes.get(key, ord(key[0]))}
-            text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
-            self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **event)
-            self.call("Input.dispatchKeyEvent", type="keyUp", **event)
+            self.page.keyboard.press(key)
 
     def screenshot(self, path: Path) -> None:
         """The whole page, also what is below the window."""
-        height = self.call("Page.getLayoutMetrics")["cssContentSize"]["height"]
-        clip = {"x": 0, "y": 0, "width": self.width, "height": height, "scale": 1}
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        path.write_bytes(base64.b64decode(shot["data"]))
+        self.page.screenshot(path=path, full_page=True)
 
     def close(self) -> None:
-        os.close(self._out)
-        os.close(self._in)
-        self._process.terminate()
-        self._process.wait(20)
+        self._context.close()

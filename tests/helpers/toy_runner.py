@@ -64,6 +64,7 @@ def make_runner(work_dir, hook_list, net=None, iterations=12, seed=0, epochs=Non
                 **kwargs.pop("optim_wrapper", {}),
             },
             "model_wrapper_cfg": {"type": "MMDistributedDataParallel", "device_ids": None},
+            "work_dir": str(work_dir),
         }
     )
     loop = {"by_epoch": False, "max_iters": iterations}
@@ -93,7 +94,7 @@ def make_runner(work_dir, hook_list, net=None, iterations=12, seed=0, epochs=Non
     )
 
 
-def program(work_dir, kill_at, resume):
+def program(work_dir, kill_at=0, resume=False):
     """What the killed and resumed processes run."""
     hook_list = [SparsityLoggerHook(interval=2, figures=False)]
     if kill_at:

@@ -69,7 +69,9 @@ def couple(model: nn.Module, run: Run) -> Coupling:
     try:
         import torch_pruning as tp
     except ImportError:
-        raise StripError("stripping needs the package torch-pruning: install it") from None
+        raise StripError(
+            "stripping needs torch_pruning, not installed here; pip install 'psbn_mmdet[strip]'"
+        ) from None
     twin = copy.deepcopy(model)
     for module in twin.modules():
         if getattr(module, "with_cp", False):  # mmdet's checkpointing hides the graph

@@ -1,0 +1,135 @@
+"""The figure of an experiment, drawn from its JSON alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from psbn_mmdet.collapse.figures import FIGURE_STYLE
+
+from .experiments import TWIN
+from .settings import BN
+from .summary import FILTERS
+
+COLORS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d")
+
+
+def _points(axes: Axes, x: Any, values: list[dict], label: str, color: str, **style: Any) -> None:
+    """Values with their interval, or where they have none, with their deviation over seeds."""
+    mean = np.array([v["mean"] for v in values])
+    spread = [(v["low"], v["high"]) if "low" in v else _deviation(v) for v in values]
+    low, high = np.array(spread).T
+    # A bootstrap's interval need not hold the value itself.
+    error = np.maximum([mean - low, high - mean], 0)
+    drawn: dict[str, Any] = dict(marker="o", ms=4, lw=1.2, capsize=2) | style
+    axes.errorbar(x, mean, error, color=color, label=label, **drawn)
+
+
+def _deviation(value: dict[str, Any]) -> tuple[float, float]:
+    std = value["std"] or 0  # None for a single seed
+    return value["mean"] - std, value["mean"] + std
+
+
+def _lines(summary: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for entry in summary["arms"].values():
+        lines.setdefault(entry["line"], []).append(entry)
+    return lines
+
+
+def _draw_transfer(figure: Figure, summary: dict[str, Any]) -> None:
+    """AP, its difference to BN, and what is still collapsed, against collapse at the start."""
+    figure.set_size_inches(14, 4.4)
+    left, middle, right = figure.subplots(1, 3)
+    differences = {(d["arm"], d["baseline"]): d for d in summary["differences"][-1]}
+    arms = {(e["line"], e["x"]): arm for arm, e in summary["arms"].items()}
+    for i, (color, (line, of_line)) in enumerate(
+        zip(COLORS, _lines(summary).items(), strict=False)
+    ):
+        aside = 0.6 * (i - 1.5)
+        entries = [e for e in of_line if e["x"] != TWIN]
+        for entry in (e for e in of_line if e["x"] == TWIN):
+            at = [entry["start"]["collapsed"]["mean"] + aside]
+            style: dict[str, Any] = dict(
+                label=f"{line}, pretrained with psBN", color=color, mfc="white", marker="D"
+            )
+            _points(left, at, [entry["rounds"][-1]["AP"]], **style)
+            _points(right, at, [entry["rounds"][-1]["collapsed"]], **style)
+        x = np.array([e["start"]["collapsed"]["mean"] for e in entries]) + aside
+        _points(left, x, [e["rounds"][-1]["AP"] for e in entries], line, color)
+        _points(right, x, [e["rounds"][-1]["collapsed"] for e in entries], line, color)
+        judged = [
+            (position, differences[arms[line, e["x"]], arms[BN, e["x"]]])
+            for position, e in zip(x, entries, strict=True)
+            if line != BN and (BN, e["x"]) in arms
+        ]
+        if judged:
+            values = [dict(mean=d["AP"], low=d["low"], high=d["high"]) for _, d in judged]
+            _points(middle, [position for position, _ in judged], values, line, color)
+    middle.axhline(0, color=COLORS[0], lw=1.2)
+    left.set_ylabel("AP after finetuning (points)")
+    middle.set_ylabel("AP minus that of BN (points)")
+    right.set_ylabel("collapsed filters after finetuning (%)")
+    for axes in (left, middle, right):
+        axes.set_xlabel("collapsed filters of the pretrained backbone (%)")
+    left.legend(fontsize=8)
+
+
+def _draw_rounds(figure: Figure, summary: dict[str, Any]) -> None:
+    figure.set_size_inches(14, 4.4)
+    panels = dict(
+        zip(("AP", "collapsed", "active_probability"), figure.subplots(1, 3), strict=True)
+    )
+    for i, (color, (arm, entry)) in enumerate(zip(COLORS, summary["arms"].items(), strict=False)):
+        x = np.arange(1, len(entry["rounds"]) + 1) + 0.05 * (i - 1)
+        for key, axes in panels.items():
+            _points(axes, x, [r[key] for r in entry["rounds"]], arm, color)
+    for key, axes in panels.items():
+        axes.set(xlabel="round", ylabel={"AP": "AP (points)", **FILTERS}[key])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels["AP"].legend(fontsize=8)
+
+
+def _draw_alpha(figure: Figure, summary: dict[str, Any]) -> None:
+    """Every measure against alpha; BN is the dashed line."""
+    figure.set_size_inches(15, 7.5)
+    keys = ("AP", *FILTERS)
+    panels = figure.subplots(2, 3).flat
+    titles = {"AP": "AP (points)", **FILTERS}
+    for key, axes in zip(keys, panels, strict=False):
+        for color, (line, entries) in zip(COLORS, _lines(summary).items(), strict=False):
+            swept = [e for e in entries if e["x"] is not None]
+            if swept:
+                values = [e["rounds"][-1][key] for e in swept]
+                _points(axes, [e["x"] for e in swept], values, f"psBN, {line}", color)
+            for entry in (e for e in entries if e["x"] is None):
+                value = entry["rounds"][-1][key]["mean"]
+                axes.axhline(value, color=color, ls="--", lw=1, label=f"BN, {line}")
+        axes.set(xscale="log", xlabel="alpha", ylabel=titles[key])
+        if key == "gamma_median":
+            axes.set_yscale("log")
+    for axes in panels:
+        axes.set_axis_off()
+    figure.axes[0].legend(fontsize=8)
+
+
+_DRAW: dict[str, Callable[[Figure, dict[str, Any]], None]] = {
+    "transfer": _draw_transfer,
+    "rounds": _draw_rounds,
+    "alpha": _draw_alpha,
+}
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """The figure of an experiment's JSON as a PNG file."""
+    with mpl.rc_context(dict[Any, Any](FIGURE_STYLE)):
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        _DRAW[summary["experiment"]](figure, summary)
+        figure.suptitle(summary["title"])
+        figure.savefig(path)

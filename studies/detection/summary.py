@@ -1,0 +1,266 @@
+"""Finished runs in numbers, ready for JSON, and those numbers as Markdown.
+
+AP, its intervals and its verdicts are those of :mod:`psbn_mmdet.ap`: they carry the test images
+and the seeds. The states of filters are mean and standard deviation over seeds.
+"""
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from psbn_mmdet.ap.coco_files import Results, read_annotations, read_results
+from psbn_mmdet.ap.compare import Comparison, compare, measure
+from studies.cifar.settings import RunError
+from studies.cifar.summary import processor, spread
+
+from .engine import annotations_of, folder_of, result_of
+from .experiments import Experiment, Run
+
+FILTERS = {
+    "collapsed": "collapsed filters (%)",
+    "inactive": "inactive filters (%)",
+    "active_probability": "mean P(active)",
+    "gamma_median": "median of |gamma|",
+}
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+Outcome = tuple[Run, dict[str, Any]]
+
+
+def finished(experiment: Experiment, out: str | os.PathLike) -> list[Outcome]:
+    """Runs that are done, with their results.
+
+    Raises:
+        RunError: A result is of other settings.
+    """
+    outcomes = []
+    for run in experiment.runs:
+        result = result_of(experiment, run, out)
+        if result is None:
+            continue
+        if result["settings"] != asdict(run.settings):
+            raise RunError(
+                f"{folder_of(experiment, run, out)}: holds a result of other settings; "
+                "name another --out"
+            )
+        outcomes.append((run, result))
+    return outcomes
+
+
+def by_arm(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
+    arms: dict[str, list[Outcome]] = {}
+    for run, result in outcomes:
+        arms.setdefault(run.arm, []).append((run, result))
+    return arms
+
+
+def summarise(
+    experiment: Experiment, out: str | os.PathLike, command: str = "", resamples: int = RESAMPLES
+) -> dict[str, Any]:
+    """All that the figure and the tables show, ready for JSON.
+
+    Args:
+        experiment: What was run.
+        out: Where.
+        command: That made it, for the record.
+        resamples: Of the bootstrap over images.
+
+    Raises:
+        RunError: No run is finished, or one is of other settings.
+    """
+    outcomes = finished(experiment, out)
+    if not outcomes:
+        raise RunError(f"{Path(out, experiment.name)}: no run is finished, so nothing to draw")
+    members = by_arm(outcomes)
+    rounds = len(outcomes[0][1]["rounds"])
+    compared = [
+        compare_round(experiment, out, members, number, resamples)
+        for number in range(1, rounds + 1)
+    ]
+    arms = {}
+    for arm, of_arm in members.items():
+        first, _ = of_arm[0]
+        settings = asdict(first.settings)
+        del settings["seed"]
+        settings["backbone"] = settings["backbone"] and settings["backbone"].partition("-seed")[0]
+        arms[arm] = {
+            "line": first.line,
+            "x": first.x,
+            "seeds": [run.settings.seed for run, _ in of_arm],
+            "settings": settings,
+            "start": {key: spread(r["start"][key] for _, r in of_arm) for key in FILTERS},
+            "rounds": [
+                {
+                    **{
+                        key: spread(r["rounds"][i][key] for _, r in of_arm)
+                        for key in ("train_loss", "AP50", "AP75", *FILTERS)
+                    },
+                    "AP": {
+                        **spread(r["rounds"][i]["AP"] for _, r in of_arm),
+                        **_interval(comparison, arm),
+                    },
+                }
+                for i, comparison in enumerate(compared)
+            ],
+        }
+    return {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "command": command,
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads_of_a_run": sorted({result["threads"] for _, result in outcomes}),
+            "torch": sorted({result["torch"] for _, result in outcomes}),
+            "seconds_of_a_run": spread(result["seconds"] for _, result in outcomes)["mean"],
+        },
+        "data_crc32": outcomes[0][1]["data_crc32"],
+        "confidence": CONFIDENCE,
+        "resamples": resamples,
+        "runs_finished": len(outcomes),
+        "runs_planned": len(experiment.runs),
+        "choices": list(experiment.choices),
+        "pretraining": next(
+            (
+                {k: v for k, v in asdict(settings).items() if k != "seed"}
+                for settings in experiment.backbones.values()
+            ),
+            None,
+        ),
+        "arms": arms,
+        "differences": [_differences(c) for c in compared],
+    }
+
+
+def results_of(
+    experiment: Experiment, out: str | os.PathLike, members: list[Outcome], number: int
+) -> list[Path]:
+    """The COCO result files of an arm after a round, a file a seed."""
+    return [folder_of(experiment, run, out) / f"round_{number}.bbox.json" for run, _ in members]
+
+
+def compare_round(
+    experiment: Experiment,
+    out: str | os.PathLike,
+    arms: dict[str, list[Outcome]],
+    number: int,
+    resamples: int,
+) -> Comparison:
+    """All arms after a round, on the same resampled images, and the experiment's pairs."""
+    annotations = read_annotations(annotations_of(experiment, out))
+    indices: dict[str, list[int]] = {}
+    results: list[Results] = []
+    for arm, of_arm in arms.items():
+        files = results_of(experiment, out, of_arm, number)
+        indices[arm] = list(range(len(results), len(results) + len(files)))
+        results += [read_results(file, annotations) for file in files]
+    pairs = [(a, b) for a, b in experiment.pairs if a in arms and b in arms]
+    measured = measure(annotations, results, resamples, threads=1)
+    return compare(measured, indices, pairs, CONFIDENCE)
+
+
+def _interval(comparison: Comparison, arm: str) -> dict[str, float]:
+    estimate = comparison.arms[arm]
+    return {"low": float(estimate.low[0]), "high": float(estimate.high[0])}
+
+
+def _differences(comparison: Comparison) -> list[dict[str, Any]]:
+    return [
+        {
+            "arm": d.arm,
+            "baseline": d.baseline,
+            "AP": float(d.value[0]),
+            "low": float(d.low[0]),
+            "high": float(d.high[0]),
+            "verdict": d.verdict,
+            "further_seeds": d.further_seeds,
+            "reason": d.reason,
+        }
+        for d in comparison.differences
+    ]
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def _number(value: dict[str, Any], digits: int = 1) -> str:
+    if not math.isfinite(value["mean"]):
+        return "not finite"
+    text = f"{value['mean']:.{digits}f}"
+    return text if value["std"] is None else f"{text} ± {value['std']:.{digits}f}"
+
+
+def _table(heads: list[str], rows: Iterable[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """Tables of arms and of differences after each round, the settings, the command."""
+    arms = summary["arms"]
+    seeds = sorted({len(entry["seeds"]) for entry in arms.values()})
+    lines = [
+        f"# {summary['title']}",
+        "",
+        f"{summary['runs_finished']} of {summary['runs_planned']} runs finished, "
+        f"{'/'.join(map(str, seeds))} seeds an arm. AP is in points; in brackets its "
+        f"{100 * summary['confidence']:g}% interval, over test images and seeds. Filters: mean ± "
+        "standard deviation over seeds.",
+    ]
+    rounds = len(next(iter(arms.values()))["rounds"])
+    for i in range(rounds):
+        lines += ["", f"## After round {i + 1}" if rounds > 1 else "## AP and filters", ""]
+        rows = []
+        for arm, entry in arms.items():
+            row = entry["rounds"][i]
+            ap = row["AP"]
+            cells = [arm, f"{ap['mean']:.1f} [{ap['low']:.1f}, {ap['high']:.1f}]"]
+            cells += [_number(row["AP50"]), _number(row["train_loss"], 3)]
+            cells.append(_number(entry["start"]["collapsed"]))
+            cells += [_number(row["collapsed"]), _number(row["inactive"])]
+            cells += [_number(row["active_probability"], 2), _number(row["gamma_median"], 3)]
+            rows.append(cells)
+        heads = ["", "AP", "AP50", "training loss", "collapsed at the start (%)"]
+        lines += _table([*heads, *FILTERS.values()], rows)
+        if summary["differences"][i]:
+            lines += ["", "Differences in AP:", ""]
+            lines += _table(
+                ["", "against", "difference", "verdict", ""],
+                [
+                    [
+                        d["arm"],
+                        d["baseline"],
+                        f"{d['AP']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]",
+                        f"**{d['verdict']}**",
+                        "" if d["further_seeds"] == 0 else d["reason"],
+                    ]
+                    for d in summary["differences"][i]
+                ],
+            )
+    first = next(iter(arms.values()))["settings"]
+    differing = [k for k in first if any(e["settings"][k] != first[k] for e in arms.values())]
+    lines += ["", "## Settings", ""]
+    lines += _table(
+        ["", *differing],
+        ([arm, *(str(e["settings"][k]) for k in differing)] for arm, e in arms.items()),
+    )
+    lines += ["", "All: " + _listed(first, differing) + ".", ""]
+    if summary["pretraining"]:
+        lines += ["Pretraining: " + _listed(summary["pretraining"], []) + ".", ""]
+    lines += [f"- {choice}" for choice in summary["choices"]]
+    machine = summary["machine"]
+    lines += [
+        "",
+        f"`{summary['command']}` on {machine['processor']} ({machine['cores']} cores, threads per "
+        f"run: {'/'.join(map(str, machine['threads_of_a_run']))}, "
+        f"{machine['seconds_of_a_run']:.0f} s a run), torch {'/'.join(machine['torch'])}; CRC-32 "
+        f"of the data {summary['data_crc32']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _listed(settings: dict[str, Any], but: list[str]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in settings.items() if k not in but)

@@ -1,0 +1,1 @@
+"""psBN in every config of mmdet: `python -m studies.mmdet_configs`."""

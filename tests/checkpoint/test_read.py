@@ -1,0 +1,211 @@
+"""Files and URLs of every kind are read without running what they carry, or refused in a line."""
+
+import functools
+import http.server
+import json
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from psbn_mmdet.checkpoint import CheckpointError, is_whole, load, state_dict_of
+from psbn_mmdet.checkpoint.allowed import require_torch
+from psbn_mmdet.checkpoint.schemes import resolve
+from tests.helpers.malicious import Malicious
+
+
+@pytest.fixture
+def state_dict():
+    return nn.Conv2d(2, 3, 1).state_dict()
+
+
+def test_pth_and_safetensors(state_dict, tmp_path):
+    from safetensors.torch import save_file
+
+    torch.save({"state_dict": state_dict}, tmp_path / "a.pth")
+    torch.save(state_dict, tmp_path / "b.pth", _use_new_zipfile_serialization=False)
+    save_file(dict(state_dict), tmp_path / "a.safetensors")
+    for name in ("a.pth", "b.pth", "a.safetensors"):
+        tensors = state_dict_of(load(tmp_path / name))
+        assert tensors.keys() == state_dict.keys()
+        assert torch.equal(tensors["weight"], state_dict["weight"])
+        on_meta = state_dict_of(load(tmp_path / name, "meta"))
+        assert all(tensor.is_meta for tensor in on_meta.values())
+
+
+# -- files that are none -----------------------------------------------------------
+
+
+def bad_file(kind, tmp_path, state_dict):
+    path = tmp_path / f"{kind}.pth"
+    if kind == "text":
+        path.write_text("not a checkpoint")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "code":
+        torch.save({"state_dict": state_dict, "x": Malicious(tmp_path / "ran")}, path)
+    elif kind == "legacy_code":
+        torch.save(Malicious(tmp_path / "ran"), path, _use_new_zipfile_serialization=False)
+    elif kind == "plain_pickle":
+        path.write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    elif kind == "detectron_pickle":
+        path.write_bytes(pickle.dumps({"model": {"a.weight": np.ones(3)}}, protocol=2))
+    elif kind == "model":
+        torch.save(nn.Conv2d(1, 1, 1), path)
+    elif kind == "torchscript":
+        torch.jit.script(nn.Conv2d(1, 1, 1)).save(str(path))
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "safetensors":
+        path = tmp_path / "a.safetensors"
+        path.write_bytes(b"\x00" * 20)
+    elif kind == "shard":
+        path = tmp_path / "model-00001-of-00002.bin"
+        torch.save(state_dict, path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "no such file"),
+        ("directory", "no such file, but a folder"),
+        ("text", "is no checkpoint of torch"),
+        ("empty", "is cut off or damaged"),
+        ("code", r"refused, since it carries posix.mkdir.*nothing in it was run"),
+        ("legacy_code", r"refused, since it carries posix.mkdir"),
+        ("plain_pickle", r"refused, since it carries posix.mkdir|is no checkpoint"),
+        ("detectron_pickle", "is no checkpoint of torch"),
+        ("model", r"refused, since it carries torch.nn.modules.conv.Conv2d.*state_dict\(\)"),
+        ("torchscript", "TorchScript archive"),
+        ("safetensors", "no whole safetensors file"),
+        ("shard", "one of several shards; join them"),
+    ],
+)
+def test_bad_files_get_one_line_and_run_nothing(kind, message, tmp_path, state_dict):
+    path = bad_file(kind, tmp_path, state_dict)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_is_whole_up_to_its_last_byte(zipped, state_dict, tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(state_dict, path, _use_new_zipfile_serialization=zipped)
+    assert is_whole(path)
+    data = path.read_bytes()
+    for length in {0, 1, 5, 20, len(data) - 1, *range(30, len(data), 60)}:
+        path.write_bytes(data[:length])
+        assert not is_whole(path)
+        with pytest.raises(CheckpointError, match="is cut off or damaged") as caught:
+            load(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_refused_for_its_content_is_whole(tmp_path):
+    for zipped in (True, False):
+        path = tmp_path / "a.pth"
+        torch.save(Malicious(tmp_path / "ran"), path, _use_new_zipfile_serialization=zipped)
+        assert is_whole(path)
+    assert not is_whole(tmp_path / "none.pth")
+    assert not is_whole(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_old_versions_of_torch_are_refused_in_one_line():
+    for version in ("1.13.1", "2.0.1+cu118"):
+        with pytest.raises(ImportError, match=r"needs torch 2\.1 or newer.*this is [12]\.\d+") as e:
+            require_torch(version)
+        assert "\n" not in str(e.value)
+    for version in ("2.1.0", "2.10.0a0+git", "3.0"):
+        require_torch(version)
+
+
+# -- URLs and names ------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A folder, and the address it is served at."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_url_is_kept_in_the_hub_cache(state_dict, server):
+    folder, address = server
+    torch.save(state_dict, folder / "a.pth")
+    assert load(f"{address}/a.pth").keys() == state_dict.keys()
+    with pytest.raises(CheckpointError, match=r"no.pth: could not be downloaded.*by hand"):
+        load(f"{address}/no.pth")
+    (folder / "a.pth").unlink()
+    assert load(f"{address}/a.pth").keys() == state_dict.keys()
+
+
+def test_files_of_one_name_from_different_urls_are_different(server):
+    folder, address = server
+    for kind, value in [("r50", 50.0), ("r101", 101.0)]:
+        (folder / kind).mkdir()
+        torch.save({"a.weight": torch.tensor(value)}, folder / kind / "model.pth")
+    for _ in range(2):  # downloaded, and from the cache
+        assert load(f"{address}/r50/model.pth")["a.weight"] == 50
+        assert load(f"{address}/r101/model.pth")["a.weight"] == 101
+    torch.save({"a.weight": torch.tensor(1.0)}, folder / "model.pth")
+    assert load(f"{address}/model.pth?version=2")["a.weight"] == 1
+
+
+def test_a_checksum_in_a_name_is_checked(state_dict, server, tmp_path):
+    folder, address = server
+    torch.save(state_dict, folder / "a-00000000.pth")
+    with pytest.raises(CheckpointError, match="invalid hash value") as caught:
+        load(f"{address}/a-00000000.pth")
+    by_hand = tmp_path / str(caught.value).split("put the file at ")[1].split(" by hand")[0]
+    by_hand.parent.mkdir(parents=True)
+    by_hand.write_bytes((folder / "a-00000000.pth").read_bytes())
+    assert load(f"{address}/a-00000000.pth").keys() == state_dict.keys()
+
+
+def test_a_cut_off_download_says_where_it_is_kept(state_dict, server, tmp_path):
+    folder, address = server
+    torch.save(state_dict, folder / "a.pth")
+    (folder / "a.pth").write_bytes((folder / "a.pth").read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"kept at .*a\.pth\): is cut off") as caught:
+        load(f"{address}/a.pth")
+    assert str(tmp_path / "home") in str(caught.value)
+
+
+def test_names_stand_for_the_urls_of_mmengines_tables(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMENGINE_HOME", str(tmp_path))
+    (tmp_path / "open_mmlab.json").write_text(json.dumps({"mine": "mine.pth"}))
+    for scheme in ("torchvision", "modelzoo"):
+        url = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
+        assert resolve(f"{scheme}://resnet50") == url
+    for scheme in ("open-mmlab", "openmmlab"):
+        old = resolve(f"{scheme}://resnet50_caffe")  # deprecated in favour of
+        assert old == resolve(f"{scheme}://detectron/resnet50_caffe")
+        assert old.endswith("third_party/resnet50_caffe-788b5fa3.pth")
+        assert resolve(f"{scheme}://mine") == str(tmp_path / "mine.pth")
+    assert resolve("mmcls://vgg11").startswith("https://download.openmmlab.com/mmclassification/")
+    for unknown in ("torchvision://no", "open-mmlab://no", "mmcls://no"):
+        with pytest.raises(CheckpointError, match="has no such name"):
+            resolve(unknown)
+    for scheme in ("mmpose", "openmim", "s3", "ftp"):
+        with pytest.raises(CheckpointError, match=f"the scheme {scheme}:// is unknown"):
+            load(f"{scheme}://a.pth")

@@ -1,0 +1,428 @@
+"""collapse.trace: what is written comes back exactly, whatever the disk and other processes do."""
+
+import contextlib
+import errno
+import io
+import os
+import resource
+import signal
+import subprocess
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from psbn_mmdet import norm
+from psbn_mmdet.collapse import measure, trace
+from tests.helpers.collapsed_net import Net, collapse_by_hand
+
+
+def values_of(filters, seed):
+    """gamma and bias that do not compress."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(filters, generator=g), torch.randn(filters, generator=g)
+
+
+def assert_holds(path, filters, seeds):
+    """Whether a file has exactly the records {iteration: seed}, with the values of the seeds."""
+    got = trace.read(path)
+    assert got.iterations.tolist() == list(seeds)
+    for row, seed in enumerate(seeds.values()):
+        gamma, bias = values_of(filters, seed)
+        assert np.array_equal(got.gamma[row], gamma.numpy())
+        assert np.array_equal(got.bias[row], bias.numpy())
+
+
+class TestWriter:
+    report = measure(collapse_by_hand(Net()))
+
+    def values(self, seed):
+        return values_of(28, seed)
+
+    def fill(self, path, iterations):
+        writer = trace.Writer(path, self.report, 0)
+        for i in iterations:
+            writer.write(i, *self.values(i))
+        writer.close()
+        return path
+
+    def test_records_after_the_resumed_iteration_are_dropped_and_none_is_doubled(self, tmp_path):
+        path = self.fill(tmp_path / "a.trace", [0, 10, 20, 30])
+        writer = trace.Writer(path, self.report, 20)
+        assert trace.read(path).iterations.tolist() == [0, 10, 20]
+        for i in (20, 30, 40):
+            writer.write(i, *self.values(i + 1))
+        got = trace.read(path)
+        assert got.iterations.tolist() == [0, 10, 20, 30, 40]
+        for row, seed in enumerate([0, 10, 20, 31, 41]):
+            assert np.array_equal(got.gamma[row], self.values(seed)[0].numpy())
+            assert np.array_equal(got.bias[row], self.values(seed)[1].numpy())
+
+    def test_every_cut_keeps_the_whole_records_before_it(self, tmp_path):
+        path = self.fill(tmp_path / "a.trace", [0, 1, 2])
+        content = path.read_bytes()
+        sizes = []
+        for n in (1, 2, 3):
+            sizes.append(self.fill(tmp_path / f"{n}.trace", range(n)).stat().st_size)
+        for length in range(sizes[0], len(content)):
+            path.write_bytes(content[:length])
+            assert len(trace.read(path).iterations) == sum(length >= s for s in sizes)
+
+    def test_a_damaged_record_ends_the_trace(self, tmp_path):
+        path = self.fill(tmp_path / "a.trace", [0, 1, 2])
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+        assert trace.read(path).iterations.tolist() == [0, 1]
+
+    def test_a_torn_end_is_written_over(self, tmp_path):
+        path = self.fill(tmp_path / "a.trace", [0, 1, 2])
+        path.write_bytes(path.read_bytes()[:-7])
+        writer = trace.Writer(path, self.report, 1)
+        writer.write(5, *self.values(5))
+        assert trace.read(path).iterations.tolist() == [0, 1, 5]
+
+    def test_a_run_from_the_start_or_of_another_model_moves_the_old_file_aside(self, tmp_path):
+        path = self.fill(tmp_path / "a.trace", [0, 1])
+        content = path.read_bytes()
+        again = trace.Writer(path, self.report, 0)
+        assert again.moved_to == tmp_path / "a-1.trace"
+        assert (tmp_path / "a-1.trace").read_bytes() == content
+        again.write(0, *self.values(2))
+        other = measure(nn.BatchNorm2d(3))
+        assert trace.Writer(path, other, 7).moved_to == tmp_path / "a-2.trace"
+
+    def test_values_that_stay_cost_next_to_nothing(self, tmp_path):
+        report = measure(nn.BatchNorm2d(4096))
+        writer = trace.Writer(tmp_path / "a.trace", report, 0)
+        gamma, bias = torch.randn(4096), torch.randn(4096)
+        sizes = []
+        for i in range(3):
+            writer.write(i, gamma, bias)
+            sizes.append(writer.path.stat().st_size)
+        assert sizes[2] - sizes[1] < 400 < 20_000 < sizes[0]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (None, "no such file"),
+            (b"", "is empty"),
+            (b"hello\n", "is no trace file"),
+            (b"psbn-trace 1\n", "is no trace file"),
+            (b'psbn-trace 1\n{"layers"', "is no trace file"),
+            (b'psbn-trace 1\n{"layers"\n', "is no trace file"),
+            (b'psbn-trace 1\n{"layers": [1]}\n', "is no trace file"),
+        ],
+    )
+    def test_what_is_no_trace_gets_one_line(self, content, message, tmp_path):
+        path = tmp_path / "a.trace"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(trace.TraceError, match=message) as error:
+            trace.read(path)
+        assert str(error.value).startswith(str(path))
+        assert "\n" not in str(error.value)
+
+    def test_a_trace_without_a_record_says_so(self, tmp_path):
+        path = self.fill(tmp_path / "a.trace", [0])
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(trace.TraceError, match="holds no whole record"):
+            trace.read(path)
+
+    def test_checkpoints_of_different_networks_are_no_series(self):
+        reports = [self.report, measure(nn.BatchNorm2d(3))]
+        with pytest.raises(trace.TraceError, match="b has other layers than a"):
+            trace.from_reports(reports, ["a", "b"])
+
+
+def test_what_a_report_says_survives_the_file(tmp_path):
+    # ReLU, none and psBN: what follows a layer and its alpha decide what is counted.
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8),
+        nn.SiLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(),
+    )  # fmt: skip
+    norm.to_psbn(net)
+    with torch.no_grad():
+        for i in (1, 4, 7):
+            net[i].weight[:2] = 0
+            net[i].beta.zero_()
+            net[i].beta[:1] = -1
+        net[7].weight[2:] = 0.01  # against an alpha of 0.1
+        net[1].weight[7] = torch.nan
+    report = measure(net)
+    writer = trace.Writer(tmp_path / "a.trace", report, 0)
+    writer.write(0, torch.cat([x.gamma for x in report.layers]),
+                 torch.cat([x.bias for x in report.layers]))  # fmt: skip
+    writer.write_norms(0, report)
+    again = trace.read(tmp_path / "a.trace").report()
+    assert again.to_json() == report.to_json()
+    assert again.nearly_linear == ["7"]
+    assert str(again) == str(report)
+
+
+def test_a_file_without_what_follows_a_layer_is_read_and_continued(tmp_path):
+    # As the first version wrote them: name, filters and convolution only.
+    report = measure(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.SiLU()))
+    writer = trace.Writer(tmp_path / "a.trace", report, 0)
+    writer.write(0, *values_of(4, 0))
+    content = (tmp_path / "a.trace").read_bytes()
+    assert content.count(b', "other", null]') == 1
+    (tmp_path / "a.trace").write_bytes(content.replace(b', "other", null]', b"]"))
+    assert trace.read(tmp_path / "a.trace").layers[0].followed_by == "unknown"
+    writer = trace.Writer(tmp_path / "a.trace", report, 1)
+    assert writer.moved_to is None
+    writer.write(2, *values_of(4, 2))
+    assert_holds(tmp_path / "a.trace", 4, {0: 0, 2: 2})
+
+
+FILTERS = 1000  # a record of about 7.5 kB
+
+
+def a_report(filters=FILTERS):
+    return measure(nn.BatchNorm2d(filters))
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size):
+    """A real limit, which cuts the write that reaches it short, for any user."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mounts a small real file system; for root only."""
+    places = []
+
+    def mount(options):
+        place = tmp_path / f"mount{len(places)}"
+        place.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", place]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root, and not in every container, may mount a file system")
+        places.append(place)
+        return place
+
+    yield mount
+    for place in places:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def write_until(writer, failing, iterations):
+    """The iterations whose record was written; the first and only error is as expected."""
+    written = []
+    for i in iterations:
+        try:
+            writer.write(i, *values_of(FILTERS, i))
+            written.append(i)
+        except OSError as error:
+            assert error.errno == failing  # noqa: PT017
+    return written
+
+
+class TestDisk:
+    def check(self, writer, failing, full, free):
+        """Whole records while the disk is full, and more when there is space again."""
+        with full:
+            before = write_until(writer, failing, range(20))
+            assert 2 < len(before) < 19  # so that many fail one after the other
+            assert_holds(writer.path, FILTERS, {i: i for i in before})
+        free()
+        for i in (30, 40):
+            writer.write(i, *values_of(FILTERS, i))
+        assert_holds(writer.path, FILTERS, {i: i for i in [*before, 30, 40]})
+
+    def test_a_limit_of_the_size(self, tmp_path):
+        writer = trace.Writer(tmp_path / "a.trace", a_report(), 0)
+        self.check(writer, errno.EFBIG, files_no_larger_than(50_000), lambda: None)
+
+    def test_a_full_disk(self, mounted):
+        disk = mounted("size=64k")
+        filler = disk / "filler"
+        filler.write_bytes(bytes(16_384))
+        writer = trace.Writer(disk / "a.trace", a_report(), 0)
+        # A page or two are left for small things, until something else takes them.
+        self.check(writer, errno.ENOSPC, contextlib.nullcontext(), filler.unlink)
+
+    def test_a_disk_that_is_full_from_the_start(self, mounted):
+        disk = mounted("size=16k")
+        writer = trace.Writer(disk / "a.trace", a_report(), 0)
+        filler = disk / "filler"
+        with pytest.raises(OSError, match="No space left"):
+            filler.write_bytes(bytes(20_000))
+        assert write_until(writer, errno.ENOSPC, range(3)) == []
+        with pytest.raises(trace.TraceError, match="is empty; the run has not recorded anything"):
+            trace.read(writer.path)
+        filler.unlink()
+        writer.write(5, *values_of(FILTERS, 5))
+        assert_holds(writer.path, FILTERS, {5: 5})
+
+    def test_a_disk_that_is_full_only_when_synchronised(self, tmp_path, monkeypatch):
+        writer = trace.Writer(tmp_path / "a.trace", a_report(), 0)
+        writer.write(0, *values_of(FILTERS, 0))
+        with monkeypatch.context() as patched:
+
+            def full(_):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            patched.setattr(os, "fsync", full)
+            assert write_until(writer, errno.ENOSPC, [1]) == []
+            assert_holds(writer.path, FILTERS, {0: 0})
+        writer.write(1, *values_of(FILTERS, 1))
+        assert_holds(writer.path, FILTERS, {0: 0, 1: 1})
+
+    @pytest.mark.parametrize("portion", [1, 1000, 0])
+    def test_writes_that_take_a_part_and_a_disk_that_takes_nothing_back(
+        self, portion, tmp_path, monkeypatch
+    ):
+        class Short(io.FileIO):
+            broken = False
+
+            def write(self, content):
+                if self.broken:
+                    super().write(content[:7])
+                    raise OSError(errno.EIO, "Input/output error")
+                return super().write(content[:portion] if portion else content)
+
+            def truncate(self, size=None):
+                if self.broken:
+                    raise OSError(errno.EIO, "Input/output error")
+                return super().truncate(size)
+
+        monkeypatch.setattr(trace, "open", lambda *args, **_: Short(*args[:2]), raising=False)
+        writer = trace.Writer(tmp_path / "a.trace", a_report(), 0)
+        writer.write(0, *values_of(FILTERS, 0))
+        Short.broken = True
+        assert write_until(writer, errno.EIO, [1, 2]) == []
+        assert_holds(writer.path, FILTERS, {0: 0})
+        Short.broken = False
+        writer.write(3, *values_of(FILTERS, 3))
+        assert_holds(writer.path, FILTERS, {0: 0, 3: 3})
+
+    def test_a_folder_that_is_read_only(self, tmp_path, mounted):
+        folder = tmp_path / "locked"
+        if os.geteuid() == 0:  # whom no mode keeps from writing
+            folder = mounted("size=16k,ro")
+        else:
+            folder.mkdir(mode=0o555)
+        with pytest.raises(OSError, match=r"Read-only|Permission"):
+            trace.Writer(folder / "a.trace", a_report(), 0)
+
+
+def forked(run):
+    """A child process that runs a function and nothing else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+        child = os.fork()
+    if child == 0:
+        try:
+            run()
+        finally:
+            os._exit(0)
+    return child
+
+
+class TestProcesses:
+    def test_a_process_killed_while_it_writes(self, tmp_path):
+        filters = 100_000  # most of the time goes into writing
+        pairs = [values_of(filters, seed) for seed in range(3)]
+        path = tmp_path / "a.trace"
+        path.touch()
+
+        def write_for_ever():
+            writer = trace.Writer(path, a_report(filters), 0)
+            for i in range(1_000_000):
+                writer.write(i, *pairs[i % 3])
+
+        child = forked(write_for_ever)
+        size, deadline = 0, time.monotonic() + 60
+        while size < 5_000_000 and time.monotonic() < deadline:
+            size = path.stat().st_size
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        count = len(trace.read(path).iterations)
+        assert count >= 3
+        assert_holds(path, filters, {i: i % 3 for i in range(count)})
+        again = trace.Writer(path, a_report(filters), count - 1)
+        again.write(count, *pairs[0])
+        assert_holds(path, filters, {**{i: i % 3 for i in range(count)}, count: 0})
+
+    def test_the_one_that_comes_second_is_told_and_the_file_stays_whole(self, tmp_path):
+        first = trace.Writer(tmp_path / "a.trace", a_report(), 0)
+        for i in (0, 10):
+            first.write(i, *values_of(FILTERS, i))
+        second = trace.Writer(tmp_path / "a.trace", a_report(), 10)
+        first.write(20, *values_of(FILTERS, 20))
+        with pytest.raises(trace.TraceError, match="are two runs going on in one work dir"):
+            second.write(20, *values_of(FILTERS, 21))
+        first.write(30, *values_of(FILTERS, 30))
+        assert_holds(first.path, FILTERS, {i: i for i in (0, 10, 20, 30)})
+
+    def test_the_one_whose_records_a_resumed_run_dropped_is_told(self, tmp_path):
+        first = trace.Writer(tmp_path / "a.trace", a_report(), 0)
+        for i in (0, 10, 20):
+            first.write(i, *values_of(FILTERS, i))
+        second = trace.Writer(tmp_path / "a.trace", a_report(), 10)
+        with pytest.raises(trace.TraceError, match="are two runs going on in one work dir"):
+            first.write(30, *values_of(FILTERS, 30))
+        second.write(20, *values_of(FILTERS, 21))
+        assert_holds(first.path, FILTERS, {0: 0, 10: 10, 20: 21})
+
+    def test_two_from_scratch_have_a_file_each(self, tmp_path):
+        first = trace.Writer(tmp_path / "a.trace", a_report(), 0)
+        first.write(0, *values_of(FILTERS, 1))
+        second = trace.Writer(tmp_path / "a.trace", a_report(), 0)
+        second.write(0, *values_of(FILTERS, 2))
+        first.write(10, *values_of(FILTERS, 3))
+        assert_holds(second.path, FILTERS, {0: 2})
+        assert_holds(second.moved_to, FILTERS, {0: 1, 10: 3})
+
+    def test_many_at_once_leave_whole_records_of_one_of_them(self, tmp_path):
+        path = tmp_path / "a.trace"
+        trace.Writer(path, a_report(), 0).write(0, *values_of(FILTERS, 0))
+        pairs = {n: values_of(FILTERS, n) for n in range(1, 5)}
+
+        def write_as(number):
+            writer = trace.Writer(path, a_report(), 1)
+            for i in range(10, 60, 10):
+                writer.write(i, *pairs[number])
+
+        for child in [forked(lambda n=n: write_as(n)) for n in pairs]:
+            os.waitpid(child, 0)
+        got = trace.read(path)
+        assert got.iterations.tolist() == list(range(0, 10 * len(got.iterations), 10))
+        truth = {n: gamma.numpy() for n, (gamma, _) in pairs.items()}
+        for row in got.gamma[1:]:
+            assert any(np.array_equal(row, gamma) for gamma in truth.values())
+
+    def test_a_lock_of_another_process_is_said(self, tmp_path):
+        import fcntl
+
+        writer = trace.Writer(tmp_path / "a.trace", a_report(), 0)
+        with open(writer.path, "rb") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            with pytest.raises(trace.TraceError, match="another process is writing to it"):
+                writer.write(0, *values_of(FILTERS, 0))
+        writer.write(0, *values_of(FILTERS, 0))
+        assert_holds(writer.path, FILTERS, {0: 0})
+
+    def test_a_file_system_without_locks(self, tmp_path, monkeypatch):
+        def no_locks(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(trace.fcntl, "flock", no_locks)
+        self.test_the_one_that_comes_second_is_told_and_the_file_stays_whole(tmp_path)
+
+    def test_a_file_that_was_removed_is_said(self, tmp_path):
+        writer = trace.Writer(tmp_path / "a.trace", a_report(), 0)
+        writer.write(0, *values_of(FILTERS, 0))
+        writer.path.unlink()
+        with pytest.raises(trace.TraceError, match="was changed or removed"):
+            writer.write(1, *values_of(FILTERS, 1))

@@ -1,0 +1,78 @@
+"""A run that gets SIGTERM saves, says so by its status, and goes on exactly."""
+
+import pytest
+import torch
+
+from psbn_mmdet.checkpoint import load
+from psbn_mmdet.launch.preempt import PREEMPTED
+from tests.helpers.forked import train
+from tests.helpers.noisy_training import equal, last, make_config
+
+EMA = {"type": "EMAHook", "ema_type": "ExponentialMovingAverage", "momentum": 0.3}
+
+
+def interrupted_and_whole(folder, processes, terminate, **options):
+    """Train once through and once with a SIGTERM; what the latter saved, and its messages.
+
+    Asserts that resuming that one gives the same as the former.
+    """
+    hooks = options.pop("hooks", [])
+    whole = make_config(folder / "whole.py", hooks=hooks, **options)
+    ended = train(whole, folder / "whole", processes=processes)
+    assert [e.status for e in ended] == [0] * processes, ended[0].text
+
+    stopped = make_config(
+        folder / "stopped.py", hooks=[*hooks, {"type": "Terminate", **terminate}], **options
+    )
+    ended = train(stopped, folder / "w", processes=processes)
+    assert [e.status for e in ended] == [PREEMPTED] * processes, ended[0].text
+    saved = load(folder / "w" / "preempted.pth")
+    text = ended[0].text
+    assert f"saved {folder}/w/preempted.pth at iteration {saved['meta']['iter']} " in text
+    assert all("Traceback" not in e.text for e in ended)
+
+    ended = train(whole, folder / "w", "--resume", processes=processes)
+    assert [e.status for e in ended] == [0] * processes, ended[0].text
+    assert f"resuming from {folder}/w/preempted.pth" in ended[0].text
+    assert equal(last(folder / "w"), last(folder / "whole"))
+    assert not (folder / "w" / "preempted.pth").exists()  # it has done its work
+    return saved, text, ended[0].text
+
+
+def test_sigterm_to_a_step_and_its_workers(tmp_path):
+    saved, *_ = interrupted_and_whole(tmp_path, 1, {"iteration": 6}, workers=2)
+    assert saved["meta"]["iter"] == 6  # within the second epoch of four iterations
+
+
+def test_sigterm_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path):
+    saved, *_ = interrupted_and_whole(tmp_path, 2, {"iteration": 3, "ranks": [1]})
+    assert saved["meta"]["iter"] == 3
+
+
+def test_accumulated_gradients_are_used_before_the_run_ends(tmp_path):
+    """No checkpoint holds them."""
+    options = {"optim_wrapper__accumulative_counts": 2}
+    saved, *_ = interrupted_and_whole(tmp_path, 1, {"iteration": 5}, **options)
+    assert saved["meta"]["iter"] == 6
+
+
+def test_sigterm_in_a_validation_saves_the_raw_weights_and_not_the_averaged(tmp_path):
+    at = {"iteration": 4, "validation": True}
+    saved, text, resumed = interrupted_and_whole(tmp_path, 1, at, hooks=[EMA], validate=True)
+    assert "the validation was interrupted" in text
+    assert resumed.count("Epoch(val) [1]") == 1 and "Epoch(train) [1]" not in resumed
+    epoch = load(tmp_path / "w" / "epoch_1.pth")
+    weights, averaged = saved["state_dict"], epoch["ema_state_dict"]
+    assert equal(weights, epoch["state_dict"])
+    assert not torch.equal(weights["fc.weight"], averaged["module.fc.weight"])
+
+
+@pytest.mark.parametrize("newer", ["preempted.pth", "epoch_1.pth"])
+def test_resume_takes_whichever_has_seen_more(newer, tmp_path):
+    stop = [{"type": "Terminate", "iteration": 6 if newer == "preempted.pth" else 2}]
+    train(make_config(tmp_path / "a.py", hooks=stop), tmp_path / "w")
+    if newer == "epoch_1.pth":  # and it was written first: times say nothing
+        train(make_config(tmp_path / "b.py", epochs=1), tmp_path / "b")
+        (tmp_path / "b" / "epoch_1.pth").replace(tmp_path / "w" / "epoch_1.pth")
+    ended = train(make_config(tmp_path / "c.py"), tmp_path / "w", "--resume")
+    assert f"resuming from {tmp_path}/w/{newer}\n" in ended[0].text
