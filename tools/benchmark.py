@@ -307,7 +307,10 @@ def bench_strip(rounds: int = 30) -> str:
         def run(network: nn.Module, x: torch.Tensor = x) -> None:
             network(x)
 
-        variants = {"whole": partial(run, model), "stripped": partial(run, stripped.model)}
+        variants: dict[str, Callable[[], Any]] = {
+            "whole": partial(run, model),
+            "stripped": partial(run, stripped.model),
+        }
         seconds = alternate(variants, rounds)
         faster = [a / b for a, b in zip(*seconds.values(), strict=True)]
         texts.append(

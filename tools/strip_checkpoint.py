@@ -41,7 +41,7 @@ from psbn_mmdet.errors import (
     errors_in_one_line,
     require_packages,
 )
-from psbn_mmdet.launch.config import load_config
+from psbn_mmdet.launch import load_config
 
 CONFIG = '''"""{name} without its collapsed filters, as written by tools/strip_checkpoint.py."""
 
