@@ -295,7 +295,8 @@ def bench_strip(rounds: int = 30) -> str:
         torch.manual_seed(0)
         model = ResNet(50)
         model.eval()  # mmdet's returns nothing
-        for name, norm in norm_modules(model).items():
+        norms: dict[str, Any] = dict(norm_modules(model))
+        for name, norm in norms.items():
             if name.endswith(("bn1", "bn2")):  # not what is added up between blocks
                 gone = torch.randperm(norm.num_features)[: int(share * norm.num_features)]
                 norm.weight.data[gone], norm.bias.data[gone] = 0, -1

@@ -238,6 +238,28 @@ def test_constants_at_a_padded_border_are_merged_into_one_or_folded_with_the_err
         strip(model, SIZE, borders="fold")
 
 
+@pytest.mark.parametrize("biases", [(0.5, -0.5, 0.4, -0.3), (-0.5, 0.5, -0.3, 0.4)])
+def test_a_constant_is_merged_only_into_one_that_arrives_wherever_it_does(biases):
+    """A negative constant reaches one reader as it is and the other, behind a ReLU, as 0."""
+
+    class TwoReaders(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = conv_bn(3, 8, act=None)
+            self.a, self.b = (nn.Conv2d(8, 4, 3, padding=1) for _ in range(2))
+
+        def forward(self, x):
+            x = self.stem(x)
+            return [self.a(x.relu()), self.b(x)]
+
+    model = with_statistics(TwoReaders())
+    kill(model.stem[1], [0, 1, 2, 3], torch.tensor(biases))
+    stripped = strip(model, SIZE)
+    assert stripped.record["merged"] == 2
+    assert stripped.model.stem[0].out_channels == 6
+    assert relative_difference(model, stripped.model) < 1e-5
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("has_norm", [False, True])
 def test_a_constant_goes_into_bias_or_running_mean_by_hand(has_bias, has_norm):
