@@ -13,6 +13,7 @@ quick: setup  ## the tests of daily use
 lint: setup
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m ruff format --check
+	.venv/bin/python -m mypy
 
 benchmark: setup  ## the ratios that stand in README.md
 	.venv/bin/python tools/benchmark.py
