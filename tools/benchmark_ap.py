@@ -240,7 +240,6 @@ SETTINGS = (
     ),
     Setting("hard images, seeds with heavy tails", (3, 3), (0.04, 0.04), "heavy", hard_images=True),
     Setting("hard images, the same seeds in both arms", (3, 3), (0.04, 0.04), "normal", True, True),
-    Setting("hard images", (3, 3), (0.04, 0.04), hard_images=True),
     Setting("3 runs each, images dominate", (3, 3), (0.02, 0.02)),
     Setting("hard images, images alone", (1, 1), (0, 0), hard_images=True),
 )
