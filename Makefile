@@ -4,8 +4,8 @@
 demo: setup  ## BN and psBN finetuned side by side on drawn images
 	.venv/bin/python -m studies.demo
 
-test: setup  ## every test, the slow ones too
-	.venv/bin/python -m pytest -m ""
+test: setup  ## every test, the slow ones too; two files at a time, each on one thread
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "" -n 2 --dist loadfile --durations 20
 
 quick: setup  ## the tests of daily use
 	.venv/bin/python -m pytest
@@ -13,6 +13,7 @@ quick: setup  ## the tests of daily use
 lint: setup
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m ruff format --check
+	.venv/bin/python -m mypy
 
 benchmark: setup  ## the ratios that stand in README.md
 	.venv/bin/python tools/benchmark.py

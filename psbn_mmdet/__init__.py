@@ -58,7 +58,7 @@ for _registry in (MODELS, MMENGINE_MODELS):
 
 
 def _on_use(module: str, name: str) -> Callable[..., Any]:
-    """A builder that imports its hook when a config names it: mmengine.hooks takes a second."""
+    """A builder that is imported when a config names it: mmengine.hooks takes a second."""
 
     def build(*args: Any, **kwargs: Any) -> Any:
         return getattr(import_module(module), name)(*args, **kwargs)
@@ -72,6 +72,13 @@ for _module, _name in [
 ]:
     for _registry in (HOOKS, MMENGINE_HOOKS):
         _registry.register_module(_name, force=True, module=_on_use(_module, _name))
+
+for _registry in (MODELS, MMENGINE_MODELS):
+    _registry.register_module(
+        "Stripped",
+        force=True,
+        module=_on_use("psbn_mmdet.collapse.stripping.model", "stripped_model"),
+    )
 
 # So that configs can inherit `psbn_mmdet::retinanet/...`.
 MODULE2PACKAGE["psbn_mmdet"] = "psbn_mmdet"

@@ -71,5 +71,8 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except PsbnError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        program = Path(sys.argv[0])
+        if program.name == "__main__.py":  # python -m studies.cifar
+            program = program.parent
+        print(f"{program.name}: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)

@@ -6,6 +6,7 @@
 - :mod:`.report`: ``measure`` and what it returns
 - :mod:`.flops`: how many FLOPs the collapsed filters cost
 - :mod:`.detectors`: how a model is called with images
+- :mod:`.stripping`: ``strip``, which takes the collapsed filters out
 - :mod:`.hook`: ``SparsityLoggerHook``, which measures while a model trains
 - :mod:`.trace`: the file it writes
 - :mod:`.course`: the states of filters over a trace
@@ -31,6 +32,7 @@ from .criteria import (
 from .flops import Flops, probe
 from .layers import Layer, gather, norm_modules
 from .report import Report, measure
+from .stripping import StripError, Stripped, strip
 
 __all__ = [
     "INACTIVE_BELOW",
@@ -40,6 +42,8 @@ __all__ = [
     "Layer",
     "MeasureError",
     "Report",
+    "StripError",
+    "Stripped",
     "activation_probability",
     "check_thresholds",
     "collapsed",
@@ -54,4 +58,5 @@ __all__ = [
     "norm_modules",
     "not_finite",
     "probe",
+    "strip",
 ]

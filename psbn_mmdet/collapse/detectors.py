@@ -26,6 +26,25 @@ def ways_to_call(model: nn.Module, images: Tensor) -> list[Callable[[nn.Module],
     ]
 
 
+def ways_to_compare(model: nn.Module, images: Tensor) -> list[Callable[[nn.Module], Any]]:
+    """As :func:`ways_to_call`, but two networks that compute the same give equal outputs.
+
+    The proposals of a two-stage detector are chosen by score, so that a difference in the last bit
+    can reorder them; here they are fixed boxes, and the outputs of its RPN are outputs as well.
+    """
+    ways = ways_to_call(model, images)
+    if len(ways) > 1 and hasattr(model, "rpn_head") and hasattr(model, "roi_head"):
+        samples = _data_samples(images, proposals=True)
+        proposals = [sample.proposals for sample in samples]
+
+        def two_stage(m: Any) -> Any:
+            features = m.extract_feat(images)
+            return m.rpn_head(features), m.roi_head.forward(features, proposals, samples)
+
+        ways.insert(0, two_stage)
+    return ways
+
+
 def _data_samples(images: Tensor, proposals: bool) -> list[Any]:
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData

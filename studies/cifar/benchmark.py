@@ -2,7 +2,8 @@
 
 Ratios of blocks of training steps that alternate in one process, on the same batches.
 
-python -m studies.cifar.benchmark --data-root data
+    python -m studies.cifar.benchmark --data-root data
+    python -m studies.cifar.benchmark --amp      # a step in bfloat16 against one in float32
 """
 
 import argparse
@@ -15,6 +16,7 @@ import torch
 from mmengine.hooks import Hook
 from torch.nn import functional as F
 
+from psbn_mmdet.launch.amp import cpu_has_bfloat16
 from studies.cifar.data import Batches, Split
 from studies.cifar.rounds import make_runner, study_data
 from studies.cifar.settings import Settings
@@ -38,10 +40,14 @@ class Pause(Hook):
 class BareLoop:
     """Forward, loss, backward, step; nothing else."""
 
-    def __init__(self, settings: Settings, memory_format: torch.memory_format) -> None:
+    def __init__(
+        self, settings: Settings, memory_format: torch.memory_format, amp: bool = False
+    ) -> None:
         torch.manual_seed(settings.seed)
+        self.amp = amp
         self.format = memory_format
-        self.network = settings.network_module().to(memory_format=memory_format)
+        network = settings.network_module()
+        self.network = network.to(memory_format=memory_format)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
             settings.lr,
@@ -53,7 +59,9 @@ class BareLoop:
         started = time.perf_counter()
         for batch in batches:
             x = batch["inputs"].contiguous(memory_format=self.format)
-            loss = F.cross_entropy(self.network(x), batch["labels"])
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.amp):
+                logits = self.network(x)
+            loss = F.cross_entropy(logits.float(), batch["labels"])
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -95,12 +103,40 @@ def bench_step(
     return {name: values[:count] for name, values in seconds.items()}
 
 
+def bench_amp(settings: Settings, blocks: int) -> list[tuple[float, float]]:
+    """Seconds per step in float32 and under autocast to bfloat16, a pair a block.
+
+    The two alternate which goes first; the first block warms up and is dropped.
+    """
+    x = torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size)
+    batch = {"inputs": x, "labels": torch.arange(settings.batch_size) % 10}
+    loops = [BareLoop(settings, torch.channels_last, amp) for amp in (False, True)]
+    pairs = []
+    for block in range(blocks + 1):
+        taken = [0.0, 0.0]
+        for which in (0, 1) if block % 2 else (1, 0):
+            taken[which] = loops[which].steps(iter([batch] * STEPS)) / STEPS
+        pairs.append((taken[0], taken[1]))
+    return pairs[1:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--blocks", type=int, default=15, help=f"of {STEPS} steps each")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 against float32 instead")
     args = parser.parse_args()
+    if args.amp:
+        pairs = bench_amp(Settings(batch_size=args.batch_size), args.blocks)
+        low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
+        has = "has" if cpu_has_bfloat16() else "has NO"
+        print(
+            f"ResNet-20, batch {args.batch_size}, {torch.get_num_threads()} threads; the processor "
+            f"{has} bfloat16.\nA step in bfloat16 takes {middle:.2f} ({low:.2f} to {high:.2f}) of "
+            f"one in float32, {1000 * statistics.median(a for a, _ in pairs):.1f} ms."
+        )
+        return
     settings = Settings(
         images=args.batch_size * STEPS * 5,
         test_images=10,

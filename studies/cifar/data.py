@@ -17,7 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
+
+from psbn_mmdet.errors import PsbnError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -26,21 +29,22 @@ TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
 RECORDS, RECORD_BYTES, CLASSES = 10_000, 1 + 3 * 32 * 32, 10
 FILE_BYTES = RECORDS * RECORD_BYTES
-PAD = 4
-"""Pixels of padding before the crop, as in the CIFAR experiments of the ResNet paper."""
+PAD = 1 / 8
+"""Padding before the crop, as a share of the image's side: 4 of 32 pixels, as in the CIFAR
+experiments of the ResNet paper, 2 of 16."""
 
 MEAN, STD = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 """Of the training pixels, per channel, in [0, 255]: the usual constants. The paper is silent;
 with BN behind every convolution the choice hardly matters."""
 
 
-class DataError(ValueError):
+class DataError(PsbnError, ValueError):
     """The data cannot be used; the message is one line that says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """``images`` (N, 3, 32, 32) uint8 and ``labels`` (N,) int64."""
+    """``images`` (N, 3, S, S) uint8, S = 32 unless they were scaled, and ``labels`` (N,) int64."""
 
     images: Tensor
     labels: Tensor
@@ -164,8 +168,9 @@ def _unpack(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             name = Path(member.name).name
-            if member.isfile() and name in TRAIN_FILES + TEST_FILES:
-                (folder / name).write_bytes(tar.extractfile(member).read())
+            content = tar.extractfile(member)  # None for a folder
+            if content is not None and name in TRAIN_FILES + TEST_FILES:
+                (folder / name).write_bytes(content.read())
 
 
 def balanced_subset(split: Split, size: int | None, seed: int) -> Split:
@@ -194,6 +199,21 @@ def balanced_subset(split: Split, size: int | None, seed: int) -> Split:
     return split.take(torch.cat(chosen).sort().values)
 
 
+def scaled(split: Split, size: int) -> Split:
+    """The images at ``size`` x ``size`` pixels, each the rounded mean of a square of the original.
+
+    Args:
+        split: Images of S x S pixels.
+        size: A divisor of S.
+    """
+    side = split.images.shape[-1] // size
+    if side == 1:
+        return split
+    # In parts: as float32, 50,000 images of 32 x 32 would take 600 MB.
+    parts = [F.avg_pool2d(part.float(), side).round().byte() for part in split.images.split(5_000)]
+    return Split(torch.cat(parts), split.labels)
+
+
 def random_labels(split: Split, seed: int) -> Split:
     """The same images with the labels shuffled once, for good (the paper, section 3.3).
 
@@ -215,7 +235,7 @@ class Batches(Dataset):
 
     Every epoch goes through the images in a new order and drops what does not
     fill a batch, so all steps have the same gradient noise. Each image is padded
-    by 4 pixels, cropped at random and flipped with probability 1/2 (He et al.).
+    by an eighth of its side, cropped at random and flipped with probability 1/2 (He et al.).
     A batch is a function of ``seed`` and i alone, so a run can be resumed at any
     iteration; the random numbers are drawn on the CPU and so the same on every
     device.
@@ -248,18 +268,19 @@ class Batches(Dataset):
         self.per_epoch = len(split) // batch_size
         self.labels = split.labels.to(device)
         grey = torch.tensor(MEAN).round().byte().view(3, 1, 1)  # what becomes about 0
-        size = 32 + 2 * PAD
-        padded = grey.repeat(len(split), 1, size, size)
-        padded[..., PAD:-PAD, PAD:-PAD] = split.images
-        # (N, 3, 9, 9, 32, 32): every crop of every image, without a copy.
-        self._crops = padded.to(device).unfold(2, 32, 1).unfold(3, 32, 1)
+        side = split.images.shape[-1]
+        self.pad = pad = round(side * PAD)
+        padded = grey.repeat(len(split), 1, side + 2 * pad, side + 2 * pad)
+        padded[..., pad:-pad, pad:-pad] = split.images
+        # (N, 3, 2 pad + 1, 2 pad + 1, side, side): every crop of every image, without a copy.
+        self._crops = padded.to(device).unfold(2, side, 1).unfold(3, side, 1)
         self._epoch = -1
 
     def __len__(self) -> int:
         return self.iterations
 
     def __getitem__(self, iteration: int) -> dict[str, Tensor]:
-        """``inputs`` (B, 3, 32, 32) float32 and ``labels`` (B,)."""
+        """``inputs`` (B, 3, S, S) float32 and ``labels`` (B,)."""
         epoch, step = divmod(iteration, self.per_epoch)
         self._draw(epoch)
         part = slice(step * self.batch_size, (step + 1) * self.batch_size)
@@ -269,7 +290,7 @@ class Batches(Dataset):
             flip = self._flip[part].view(-1, 1, 1, 1)
             images = torch.where(flip, images.flip(3), images)
         else:
-            images = self._crops[index, :, PAD, PAD]
+            images = self._crops[index, :, self.pad, self.pad]
         return {"inputs": normalise(images), "labels": self.labels[index]}
 
     def _draw(self, epoch: int) -> None:
@@ -279,6 +300,7 @@ class Batches(Dataset):
         # One generator per epoch, so that any epoch can be entered first.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         self._order = torch.randperm(n, generator=generator).to(device)
-        self._top, self._left = torch.randint(2 * PAD + 1, (2, n), generator=generator).to(device)
+        offsets = torch.randint(2 * self.pad + 1, (2, n), generator=generator)
+        self._top, self._left = offsets.to(device)
         self._flip = torch.rand(n, generator=generator).lt(0.5).to(device)
         self._epoch = epoch

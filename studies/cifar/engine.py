@@ -3,6 +3,11 @@
 Every run has a folder ``OUT/EXPERIMENT/RUN`` and is a process of its own there, a
 job of mmengine's Runner. The folder is all that there is to know of it, so runs
 can be killed, shared out over machines with one disk, and resumed.
+
+Why not a library: joblib's workers are reused for many runs, so that one killed worker fails the
+whole batch (TerminatedWorkerError), and it knows no order of parents and children; submitit starts
+all local jobs at once and keeps its own pickles beside the folder that is the state here. Neither
+estimates what is left. On Slurm, ``--shard`` in a job array needs neither.
 """
 
 import heapq
@@ -21,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.device import get_device
 from torch.nn import functional as F
 
 from psbn_mmdet.collapse import probe
@@ -28,6 +34,7 @@ from psbn_mmdet.collapse import probe
 from . import data
 from .experiments import Experiment, Run
 from .networks import build_network
+from .rounds import check_amp
 from .settings import RunError, Settings, check_settings
 
 POLL_SECONDS = 60.0
@@ -85,6 +92,8 @@ def prepare(experiment: Experiment, out: str | os.PathLike, data_root: str | os.
         DataError, RunError: Nothing has been started then.
     """
     crc = data.fingerprint(data_root)
+    if any(run.settings.amp for run in experiment.runs):
+        check_amp(get_device())
     try:
         for run in experiment.runs:
             check_settings(run.settings, folder_of(experiment, run, out))
@@ -102,10 +111,11 @@ def prepare(experiment: Experiment, out: str | os.PathLike, data_root: str | os.
 
 
 @lru_cache
-def macs(network: str, width: float) -> int:
+def macs(network: str, width: float, image_size: int = 32) -> int:
     """Multiply-accumulates of one image, forward."""
     with torch.random.fork_rng(devices=[]):
-        return probe(build_network(network, dict(type="BN"), None, width), {}, (3, 32, 32)).total
+        net = build_network(network, dict(type="BN"), None, width)
+        return probe(net, {}, (3, image_size, image_size)).total
 
 
 def work(settings: Settings, iterations: int | None = None) -> float:
@@ -116,15 +126,17 @@ def work(settings: Settings, iterations: int | None = None) -> float:
     steps = settings.iterations if iterations is None else iterations
     tests = (settings.test_images or data.RECORDS) * (1 + settings.evaluate_pruned)
     images = 3 * settings.batch_size * steps + tests * steps / settings.iterations_per_round
-    return images * macs(settings.network, settings.width)
+    return images * macs(settings.network, settings.width, settings.image_size)
 
 
 def time_steps(settings: Settings, steps: int = 2) -> float:
     """Seconds of a training step, timed here and now, with random images."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng(devices=[]):
-        network = settings.network_module().to(device, memory_format=torch.channels_last)
-        x = torch.randn(settings.batch_size, 3, 32, 32, device=device)
+        network = settings.network_module().to(device)
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        size = settings.batch_size, 3, settings.image_size, settings.image_size
+        x = torch.randn(size, device=device)
     labels = torch.zeros(settings.batch_size, dtype=torch.long, device=device)
     optimizer = torch.optim.SGD(network.parameters(), 1e-6, 0.9)
     started = 0.0
@@ -132,7 +144,9 @@ def time_steps(settings: Settings, steps: int = 2) -> float:
         if i == 0:
             started = time.perf_counter()
         optimizer.zero_grad()
-        F.cross_entropy(network(x.contiguous(memory_format=torch.channels_last)), labels).backward()
+        with torch.autocast(device, torch.bfloat16, enabled=settings.amp):
+            logits = network(x.contiguous(memory_format=torch.channels_last))
+        F.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
         network.fc.weight.sum().item()  # waits for the device
     return (time.perf_counter() - started) / steps
@@ -154,7 +168,7 @@ class Clock:
         self.threads = threads
 
     def _key(self, s: Settings) -> tuple:
-        return s.network, s.width, s.batch_size, s.norm == "none"
+        return s.network, s.width, s.image_size, s.batch_size, s.norm == "none", s.amp
 
     def seconds_per_work(self) -> dict[tuple, float]:
         """From the progress of all runs so far."""
@@ -293,6 +307,7 @@ def execute(
                 worker = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env
                 )
+                assert worker.stdin is not None
                 with worker.stdin:
                     alive[run.name] = worker
                     status = worker.wait()

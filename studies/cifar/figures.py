@@ -1,8 +1,7 @@
-"""The figure of an experiment, with its table and JSON beside it."""
+"""The figure of an experiment, drawn from its JSON."""
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -10,16 +9,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from psbn_mmdet.collapse import filter_l1
-from psbn_mmdet.collapse.course import non_trainable
 from psbn_mmdet.collapse.figures import FIGURE_STYLE
-from psbn_mmdet.collapse.trace import Trace, read
 
-from .engine import folder_of, macs
-from .experiments import Experiment
-from .rounds import network_state
-from .settings import Settings, write_json
-from .summary import METRICS, by_arm, finished, markdown, spread, summarise
+from .experiments import figure_of
+from .settings import RunError
+from .summary import METRICS
 
 _COLORS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#66a61e", "#a6761d")
 
@@ -32,7 +26,7 @@ def _line(axes: Any, rounds: list[dict], metric: str, label: str, color: str) ->
     axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, lw=0)
 
 
-def _draw_rounds(figure: Figure, summary: dict[str, Any], *_: Any) -> None:
+def _draw_rounds(figure: Figure, summary: dict[str, Any]) -> None:
     """Sparsity above accuracy, a column for each line."""
     lines = list(dict.fromkeys(e["line"] for e in summary["arms"].values()))
     figure.set_size_inches(5 * len(lines) + 0.5, 6.5)
@@ -51,7 +45,7 @@ def _draw_rounds(figure: Figure, summary: dict[str, Any], *_: Any) -> None:
         axes[1, column].xaxis.get_major_locator().set_params(integer=True)
 
 
-def _draw_random_labels(figure: Figure, summary: dict[str, Any], *_: Any) -> None:
+def _draw_random_labels(figure: Figure, summary: dict[str, Any]) -> None:
     figure.set_size_inches(10, 4)
     left, right = figure.subplots(1, 2)
     for color, (arm, entry) in zip(_COLORS, summary["arms"].items(), strict=False):
@@ -65,113 +59,7 @@ def _draw_random_labels(figure: Figure, summary: dict[str, Any], *_: Any) -> Non
     left.legend(fontsize=8)
 
 
-def conv_norms(settings: Settings, folder: Path) -> dict[str, np.ndarray]:
-    """L1 norms of the filters of each convolution at the end of the last round."""
-    state = network_state(folder / f"round_{settings.rounds}.pth")
-    return {
-        k.removesuffix(".weight"): filter_l1(v).numpy() for k, v in state.items() if v.dim() == 4
-    }
-
-
-def near_zero_percent(norms: np.ndarray) -> float:
-    """Share of a layer's filters with less than a 20th of the L1 norm of its large ones.
-
-    Large is the 90th percentile: the median would be near 0 itself where half collapsed.
-    """
-    return 100 * float((norms < np.quantile(norms, 0.9) / 20).mean())
-
-
-def _draw_histograms(
-    figure: Figure, summary: dict[str, Any], experiment: Experiment, out: Path
-) -> None:
-    """The layer in which most filters of the first arm are near 0, in both arms."""
-    arms = by_arm(finished(experiment, out))
-    norms = {
-        arm: [conv_norms(r.settings, folder_of(experiment, r, out)) for r, _ in members]
-        for arm, members in arms.items()
-    }
-    first = next(iter(norms.values()))[0]
-    layer = max(first, key=lambda k: near_zero_percent(first[k]))
-    summary["layer"] = layer
-    summary["filters_near_zero_percent"] = {
-        arm: spread(near_zero_percent(n[layer]) for n in members) for arm, members in norms.items()
-    }
-    figure.set_size_inches(7, 4)
-    axes = figure.subplots()
-    values = {arm: np.concatenate([n[layer] for n in members]) for arm, members in norms.items()}
-    bins = np.linspace(0, max(v.max() for v in values.values()), 41)
-    for color, (arm, of_arm) in zip(_COLORS, values.items(), strict=False):
-        axes.hist(of_arm, bins, color=color, alpha=0.6, label=arm)
-    axes.set(
-        xlabel=f"L1 norm of a filter of {layer}",
-        ylabel="filters",
-        title=f"after round {next(iter(arms.values()))[0][0].settings.rounds}",
-    )
-    axes.legend()
-
-
-def _layer_slices(trace: Trace) -> dict[str, slice]:
-    slices, start = {}, 0
-    for name, filters, *_ in trace.layers:
-        slices[name] = slice(start, start + filters)
-        start += filters
-    return slices
-
-
-def _draw_paths(figure: Figure, summary: dict[str, Any], experiment: Experiment, out: Path) -> None:
-    """(gamma, beta) of one layer's filters in the second round of the first run."""
-    run, _ = finished(experiment, out)[0]
-    trace = read(folder_of(experiment, run, out) / "collapse.trace")
-    length = run.settings.iterations_per_round
-    inside = (trace.iterations >= length) & (trace.iterations <= 2 * length)
-    gamma, bias = trace.gamma[inside], trace.bias[inside]
-    fell = (np.abs(gamma[-1]) < trace.threshold) & (np.abs(gamma[0]) >= trace.threshold)
-    slices = _layer_slices(trace)
-    name = max(slices, key=lambda k: fell[slices[k]].mean())
-    part = slices[name]
-    summary["layer"] = name
-    summary["collapsed_in_round_2"] = int(fell[part].sum())
-    figure.set_size_inches(6, 5)
-    axes = figure.subplots()
-    for i in range(part.start, part.stop):
-        color = "#c1121f" if fell[i] else "#8195a8"
-        axes.plot(gamma[:, i], bias[:, i], color=color, lw=0.8, alpha=0.8)
-        axes.plot(gamma[0, i], bias[0, i], "o", color=color, ms=3)
-    half, bottom = np.abs(axes.get_xlim()).max(), axes.get_ylim()[0]
-    corners = non_trainable(trace, half, bottom)
-    if corners:
-        region = dict(color="#e69f00", alpha=0.15, lw=0, label="non-trainable region")
-        axes.fill(*zip(*corners, strict=True), **region)
-    axes.plot([], [], color="#c1121f", label="collapsed in this round")
-    axes.plot([], [], color="#8195a8", label="others")
-    axes.plot([], [], "o", color="black", ms=3, label="where they began")
-    axes.set(xlabel="γ", ylabel="β", title=f"{name.removeprefix('network.')}, second round")
-    axes.legend(fontsize=8)
-
-
-def _draw_pruning(figure: Figure, summary: dict[str, Any], *_: Any) -> None:
-    """Accuracy of the pruned network against the FLOPs that it has left."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    full = max(e["settings"]["width"] for e in summary["arms"].values())
-    for entry in summary["arms"].values():
-        s = entry["settings"]
-        size = macs(s["network"], s["width"]) / macs(s["network"], full)
-        for row in entry["rounds"]:
-            left = 100 * size * (1 - row["sparsity"]["mean"] / 100)
-            points.setdefault(entry["line"], []).append((left, row["pruned_accuracy"]["mean"]))
-    for line in ("larger lr", "uniform filter ablation"):
-        if line in points and "retrain" in points:
-            points[line].insert(0, points["retrain"][0])
-    summary["flops_left_percent_and_accuracy"] = points
-    figure.set_size_inches(6.5, 4.5)
-    axes = figure.subplots()
-    for color, (line, values) in zip(_COLORS, points.items(), strict=False):
-        axes.plot(*np.transpose(sorted(values)), "o-", color=color, label=line, ms=4)
-    axes.set(xlabel="FLOPs left (%)", ylabel="accuracy of the pruned network (%)")
-    axes.legend(fontsize=8)
-
-
-def _draw_sweep(figure: Figure, summary: dict[str, Any], experiment: Experiment, out: Path) -> None:
+def _draw_sweep(figure: Figure, summary: dict[str, Any]) -> None:
     """Sparsity against what was varied, after each round."""
     figure.set_size_inches(6.5, 4.5)
     axes = figure.subplots()
@@ -187,16 +75,51 @@ def _draw_sweep(figure: Figure, summary: dict[str, Any], experiment: Experiment,
         label = f"{line}, after round {number}"
         axes.errorbar(x, mean, std, fmt="o-", color=_COLORS[i % 6], label=label, ms=4, capsize=3)
     axes.set(
-        xlabel="initial γ" if experiment.name == "fig5b" else "initial learning rate",
+        xlabel="initial γ" if summary["experiment"] == "fig5b" else "initial learning rate",
         ylabel=METRICS["sparsity"],
     )
-    if experiment.name == "fig5b":
+    if summary["experiment"] == "fig5b":
         axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
 
 
-def _draw_snapshots(figure: Figure, summary: dict[str, Any], *_: Any) -> None:
+def _draw_finetune(figure: Figure, summary: dict[str, Any]) -> None:
+    """Accuracy and collapse after finetuning; a line is a seed."""
+    figure.set_size_inches(10, 4)
+    arms = {a: e for a, e in summary["arms"].items() if e["line"] == "after"}
+    for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "collapsed"), strict=True):
+        values = np.array([e["rounds"][-1][metric]["values"] for e in arms.values()])
+        axes.plot(np.arange(len(arms)), values, "o-", color="#8195a8", lw=0.7, ms=3)
+        axes.plot(np.arange(len(arms)), values.mean(1), "_", color="black", ms=24, mew=2)
+        axes.set_xticks(np.arange(len(arms)), list(arms))
+        axes.set(ylabel=METRICS[metric])
+
+
+def _draw_alpha(figure: Figure, summary: dict[str, Any]) -> None:
+    """Four measures after the last round against alpha; BN is the dashed line."""
+    figure.set_size_inches(10, 7)
+    lines = list(dict.fromkeys(e["line"] for e in summary["arms"].values()))
+    panels = figure.subplots(2, 2, sharex=True).flat
+    for axes, metric in zip(panels, ("accuracy", "collapsed", "inactive", "p_active"), strict=True):
+        for color, line in zip(_COLORS, lines, strict=False):
+            points = []
+            for entry in summary["arms"].values():
+                value = entry["rounds"][-1][metric]
+                if entry["line"] == line and entry["x"] is None:
+                    axes.axhline(value["mean"], color=color, ls="--", lw=0.8)
+                elif entry["line"] == line:
+                    points.append((entry["x"], value["mean"], value["std"] or 0))
+            x, mean, std = np.transpose(sorted(points))
+            axes.errorbar(x, mean, std, fmt="o-", color=color, label=line, ms=4, capsize=3)
+        axes.set(xscale="log", ylabel=METRICS[metric])
+        if metric in ("collapsed", "inactive"):
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel("α" if metric in ("inactive", "p_active") else "")
+    figure.axes[0].legend(title="dashed: BN", fontsize=8)
+
+
+def _draw_snapshots(figure: Figure, summary: dict[str, Any]) -> None:
     figure.set_size_inches(10, 4)
     axes = figure.subplots(1, 2)
     for color, (arm, entry) in zip(_COLORS, summary["arms"].items(), strict=False):
@@ -212,58 +135,73 @@ def _draw_snapshots(figure: Figure, summary: dict[str, Any], *_: Any) -> None:
     axes[0].legend(fontsize=8)
 
 
-def recovery_of(trace: Trace) -> dict[str, Any]:
-    """What became of the filters that were collapsed at the first moment of a trace.
-
-    ``still_collapsed_percent`` and ``inactive_percent`` are of these filters, at
-    each of ``iterations``; ``all_collapsed_percent`` is of all filters.
-    """
-    before = np.abs(trace.gamma[0]) < trace.threshold
-    now = np.abs(trace.gamma) < trace.threshold
-    count = int(before.sum())
-    still = 100 * now[:, before].mean(1) if count else np.zeros(len(now))
-    back = np.nonzero(still <= 50)[0]
-    return {
-        "iterations": trace.iterations.tolist(),
-        "collapsed_before": count,
-        "still_collapsed_percent": np.round(still, 3).tolist(),
-        "all_collapsed_percent": np.round(100 * now.mean(1), 3).tolist(),
-        "half_back": int(trace.iterations[back[0]]) if count and len(back) else None,
-    }
+def _draw_histograms(figure: Figure, summary: dict[str, Any]) -> None:
+    """Of one layer, all seeds together."""
+    figure.set_size_inches(7, 4)
+    axes = figure.subplots()
+    values = {arm: np.concatenate(norms) for arm, norms in summary["filter_norms"].items()}
+    bins = np.linspace(0, max(v.max() for v in values.values()), 41)
+    for color, (arm, of_arm) in zip(_COLORS, values.items(), strict=False):
+        axes.hist(of_arm, bins.tolist(), color=color, alpha=0.6, label=arm)
+    rounds = len(next(iter(summary["arms"].values()))["rounds"])
+    axes.set(
+        xlabel=f"L1 norm of a filter of {summary['layer']}",
+        ylabel="filters",
+        title=f"after round {rounds}",
+    )
+    axes.legend()
 
 
-def _draw_recovery(
-    figure: Figure, summary: dict[str, Any], experiment: Experiment, out: Path
-) -> None:
-    arms = by_arm(o for o in finished(experiment, out) if o[0].line == "after")
-    summary["recovery"] = {}
+def _draw_paths(figure: Figure, summary: dict[str, Any]) -> None:
+    """(gamma, beta) of one layer's filters in the second round of the first run."""
+    paths = summary["paths"]
+    figure.set_size_inches(6, 5)
+    axes = figure.subplots()
+    for gamma, bias, fell in zip(paths["gamma"], paths["bias"], paths["fell"], strict=True):
+        color = "#c1121f" if fell else "#8195a8"
+        axes.plot(gamma, bias, color=color, lw=0.8, alpha=0.8)
+        axes.plot(gamma[0], bias[0], "o", color=color, ms=3)
+    if paths["region"]:
+        x, y = zip(*paths["region"], strict=True)
+        axes.fill(x, y, color="#e69f00", alpha=0.15, lw=0, label="non-trainable region")
+    axes.plot([], [], color="#c1121f", label="collapsed in this round")
+    axes.plot([], [], color="#8195a8", label="others")
+    axes.plot([], [], "o", color="black", ms=3, label="where they began")
+    axes.set(xlabel="γ", ylabel="β", title=f"{paths['layer']}, second round")
+    axes.legend(fontsize=8)
+
+
+def _draw_pruning(figure: Figure, summary: dict[str, Any]) -> None:
+    """Accuracy of the pruned network against the FLOPs that it has left."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for arm, entry in summary["arms"].items():
+        for row in entry["rounds"]:
+            left = summary["flops_percent"][arm] * (1 - row["sparsity"]["mean"] / 100)
+            points.setdefault(entry["line"], []).append((left, row["pruned_accuracy"]["mean"]))
+    for line in ("larger lr", "uniform filter ablation"):
+        if line in points and "retrain" in points:
+            points[line].insert(0, points["retrain"][0])
+    figure.set_size_inches(6.5, 4.5)
+    axes = figure.subplots()
+    for color, (line, values) in zip(_COLORS, points.items(), strict=False):
+        axes.plot(*np.transpose(sorted(values)), "o-", color=color, label=line, ms=4)
+    axes.set(xlabel="FLOPs left (%)", ylabel="accuracy of the pruned network (%)")
+    axes.legend(fontsize=8)
+
+
+def _draw_recovery(figure: Figure, summary: dict[str, Any]) -> None:
     figure.set_size_inches(10, 4)
     left, right = figure.subplots(1, 2)
-    for color, (arm, members) in zip(_COLORS, arms.items(), strict=False):
-        curves = [
-            recovery_of(read(folder_of(experiment, run, out) / "collapse.trace"))
-            for run, _ in members
-        ]
+    for color, (arm, entry) in zip(_COLORS, summary["recovery"].items(), strict=False):
+        curves = entry["curves"]
         for panel, key in ((left, "still_collapsed_percent"), (right, "all_collapsed_percent")):
-            panel.plot(
-                curves[0]["iterations"],
-                np.mean([c[key] for c in curves], 0),
-                color=color,
-                label=arm,
-            )
-        summary["recovery"][arm] = {
-            "collapsed_before": [c["collapsed_before"] for c in curves],
-            "still_collapsed_percent": [
-                c["still_collapsed_percent"][-1] for c in curves if c["collapsed_before"]
-            ],
-            "half_back": [c["half_back"] for c in curves],
-        }
+            panel.plot(curves["iterations"], curves[key], color=color, label=arm)
     left.set(xlabel="iteration", ylabel="of those collapsed before: still collapsed (%)")
     right.set(xlabel="iteration", ylabel="of all filters: collapsed (%)")
     left.legend(fontsize=8)
 
 
-_DRAW: dict[str, Callable[..., None]] = {
+_DRAW: dict[str, Callable[[Figure, dict[str, Any]], None]] = {
     "rounds": _draw_rounds,
     "random_labels": _draw_random_labels,
     "histograms": _draw_histograms,
@@ -272,36 +210,30 @@ _DRAW: dict[str, Callable[..., None]] = {
     "sweep": _draw_sweep,
     "snapshots": _draw_snapshots,
     "recovery": _draw_recovery,
+    "finetune": _draw_finetune,
+    "alpha": _draw_alpha,
 }
 
 
-def write_results(
-    experiment: Experiment,
-    out: str | os.PathLike,
-    folder: str | os.PathLike | None = None,
-    command: str = "",
-) -> list[Path]:
-    """``NAME.png``, ``NAME.json`` and ``NAME.md`` from the finished runs.
+def draw(summary: dict[str, Any], path: str | os.PathLike) -> None:
+    """The figure of an experiment, from its JSON alone, as PNG.
 
     Args:
-        experiment: What was run.
-        out: Where.
-        folder: Where to write; by default the experiment's own under ``out``.
-        command: That made them, for the record.
+        summary: What :func:`.summary.summarise` returns, or its JSON.
+        path: Where to write.
 
     Raises:
-        RunError: No run is finished, or one is of other settings.
+        RunError: The JSON is older than this code and lacks what its figure shows.
     """
-    summary = summarise(experiment, out, command)
-    folder = Path(folder) if folder else Path(out, experiment.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    png, table, content = (folder / f"{experiment.name}.{end}" for end in ("png", "md", "json"))
-    with mpl.rc_context(FIGURE_STYLE):
+    with mpl.rc_context(FIGURE_STYLE):  # type: ignore[arg-type]
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
-        _DRAW[experiment.figure](figure, summary, experiment, Path(out))
-        figure.suptitle(experiment.title)
-        figure.savefig(png)
-    write_json(content, summary)
-    table.write_text(markdown(summary))
-    return [png, content, table]
+        try:
+            _DRAW[figure_of(summary["experiment"])](figure, summary)
+        except KeyError as error:
+            raise RunError(
+                f"{summary['experiment']}.json: has no {error}, which its figure shows; summarise "
+                "the runs again, with --draw"
+            ) from None
+        figure.suptitle(summary["title"])
+        figure.savefig(path)

@@ -56,7 +56,7 @@ def build_network(
     if not width > 0:
         raise ValueError(f"width must be positive, got {width}")
     if name in RESNET_BLOCKS:
-        network = ResNet(RESNET_BLOCKS[name], norm_cfg, act_cfg, width, classes)
+        network: nn.Module = ResNet(RESNET_BLOCKS[name], norm_cfg, act_cfg, width, classes)
     elif name == MMDET_RESNET18:
         network = Backbone(norm_cfg, act_cfg, width, classes)
     else:
@@ -110,6 +110,10 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """6n+2 layers: a convolution, three stages of n blocks with 16, 32 and 64 channels, linear."""
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(
         self, blocks: int, norm_cfg: Cfg | None, act_cfg: Cfg | None, width: float, classes: int
     ) -> None:
@@ -131,7 +135,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, 32, 32) -> logits (N, classes)."""
         x = self.act(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = stage(x)
         # Not AdaptiveAvgPool2d, whose gradient on CUDA differs from run to run.
         return self.fc(x.mean((2, 3)))
 

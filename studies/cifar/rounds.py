@@ -51,6 +51,7 @@ from .data import (
     load,
     normalise,
     random_labels,
+    scaled,
 )
 from .settings import RunError, Settings, check_settings, write_json
 
@@ -64,23 +65,30 @@ CHECKPOINT_SECONDS = 120.0
 class Classifier(BaseModel):
     """A network and its cross-entropy, as mmengine's Runner wants them."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, amp: bool = False) -> None:
         super().__init__()
+        self.amp = amp
         # Channels last: ResNet-20 steps are a sixth faster so on a CPU.
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(
         self, inputs: Tensor, labels: Tensor | None = None, mode: str = "tensor"
     ) -> Tensor | dict[str, Tensor]:
-        """(N, 3, 32, 32) -> logits (N, 10), or ``{'loss': ...}`` for ``mode='loss'``."""
-        logits = self.network(inputs.contiguous(memory_format=torch.channels_last))
-        return {"loss": F.cross_entropy(logits, labels)} if mode == "loss" else logits
+        """(N, 3, S, S) -> logits (N, 10), or ``{'loss': ...}`` for ``mode='loss'``."""
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
+            logits = self.network(inputs)
+        logits = logits.float()
+        if mode != "loss":
+            return logits
+        assert labels is not None
+        return {"loss": F.cross_entropy(logits, labels)}
 
 
 class RoundsTrainLoop(IterBasedTrainLoop):
     """Takes batch i for iteration i.
 
-    mmengine's own loop draws all batches anew that a resumed run has seen.
+    mmengine's own loop, resumed, draws all earlier batches once more.
     """
 
     def run(self) -> nn.Module:
@@ -143,11 +151,11 @@ class RoundsHook(Hook):
     def _end_round(self, runner: Runner, number: int) -> None:
         s = self.settings
         network = runner.model.network
-        row = {"round": number, "train_loss": self.epoch_losses[-1]}
+        row: dict[str, Any] = {"round": number, "train_loss": self.epoch_losses[-1]}
         row["epoch_losses"] = self.epoch_losses[-s.epochs :]
         row["accuracy"] = accuracy(network, self.test)
         if s.norm != "none":
-            row.update(collapse_of(network))
+            row.update(collapse_of(network, s.image_size))
             if s.evaluate_pruned:
                 row["pruned_accuracy"] = pruned_accuracy(network, self.test)
         runner.model.train()
@@ -218,15 +226,21 @@ def accuracy(network: nn.Module, split: Split) -> float:
     return _percent_right(probabilities(network, split), split.labels)
 
 
-def collapse_of(network: nn.Module) -> dict[str, float]:
-    """Sparsity in FLOPs (the paper's), and shares of collapsed and inactive filters, in percent."""
-    totals = measure(network, inputs=(3, 32, 32)).totals
-    return {
+def collapse_of(network: nn.Module, image_size: int = 32) -> dict[str, float]:
+    """Sparsity in FLOPs (the paper's), shares of collapsed and inactive filters, mean P(active).
+
+    All in percent, but for ``filters``, their number.
+    """
+    totals = measure(network, inputs=(3, image_size, image_size)).totals
+    shares = {
         "sparsity": totals["sparsity_percent"],
         "collapsed": totals["collapsed_percent"],
         "inactive": 100 * totals["inactive"] / totals["filters"],
         "filters": totals["filters"],
     }
+    if math.isfinite(totals["activation_probability"]):  # it is NaN where no ReLU follows
+        shares["p_active"] = 100 * totals["activation_probability"]
+    return shares
 
 
 @torch.no_grad()
@@ -293,9 +307,12 @@ def make_runner(
         hooks: More hooks.
 
     Raises:
-        RunError: The parent is not finished or does not fit.
+        RunError: The parent is not finished or does not fit, or ``amp`` is asked of
+            a processor without bfloat16.
     """
     folder, device = Path(folder), get_device()
+    if settings.amp:
+        check_amp(device)
     torch.manual_seed(settings.seed)
     network = settings.network_module()
     resume_from = latest_checkpoint(folder)
@@ -318,7 +335,7 @@ def make_runner(
     if settings.optimizer == "SGD":
         optimizer["momentum"] = settings.momentum
     return Runner(
-        Classifier(network),
+        Classifier(network, settings.amp),
         work_dir=str(folder),
         train_dataloader=DataLoader(batches, batch_size=None),
         train_cfg=dict(type=RoundsTrainLoop, max_iters=settings.iterations),
@@ -347,10 +364,26 @@ def make_runner(
     )
 
 
+def check_amp(device: str) -> None:
+    """Whether ``amp`` makes anything faster here.
+
+    Raises:
+        RunError: The processor has no bfloat16. torch would emulate it, in several times the time.
+    """
+    from psbn_mmdet.launch.amp import cpu_has_bfloat16  # brings all of mmdet, which takes seconds
+
+    if device == "cpu" and not cpu_has_bfloat16():
+        raise RunError(
+            "amp: this processor does not compute in bfloat16 (no avx512_bf16 or amx_bf16 in "
+            "/proc/cpuinfo) and would take several times as long; leave amp=True out"
+        )
+
+
 def _start_from_parent(network: nn.Module, parent: Path) -> None:
-    if not (parent / "result.json").exists():
+    checkpoint = latest_checkpoint(parent)
+    if checkpoint is None or not (parent / "result.json").exists():
         raise RunError(f"{parent}: is not finished, and this run starts from its weights")
-    state = network_state(latest_checkpoint(parent))
+    state = network_state(checkpoint)
     wrong = mismatch(network, state, strict=True)
     if wrong:
         raise RunError(f"{parent}: {wrong}")
@@ -365,6 +398,7 @@ def study_data(settings: Settings, root: str | os.PathLike) -> tuple[Split, Spli
     """
     train = balanced_subset(load(root, train=True), settings.images, DATA_SEED)
     test = balanced_subset(load(root, train=False), settings.test_images, DATA_SEED)
+    train, test = (scaled(split, settings.image_size) for split in (train, test))
     if settings.random_labels:
         train = random_labels(train, DATA_SEED)
     return train, test

@@ -2,29 +2,31 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .networks import MMDET_RESNET18, NETWORKS, build_network
+from psbn_mmdet.errors import PsbnError
 
-NORMS = {
+from .networks import MMDET_RESNET18, NETWORKS, VGG_STAGES, build_network
+
+NORMS: dict[str, dict[str, Any] | None] = {
     "BN": dict(type="BN"),
     "psBN": dict(type="psBN"),
     "IN": dict(type="IN", affine=True),  # mmcv's has no gamma by default
     "psIN": dict(type="psIN"),
     "none": None,
 }
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, dict[str, Any] | None] = {
     "ReLU": dict(type="ReLU"),
     "LeakyReLU": dict(type="LeakyReLU", negative_slope=0.01),
     "none": None,
 }
 
 
-class RunError(ValueError):
+class RunError(PsbnError, ValueError):
     """A run cannot be done; the message is one line that says why and what to do."""
 
 
@@ -42,6 +44,7 @@ class Settings:
         gamma_init: Initial gamma (Fig. 5b).
         images: Number of training images, class-balanced; None for all.
         test_images: Likewise, of the test set.
+        image_size: Images are scaled down to so many pixels a side; 32 as they are.
         random_labels: Whether labels are shuffled once (section 3.3).
         augment: Whether to pad, crop and flip.
         batch_size: Images of a step.
@@ -58,6 +61,8 @@ class Settings:
         trace_interval: Iterations between records of gamma and beta; 0 for none.
         ensemble: Also average the softmax of so many last rounds (Table 1); 0 for not.
         evaluate_pruned: Also evaluate with the collapsed filters removed.
+        amp: Train under autocast to bfloat16; weights, gradients, statistics and
+            optimizer stay in float32, and evaluation is in float32.
 
     Raises:
         RunError: A value that cannot be.
@@ -72,6 +77,7 @@ class Settings:
     gamma_init: float = 1.0
     images: int | None = None
     test_images: int | None = None
+    image_size: int = 32
     random_labels: bool = False
     augment: bool = True
     batch_size: int = 128
@@ -87,6 +93,7 @@ class Settings:
     trace_interval: int = 0
     ensemble: int = 0
     evaluate_pruned: bool = False
+    amp: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in [
@@ -102,6 +109,10 @@ class Settings:
         for name in ("rounds", "epochs", "batch_size", "lr", "width"):
             if not getattr(self, name) > 0:
                 raise RunError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.image_size not in (8, 16, 32):
+            raise RunError(f"image_size must be 8, 16 or 32, got {self.image_size}")
+        if self.network in VGG_STAGES and self.image_size < 32:
+            raise RunError(f"{self.network} halves the image five times: image_size must be 32")
         if self.network == MMDET_RESNET18 and (self.norm == "none" or self.act != "ReLU"):
             raise RunError(f"{MMDET_RESNET18} always has a normalization and ReLU")
         if self.ensemble > self.rounds:
@@ -122,11 +133,24 @@ class Settings:
     def network_module(self) -> nn.Module:
         """The network with weights from torch's global generator."""
         norm_cfg = NORMS[self.norm]
-        if self.norm.startswith("ps"):
+        if norm_cfg and self.norm.startswith("ps"):
             norm_cfg = dict(norm_cfg, alpha=self.alpha, load_bn=self.load_bn)
         return build_network(
             self.network, norm_cfg, ACTIVATIONS[self.act], self.width, self.gamma_init
         )
+
+
+def with_defaults(stored: dict[str, Any], kind: type = Settings) -> dict[str, Any]:
+    """Settings as they were stored, with those that came later at their defaults.
+
+    A setting that is added later has a default that does what was done before.
+
+    Args:
+        stored: The content of a ``settings.json``.
+        kind: The dataclass of the settings.
+    """
+    defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+    return {**defaults, **stored}
 
 
 def check_settings(settings: Any, folder: Path) -> None:
@@ -141,7 +165,7 @@ def check_settings(settings: Any, folder: Path) -> None:
     """
     path, wanted = folder / "settings.json", asdict(settings)
     if path.exists():
-        found = json.loads(path.read_text())
+        found = with_defaults(json.loads(path.read_text()), type(settings))
         differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
         if differing:
             k = differing[0]

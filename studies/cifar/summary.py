@@ -1,5 +1,6 @@
 """Finished runs in numbers: mean and deviation over seeds, and a Markdown table of them."""
 
+import json
 import math
 import os
 import platform
@@ -11,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from .details import DETAILS
 from .engine import folder_of, result_of
 from .experiments import Experiment, Run
-from .settings import RunError
+from .settings import RunError, with_defaults, write_json
 
 METRICS = {
     "sparsity": "sparsity (% of FLOPs)",
     "collapsed": "collapsed filters (%)",
     "inactive": "inactive filters (%)",
+    "p_active": "mean P(active) over the filters (%)",
     "accuracy": "accuracy (%)",
     "pruned_accuracy": "accuracy without the collapsed filters (%)",
     "train_loss": "training loss, mean of the last epoch",
@@ -44,7 +47,7 @@ def finished(experiment: Experiment, out: str | os.PathLike) -> list[Outcome]:
         result = result_of(experiment, run, out)
         if result is None:
             continue
-        if result["settings"] != asdict(run.settings):
+        if with_defaults(result["settings"]) != asdict(run.settings):
             raise RunError(
                 f"{folder_of(experiment, run, out)}: holds a result of other settings; "
                 "name another --out"
@@ -89,8 +92,13 @@ def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "")
             entry["ensemble"] = spread(result["ensemble_accuracy"] for _, result in members)
         arms[arm] = entry
     first = outcomes[0][1]
+    details: dict[str, Any] = {}
+    if experiment.figure in DETAILS:
+        runs = {arm: [run for run, _ in of] for arm, of in by_arm(outcomes).items()}
+        details = DETAILS[experiment.figure](experiment, runs, Path(out))
     return {
         "experiment": experiment.name,
+        "preset": experiment.preset,
         "title": experiment.title,
         "command": command,
         "machine": {
@@ -106,6 +114,7 @@ def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "")
         "choices": list(experiment.choices),
         "arms": arms,
         "paper": experiment.paper,
+        **details,
     }
 
 
@@ -160,11 +169,14 @@ def markdown(summary: dict[str, Any]) -> str:
     for arm, printed in paper.items():
         if isinstance(printed, str):
             lines += ["", f"The paper on {arm}: {printed}."]
-    if "filters_near_zero_percent" in summary:
+    if "near_zero_percent" in summary:
         lines += ["", f"## Filters of {summary['layer']} with an L1 norm near 0 (%)", ""]
         lines += ["| | |", "|---|---|"]
-        near_zero = summary["filters_near_zero_percent"].items()
-        lines += [f"| {arm} | {_cell(value)} |" for arm, value in near_zero]
+        near_zero = summary["near_zero_percent"].items()
+        lines += [f"| {arm} | {_cell(spread(values))} |" for arm, values in near_zero]
+    if "collapsed_in_round_2" in summary:
+        counts = "/".join(map(str, summary["collapsed_in_round_2"]))
+        lines += ["", f"Filters of the layer that collapsed in round 2, by seed: {counts}."]
     if "recovery" in summary:
         lines += ["", *_recovery_table(summary["recovery"])]
     lines += ["", "## Settings", "", "| | " + " | ".join(_differing(arms)) + " |"]
@@ -207,3 +219,52 @@ def _recovery_table(recovery: dict[str, Any]) -> list[str]:
             f"| {_cell(spread(still)) if still else '-'} | {shown} |"
         )
     return lines
+
+
+def write_results(
+    experiment: Experiment,
+    out: str | os.PathLike,
+    folder: str | os.PathLike | None = None,
+    command: str = "",
+) -> list[Path]:
+    """``NAME.json``, and from it ``NAME.md`` and ``NAME.png``, of the finished runs.
+
+    ``NAME`` is the experiment's, with ``-PRESET`` behind it unless that is ``reduced``.
+
+    Args:
+        experiment: What was run.
+        out: Where.
+        folder: Where to write; by default the experiment's own under ``out``.
+        command: That made them, for the record.
+
+    Raises:
+        RunError: No run is finished, or one is of other settings.
+    """
+    summary = summarise(experiment, out, command)
+    folder = Path(folder) if folder else Path(out, experiment.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = "" if experiment.preset == "reduced" else f"-{experiment.preset}"
+    path = folder / f"{experiment.name}{suffix}.json"
+    write_json(path, summary)
+    return [path, *redraw(path)]
+
+
+def redraw(path: str | os.PathLike) -> list[Path]:
+    """``NAME.md`` and ``NAME.png`` beside ``NAME.json``, from it alone.
+
+    Raises:
+        RunError: It is no such JSON, or it lacks what the figure shows.
+    """
+    from .figures import draw  # matplotlib, a second
+
+    path = Path(path)
+    try:
+        summary = json.loads(path.read_text())
+        table = markdown(summary)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RunError(f"{path}: is no JSON of an experiment of this study") from None
+    draw(summary, path.with_suffix(".png"))
+    path.with_suffix(".md").write_text(table)
+    return [path.with_suffix(".md"), path.with_suffix(".png")]

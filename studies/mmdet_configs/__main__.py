@@ -80,6 +80,7 @@ def check(model: dict) -> dict[str, Any]:
         `filters` and `flops` as measured; `failed`: at which step, with `why`. Keys after the step
         that failed are missing.
     """
+    torch.set_num_threads(1)  # a forked process does not have the threads of the pool
     _let_nms_take_float64()
     result: dict[str, Any] = {}
     for dtype in (torch.float64, torch.float32):
@@ -308,7 +309,6 @@ def run(patterns: list[str], out: Path) -> None:
     if not out.is_dir():
         raise PsbnError(f"{out}: no such folder")
     register_all_modules(init_default_scope=True)
-    torch.set_num_threads(1)
     file = out / "results.json"
     versions = {"mmdet": mmdet.__version__, "torch": torch.__version__}
     known = json.loads(file.read_text()) if file.exists() else {}

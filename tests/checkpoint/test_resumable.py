@@ -108,7 +108,13 @@ NOT_TRIED = {
 
 
 def test_every_registered_wrapper_is_tried():
-    assert {*OPTIM_WRAPPERS.module_dict} - {*NOT_TRIED} == {"OptimWrapper"}
+    # That of this package, which tests of launch resume, is there if they came before.
+    theirs = {
+        name
+        for name, kind in OPTIM_WRAPPERS.module_dict.items()
+        if not kind.__module__.startswith("psbn_mmdet")
+    }
+    assert theirs - {*NOT_TRIED} == {"OptimWrapper"}
 
 
 @pytest.mark.filterwarnings("ignore")

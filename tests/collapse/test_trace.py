@@ -323,6 +323,7 @@ def forked(run):
         child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # the threads of the parent's pool are not in the child
             run()
         finally:
             os._exit(0)

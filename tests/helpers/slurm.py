@@ -1,6 +1,7 @@
 """A real Slurm cluster of two nodes for as long as a test module runs."""
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ PREFIX = "psbntest"  # of the network namespaces, before the process id of the t
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
+@functools.cache
 def why_not():
     """Why there can be no cluster here; None where there can."""
     programs = ("slurmctld", "slurmd", "munged", "sbatch", "nsenter", "unshare", "ip")
@@ -26,6 +28,10 @@ def why_not():
         return "no Slurm cluster: it needs root"
     if not SCRIPT.is_file():
         return f"no Slurm cluster: {SCRIPT} is not there"
+    for change in ("add", "del"):
+        command = ["ip", "netns", change, f"{PREFIX}{os.getpid()}-probe"]
+        if subprocess.run(command, env={"PATH": PATH}, capture_output=True).returncode:
+            return "no Slurm cluster: network namespaces may not be made here"
     return None
 
 

@@ -124,7 +124,9 @@ def test_width_scales_channels():
 
 
 def test_wrong_names_say_what_there_is():
-    with pytest.raises(ValueError, match="resnet20, resnet56, resnet110, vgg11, vgg16, got 'r'"):
+    with pytest.raises(
+        ValueError, match="resnet20, resnet56, resnet110, vgg11, vgg16, mmdet_resnet18, got 'r'"
+    ):
         build_network("r")
     with pytest.raises(ValueError, match="width must be positive"):
         build_network("vgg11", width=0)

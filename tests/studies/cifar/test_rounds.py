@@ -110,6 +110,48 @@ def test_killed_and_resumed_is_equal_to_the_bit(root, tmp_path, stop_after):
     assert (a.bias == b.bias).all()
 
 
+@pytest.fixture
+def _bfloat16_or_as_if(monkeypatch):
+    """torch emulates bfloat16 where the processor has none."""
+    monkeypatch.setattr("psbn_mmdet.launch.amp.cpu_has_bfloat16", lambda: True)
+
+
+@pytest.mark.usefixtures("_bfloat16_or_as_if")
+def test_amp_computes_in_bfloat16_and_keeps_everything_else_in_float32(root, tmp_path):
+    """The first loss is torch's own autocast; killed and resumed it is equal to the bit."""
+    settings = replace(TOY, amp=True, image_size=16)
+    watch, whole = train(settings, root, tmp_path / "whole")
+    torch.manual_seed(settings.seed)
+    network = settings.network_module().to(memory_format=torch.channels_last)
+    seen = []
+    network.layer1[0].conv1.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
+    batch = Batches(study_data(settings, root)[0], 20, 10, settings.seed)[0]
+    assert batch["inputs"].shape == (20, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(batch["inputs"].contiguous(memory_format=torch.channels_last))
+    assert watch.loss[0] == F.cross_entropy(logits.float(), batch["labels"]).item()
+    assert seen == [torch.bfloat16]
+    floats, _ = train(replace(settings, amp=False), root, tmp_path / "float32")
+    assert floats.loss != watch.loss
+    assert floats.loss[0] == pytest.approx(watch.loss[0], rel=0.02)  # 8 bits of mantissa
+
+    train(settings, root, tmp_path / "cut", stop_after=7)
+    _, resumed = train(settings, root, tmp_path / "cut")
+    assert resumed.rounds == whole.rounds
+    a, b = (torch.load(tmp_path / n / "round_2.pth", weights_only=True) for n in ("whole", "cut"))
+    momenta = [s["momentum_buffer"] for s in a["optimizer"]["state"].values()]
+    tensors = [v for v in a["state_dict"].values() if v.is_floating_point()] + momenta
+    assert {t.dtype for t in tensors} == {torch.float32}
+    assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
+
+
+def test_amp_without_bfloat16_is_refused(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("psbn_mmdet.launch.amp.cpu_has_bfloat16", lambda: False)
+    settings = replace(TOY, amp=True)
+    with pytest.raises(RunError, match=r"does not compute in bfloat16 .* leave amp=True out"):
+        train_run(settings, tmp_path, root)
+
+
 @pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written_costs_only_that(root, tmp_path):
     _, whole = train(TOY, root, tmp_path / "whole")
@@ -234,6 +276,16 @@ def test_folder_of_other_settings_is_refused(root, tmp_path):
     assert (tmp_path / "run" / "settings.json").read_text() == before
 
 
+def test_folder_from_before_a_setting_was_added_is_still_that_run(tmp_path):
+    rounds.check_settings(TOY, tmp_path)
+    path = tmp_path / "settings.json"
+    old = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("amp", "image_size")}
+    path.write_text(json.dumps(old))
+    rounds.check_settings(TOY, tmp_path)
+    with pytest.raises(RunError, match="as image_size: 32 there, 16 now"):
+        rounds.check_settings(replace(TOY, image_size=16), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -242,6 +294,8 @@ def test_folder_of_other_settings_is_refused(root, tmp_path):
         (dict(act="GELU"), "act must be one of"),
         (dict(optimizer="Lion"), "optimizer must be one of SGD, Adam"),
         (dict(lr=0), "lr must be positive"),
+        (dict(image_size=20), "image_size must be 8, 16 or 32, got 20"),
+        (dict(network="vgg11", image_size=16), "image_size must be 32"),
         (dict(rounds=2, ensemble=3), "an ensemble of 3 needs as many rounds: 2"),
     ],
 )

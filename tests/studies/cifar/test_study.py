@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -14,11 +16,13 @@ import psutil
 import pytest
 import torch
 
-from studies.cifar import engine, experiments, figures
+from psbn_mmdet.collapse.trace import Trace
+from studies.cifar import details, engine, experiments
+from studies.cifar.__main__ import main
 from studies.cifar.experiments import Run, build
 from studies.cifar.rounds import train_run
-from studies.cifar.settings import RunError, Settings
-from studies.cifar.summary import markdown, spread, summarise
+from studies.cifar.settings import RunError, Settings, with_defaults, write_json
+from studies.cifar.summary import markdown, redraw, spread, summarise, write_results
 from tests.helpers.cifar_files import write_cifar
 from tests.helpers.paths import ROOT
 
@@ -87,17 +91,22 @@ def test_reduced_fig3_is_what_is_asked_of_it():
 
 
 RESULTS = sorted((ROOT / "studies" / "cifar" / "results").glob("*.json"))
+RESULTS = [path for path in RESULTS if path.stem != "verdicts"]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
 def test_published_results_are_of_the_reduced_preset_as_it_stands(path):
     published = json.loads(path.read_text())
-    experiment = build(path.stem, "reduced")
+    name, _, preset = path.stem.partition("-")
+    seeds = max(len(arm["seeds"]) for arm in published["arms"].values())
+    experiment = build(name, preset or "reduced", seeds=seeds)
     assert published["runs_finished"] == published["runs_planned"] == len(experiment.runs)
     for run in experiment.runs:
         arm = published["arms"][run.arm]
         assert run.settings.seed in arm["seeds"]
-        for name, value in arm["settings"].items():
+        for name, value in with_defaults(arm["settings"]).items():
+            if name == "seed":
+                continue
             wanted = getattr(run.settings, name)
             if name == "parent" and wanted:
                 wanted = wanted.partition("-seed")[0]
@@ -117,8 +126,10 @@ def test_runs_have_names_and_arms_of_their_own(name, preset):
 def test_wrong_experiment_preset_and_setting_are_one_line():
     with pytest.raises(RunError, match="no experiment 'fig6'; there are fig1a, fig1b"):
         build("fig6")
-    with pytest.raises(RunError, match="paper or reduced"):
+    with pytest.raises(RunError, match="one of paper, reduced, medium"):
         build("fig3", "huge")
+    with pytest.raises(RunError, match="fig2 has no preset medium; fig3 has"):
+        build("fig2", "medium")
     with pytest.raises(RunError, match="no setting 'learning_rate'; there are network"):
         build("fig3", "paper", {"learning_rate": 1})
     with pytest.raises(RunError, match="at least one seed"):
@@ -128,15 +139,24 @@ def test_wrong_experiment_preset_and_setting_are_one_line():
 # ---------------------------------------------------------------- end to end
 
 
+# fig2, fig5a and instance_norm have the figure and the table of another one, and nothing else.
+END_TO_END = sorted(set(experiments.names()) - {"fig2", "fig5a", "instance_norm"})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", experiments.names())
+@pytest.mark.parametrize("name", END_TO_END)
 def test_experiment_end_to_end(name, root, tmp_path):
-    changes = dict(TOY, images=100) if name == "fig1b" else TOY
+    changes = {"fig1b": dict(TOY, images=100), "alpha": dict(TOY, rounds=1)}.get(name, TOY)
     experiment = build(name, "reduced", changes, seeds=1)
     do_here(experiment, tmp_path, root)
-    png, content, table = figures.write_results(experiment, tmp_path, command="the command")
+    content, table, png = write_results(experiment, tmp_path, command="the command")
     assert png.read_bytes().startswith(b"\x89PNG")
     assert png.stat().st_size > 10_000
+    # From the JSON alone: elsewhere, without the runs, the same table and the same picture.
+    (tmp_path / "alone").mkdir()
+    alone = shutil.copy(content, tmp_path / "alone")
+    again = redraw(alone)
+    assert [path.read_bytes() for path in again] == [table.read_bytes(), png.read_bytes()]
     summary = json.loads(content.read_text())
     assert summary["runs_finished"] == summary["runs_planned"] == len(experiment.runs)
     text = table.read_text()
@@ -147,8 +167,8 @@ def test_experiment_end_to_end(name, root, tmp_path):
             assert row["accuracy"]["std"] is None
     assert "the command" in text
     assert all(choice in text for choice in experiment.choices)
-    wanted = {"fig1a": "filters_near_zero_percent", "fig1b": "collapsed_in_round_2",
-              "fig4": "flops_left_percent_and_accuracy", "recovery": "recovery"}  # fmt: skip
+    wanted = {"fig1a": "near_zero_percent", "fig1b": "collapsed_in_round_2",
+              "fig4": "flops_percent", "recovery": "recovery"}  # fmt: skip
     assert wanted.get(name, "arms") in summary
     if name == "table1":  # the paper's numbers beside ours
         assert "| lr 0.2, BN, the paper (ResNet-110) | 92.23 | 93.51 | 94.63 |" in text
@@ -168,7 +188,7 @@ def test_mean_and_deviation_are_over_seeds(tmp_path):
             for n in (1, 2)
         ]
         values.setdefault(run.arm, []).append(rows[1]["accuracy"])
-        figures.write_json(
+        write_json(
             folder / "result.json",
             dict(settings=vars(run.settings), rounds=rows, device="cpu", threads=1, torch="2",
                  data_crc32="0"),
@@ -188,16 +208,16 @@ def test_mean_and_deviation_are_over_seeds(tmp_path):
 
 def test_norms_near_zero_are_told_from_the_large_ones():
     norms = torch.cat([torch.full((60,), 0.04), torch.full((40,), 1.0)]).numpy()
-    assert figures.near_zero_percent(norms) == pytest.approx(60)
-    assert figures.near_zero_percent(norms + 0.02) == 0
+    assert details.near_zero_percent(norms) == pytest.approx(60)
+    assert details.near_zero_percent(norms + 0.02) == 0
 
 
 def test_recovery_counts_those_that_had_collapsed():
     gamma = torch.tensor(
         [[0.0, 5e-4, 0.3, 0.2], [0.0, 2e-3, 0.3, 5e-4], [0.1, 2e-3, 0.3, 0.0]]
     ).numpy()
-    trace = figures.Trace((("bn", 4, None),), torch.tensor([0, 10, 20]).numpy(), gamma, gamma, {})
-    found = figures.recovery_of(trace)
+    trace = Trace((("bn", 4, None),), torch.tensor([0, 10, 20]).numpy(), gamma, gamma, {})
+    found = details.recovery_of(trace)
     assert found["collapsed_before"] == 2
     assert found["still_collapsed_percent"] == [100, 50, 0]
     assert found["all_collapsed_percent"] == [50, 50, 25]
@@ -243,7 +263,7 @@ def test_estimate_is_work_by_measured_speed_over_workers(tmp_path):
     for i, done in ((0, total // 2), (1, total)):
         folder = engine.folder_of(experiment, runs[i], tmp_path)
         folder.mkdir(parents=True)
-        figures.write_json(
+        write_json(
             folder / "progress.json",
             dict(iteration=done, iterations=total, iterations_of_process=done,
                  seconds_of_process=100 * done / total),
@@ -340,32 +360,61 @@ def test_command_is_killed_goes_on_and_ends_as_if_it_had_not(root, tmp_path):
         assert a["rounds"] == b["rounds"]
 
 
-@pytest.mark.slow
-def test_bad_command_lines_end_with_one_line(root, tmp_path):
-    options = [f"{k}={v}" for k, v in TOY.items()]
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """Call the command line here: its exit status, standard output and last line of errors."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["__main__.py", *map(str, arguments)])
+        try:
+            status = main()
+        except SystemExit as end:
+            status = end.code
+        output, error = capsys.readouterr()
+        return status, output, error.strip().splitlines()[-1] if error else ""
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_bad_command_lines_end_with_one_line(root, tmp_path, called):
+    out = ["--out", tmp_path / "out"]
+    fig3 = ["fig3", "--preset", "reduced", *out]
+    (tmp_path / "list.json").write_text("[]")
     cases = [
-        (["fig3", "--preset", "reduced", "--data-root", tmp_path / "none"], "no such file"),
-        (["fig1b", "--preset", "reduced", "--shard", "2/2"], "only 1 independent runs"),
-        (["fig3", "--preset", "reduced", "--set", "speed=1"], "no setting 'speed'"),
-        (["fig3", "--preset", "reduced", "--draw"], "no run is finished, so nothing to draw"),
+        ([*fig3, "--data-root", tmp_path / "none"], "no such file"),
+        (["fig1b", "--preset", "reduced", *out, "--shard", "4/4"], "only 3 independent runs"),
+        ([*fig3, "--set", "speed=1"], "no setting 'speed'"),
+        ([*fig3, "--draw"], "no run is finished, so nothing to draw"),
+        (["draw", tmp_path / "list.json"], "is no JSON of an experiment of this study"),
+        (["draw", tmp_path / "none.json"], "cannot be read (No such file or directory)"),
+        (["verdicts", "--results", tmp_path / "none"], "there is no such folder"),
     ]
-    started = [tool(*args, "--out", tmp_path / "out") for args, _ in cases]
-    for process, (_, message) in zip(started, cases, strict=True):
-        output, error = process.communicate(timeout=120)
-        assert process.returncode == 1
-        assert output == ""
-        assert message in error.strip().splitlines()[-1]
-        assert "Traceback" not in error
+    for arguments, message in cases:
+        status, output, line = called(*arguments)
+        assert (status, output) == (2, "")
+        assert line.startswith("studies.cifar: ")
+        assert message in line
     # Another experiment's settings in the same place.
-    plan = ["fig3", "--preset", "reduced", "--data-root", root, "--out", tmp_path / "out", "--plan"]
-    first = tool(*plan, "--set", *options)
-    output, error = first.communicate(timeout=120)
-    assert first.returncode == 0, error
+    plan = [*fig3, "--data-root", root, "--plan", "--set", *(f"{k}={v}" for k, v in TOY.items())]
+    status, output, _ = called(*plan)
+    assert status == 0
     assert re.search(r"fig3: 9 runs, 0 of them finished; the rest takes about \d+ s", output)
-    second = tool(*plan, "--set", *options, "lr=0.5")
-    _, error = second.communicate(timeout=120)
-    assert second.returncode == 1
-    assert "holds a run with other settings (1 differ, as lr: 0.2 there, 0.5 now)" in error
+    status, _, line = called(*plan, "lr=0.5")
+    assert status == 2
+    assert "holds a run with other settings (1 differ, as lr: 0.2 there, 0.5 now)" in line
+
+
+def test_json_without_what_its_figure_shows_is_one_line(tmp_path, called):
+    """As the published fig1a, which is older than drawing from the JSON alone."""
+    old = json.loads((ROOT / "studies/cifar/results/fig1a.json").read_text())
+    old.pop("filter_norms", None)
+    (tmp_path / "fig1a.json").write_text(json.dumps(old))
+    status, _, line = called("draw", tmp_path / "fig1a.json")
+    assert status == 2
+    assert "has no 'filter_norms', which its figure shows" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["fig1a.json"]
 
 
 def test_other_copy_of_the_data_is_refused(root, tmp_path):

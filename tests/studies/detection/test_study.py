@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -358,13 +357,17 @@ def test_bad_input_is_one_line(arguments, message, capsys):
     assert message in line
 
 
-RESULTS = sorted((ROOT / "studies" / "detection" / "results").glob("*.json"))
+RESULTS = ROOT / "studies" / "detection" / "results"
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
-def test_published_results_are_of_the_study_as_it_stands(path: Path):
+@pytest.mark.parametrize("name", experiments.names())
+def test_published_results_are_of_the_study_as_it_stands(name: str):
+    path = RESULTS / f"{name}.json"
+    if not path.exists():  # not published: nothing of it may stand there
+        assert not list(RESULTS.glob(f"{name}.*"))
+        return
     published = json.loads(path.read_text())
-    experiment = experiments.build(path.stem)
+    experiment = experiments.build(name)
     assert published["runs_finished"] == published["runs_planned"] == len(experiment.runs)
     for run in experiment.runs:
         arm = published["arms"][run.arm]

@@ -1,0 +1,171 @@
+"""What a figure shows beside means over seeds: norms of filters, paths, points, curves.
+
+Read from the folders of the runs and made ready for JSON, so that a figure can be drawn from the
+JSON alone.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from psbn_mmdet.collapse import filter_l1
+from psbn_mmdet.collapse.course import non_trainable
+from psbn_mmdet.collapse.trace import Trace, read
+
+from .engine import folder_of, macs
+from .experiments import Experiment, Run
+from .rounds import network_state
+from .settings import Settings
+
+Arms = dict[str, list[Run]]
+"""Finished runs by arm."""
+
+
+def conv_norms(settings: Settings, folder: Path) -> dict[str, np.ndarray]:
+    """L1 norms of the filters of each convolution at the end of the last round."""
+    state = network_state(folder / f"round_{settings.rounds}.pth")
+    return {
+        k.removesuffix(".weight"): filter_l1(v).numpy() for k, v in state.items() if v.dim() == 4
+    }
+
+
+def near_zero_percent(norms: np.ndarray) -> float:
+    """Share of a layer's filters with less than a 20th of the L1 norm of its large ones.
+
+    Large is the 90th percentile: the median would be near 0 itself where half collapsed.
+    """
+    return 100 * float((norms < np.quantile(norms, 0.9) / 20).mean())
+
+
+def _norms(experiment: Experiment, arms: Arms, out: Path) -> dict[str, Any]:
+    """Of the layer in which most filters of the first arm are near 0, in all arms and seeds."""
+    norms = {
+        arm: [conv_norms(run.settings, folder_of(experiment, run, out)) for run in runs]
+        for arm, runs in arms.items()
+    }
+    first = next(iter(norms.values()))[0]
+    layer = max(first, key=lambda k: near_zero_percent(first[k]))
+    return {
+        "layer": layer,
+        "filter_norms": {a: [_rounded(n[layer]) for n in of] for a, of in norms.items()},
+        "near_zero_percent": {
+            arm: [near_zero_percent(n[layer]) for n in of] for arm, of in norms.items()
+        },
+    }
+
+
+def _layer_slices(trace: Trace) -> dict[str, slice]:
+    slices, start = {}, 0
+    for name, filters, *_ in trace.layers:
+        slices[name] = slice(start, start + filters)
+        start += filters
+    return slices
+
+
+def path_of(trace: Trace, iterations_per_round: int) -> dict[str, Any]:
+    """(gamma, bias) over the second round, of the layer in which most filters collapse in it.
+
+    Returns:
+        ``layer``; ``collapsed``, the number of its filters that did; ``gamma`` and ``bias``, a
+        list of moments for each filter; ``fell``, whether it collapsed; ``region``, corners of
+        the non-trainable region within the picture.
+    """
+    inside = (trace.iterations >= iterations_per_round) & (
+        trace.iterations <= 2 * iterations_per_round
+    )
+    gamma, bias = trace.gamma[inside], trace.bias[inside]
+    fell = (np.abs(gamma[-1]) < trace.threshold) & (np.abs(gamma[0]) >= trace.threshold)
+    slices = _layer_slices(trace)
+    name = max(slices, key=lambda k: fell[slices[k]].mean())
+    gamma, bias, fell = gamma[:, slices[name]], bias[:, slices[name]], fell[slices[name]]
+    return {
+        "layer": name.removeprefix("network."),
+        "collapsed": int(fell.sum()),
+        "fell": fell.tolist(),
+        "gamma": [_rounded(path) for path in gamma.T],
+        "bias": [_rounded(path) for path in bias.T],
+        "region": non_trainable(trace, 1.05 * float(np.abs(gamma).max()), float(bias.min())),
+    }
+
+
+def _paths(experiment: Experiment, arms: Arms, out: Path) -> dict[str, Any]:
+    """The paths of the first seed, and how many filters of such a layer collapsed in each."""
+    runs = [run for members in arms.values() for run in members]
+    found = [
+        path_of(
+            read(folder_of(experiment, run, out) / "collapse.trace"),
+            run.settings.iterations_per_round,
+        )
+        for run in runs
+    ]
+    return {"collapsed_in_round_2": [path["collapsed"] for path in found], "paths": found[0]}
+
+
+def _sizes(experiment: Experiment, arms: Arms, out: Path) -> dict[str, Any]:
+    """FLOPs of each arm's network before anything collapses, in percent of the widest one's."""
+    sizes = {
+        arm: macs(runs[0].settings.network, runs[0].settings.width) for arm, runs in arms.items()
+    }
+    return {"flops_percent": {a: 100 * size / max(sizes.values()) for a, size in sizes.items()}}
+
+
+def recovery_of(trace: Trace) -> dict[str, Any]:
+    """What became of the filters that were collapsed at the first moment of a trace.
+
+    ``still_collapsed_percent`` and ``inactive_percent`` are of these filters, at
+    each of ``iterations``; ``all_collapsed_percent`` is of all filters.
+    """
+    before = np.abs(trace.gamma[0]) < trace.threshold
+    now = np.abs(trace.gamma) < trace.threshold
+    count = int(before.sum())
+    still = 100 * now[:, before].mean(1) if count else np.zeros(len(now))
+    back = np.nonzero(still <= 50)[0]
+    return {
+        "iterations": trace.iterations.tolist(),
+        "collapsed_before": count,
+        "still_collapsed_percent": np.round(still, 3).tolist(),
+        "all_collapsed_percent": np.round(100 * now.mean(1), 3).tolist(),
+        "half_back": int(trace.iterations[back[0]]) if count and len(back) else None,
+    }
+
+
+def _recovery(experiment: Experiment, arms: Arms, out: Path) -> dict[str, Any]:
+    """Means of the curves over seeds, and what is left at their ends."""
+    found = {}
+    for arm, runs in arms.items():
+        if runs[0].line != "after":
+            continue
+        curves = [
+            recovery_of(read(folder_of(experiment, run, out) / "collapse.trace")) for run in runs
+        ]
+        found[arm] = {
+            "collapsed_before": [c["collapsed_before"] for c in curves],
+            "still_collapsed_percent": [
+                c["still_collapsed_percent"][-1] for c in curves if c["collapsed_before"]
+            ],
+            "half_back": [c["half_back"] for c in curves],
+            "curves": {
+                "iterations": curves[0]["iterations"],
+                **{
+                    key: _rounded(np.mean([c[key] for c in curves], 0))
+                    for key in ("still_collapsed_percent", "all_collapsed_percent")
+                },
+            },
+        }
+    return {"recovery": found}
+
+
+def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
+    """Five digits are more than a picture shows."""
+    return [float(f"{value:.5g}") for value in values]
+
+
+DETAILS: dict[str, Callable[[Experiment, Arms, Path], dict[str, Any]]] = {
+    "histograms": _norms,
+    "paths": _paths,
+    "pruning": _sizes,
+    "recovery": _recovery,
+}
+"""Kind of figure -> what it shows of the finished runs, under the JSON's keys."""

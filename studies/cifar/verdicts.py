@@ -1,0 +1,415 @@
+"""The paper's claims against the published results: shown, not shown, or the opposite.
+
+Each claim is turned into a number per seed that is positive if the claim holds there (a paired
+difference of two arms, or of two rounds), and judged by the 95% interval of its mean (Student's t):
+
+- *shown*: the interval lies above 0;
+- *the opposite*: it lies below 0;
+- *not shown*: it has 0 in it. Then it is said how many seeds would show an effect of the paper's
+  size with 80% power, given the deviation over the seeds that there are;
+- *not run*: the experiment is not published.
+
+Only the JSON files of ``results`` are read.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .settings import RunError, write_json
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
+MOST_SEEDS = 10_000
+
+Summary = dict[str, Any]
+Values = dict[int, float]
+"""Seed -> value."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper as a number that is positive where it holds.
+
+    Args:
+        results: Name of the JSON file, without its ending.
+        section: Of the paper, or the figure or table.
+        text: What is claimed, as measured.
+        paper: What the paper prints, as text.
+        unit: Of the number.
+        of: Gives the number of each seed.
+        effect: The paper's size of it, if it prints one; for claims of accuracy without one,
+            that of Table 1 (:data:`TABLE1_GAIN`).
+    """
+
+    results: str
+    section: str
+    text: str
+    paper: str
+    unit: str
+    of: Callable[[Summary], Values]
+    effect: float | None = None
+
+
+TABLE1_GAIN = 0.68
+"""Points of accuracy, psBN over BN, fifth snapshot at lr 0.1: 94.43 - 93.75."""
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Student's t interval of the mean; None for fewer than two values."""
+    from scipy.special import stdtrit
+
+    values = list(values)
+    if len(values) < 2:
+        return None
+    half = stdtrit(len(values) - 1, (1 + level) / 2) * statistics.stdev(values)
+    half /= math.sqrt(len(values))
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
+
+
+def power(effect: float, deviation: float, seeds: int) -> float:
+    """Probability that a two-sided paired t-test at 5% shows an effect, on its own side."""
+    from scipy.special import nctdtr, stdtrit
+
+    critical = stdtrit(seeds - 1, 0.975)
+    return 1 - float(nctdtr(seeds - 1, effect / deviation * math.sqrt(seeds), critical))
+
+
+def seeds_needed(effect: float, deviation: float, wanted: float = 0.8) -> int | None:
+    """The least number of seeds with that power; None above :data:`MOST_SEEDS`."""
+    if deviation == 0:
+        return 2
+    low, high = 1, 2
+    while power(effect, deviation, high) < wanted:
+        low, high = high, 2 * high
+        if low >= MOST_SEEDS:
+            return None
+    while high - low > 1:  # power grows with seeds
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(effect, deviation, middle) >= wanted else (middle, high)
+    return high
+
+
+# ---------------------------------------------------------------- values of a summary
+
+
+def at(summary: Summary, arm: str, metric: str, round_: int = -1) -> Values:
+    """The values of an arm by seed; ``round_`` as an index from 0, or -1 for the last."""
+    if arm not in summary["arms"]:
+        raise RunError(
+            f"{summary['experiment']}.json: has no arm {arm!r}; there are "
+            f"{', '.join(summary['arms'])}"
+        )
+    entry = summary["arms"][arm]
+    value = entry["ensemble"] if metric == "ensemble" else entry["rounds"][round_][metric]
+    return dict(zip(entry["seeds"], value["values"], strict=True))
+
+
+def minus(a: Values, b: Values | float) -> Values:
+    """Seed by seed, where both have the seed."""
+    if isinstance(b, dict):
+        return {seed: a[seed] - b[seed] for seed in a if seed in b}
+    return {seed: value - b for seed, value in a.items()}
+
+
+def _arms(first: str, second: str, metric: str, round_: int = -1) -> Callable[[Summary], Values]:
+    return lambda s: minus(at(s, first, metric, round_), at(s, second, metric, round_))
+
+
+def _rounds(arm: str, metric: str, later: int = -1, earlier: int = 0) -> Callable[..., Values]:
+    return lambda s: minus(at(s, arm, metric, later), at(s, arm, metric, earlier))
+
+
+def _negative(of: Callable[[Summary], Values]) -> Callable[[Summary], Values]:
+    return lambda s: {seed: -value for seed, value in of(s).items()}
+
+
+def _more_than_half(part: str, whole: str) -> Callable[[Summary], Values]:
+    def of(s: Summary) -> Values:
+        half = {seed: value / 2 for seed, value in at(s, whole, "sparsity").items()}
+        return minus(at(s, part, "sparsity"), half)
+
+    return of
+
+
+def _extremes(*, large: bool) -> Callable[[Summary], Values]:
+    """Sparsity at the end of the sweep that is to collapse most, less that at the other one."""
+
+    def of(s: Summary) -> Values:
+        arms = sorted(s["arms"], key=lambda arm: s["arms"][arm]["x"], reverse=large)
+        return minus(at(s, arms[0], "sparsity"), at(s, arms[-1], "sparsity"))
+
+    return of
+
+
+def _near_zero(s: Summary) -> Values:
+    seeds = s["arms"]["VGG11 with BN"]["seeds"]
+    with_bn, without = (s["near_zero_percent"][f"VGG11 {name} BN"] for name in ("with", "without"))
+    return {seed: a - b for seed, a, b in zip(seeds, with_bn, without, strict=True)}
+
+
+def _collapsed_in_round_2(s: Summary) -> Values:
+    return dict(enumerate(s["collapsed_in_round_2"]))
+
+
+def _came_back(s: Summary) -> Values:
+    shares = []
+    for arm in ("on as BN", "on as psBN, preserve"):
+        entry = s["recovery"][arm]
+        seeds = [
+            seed
+            for seed, count in zip(s["arms"][arm]["seeds"], entry["collapsed_before"], strict=True)
+            if count
+        ]
+        shares.append(dict(zip(seeds, entry["still_collapsed_percent"], strict=True)))
+    return minus(*shares)
+
+
+def _uniform_minus_others(s: Summary) -> Values:
+    """Accuracy of uniform ablation at the FLOPs of each other pruned network, less its own; mean.
+
+    Only where uniform ablation has a network with fewer FLOPs and one with more. The whole
+    network of round 1 is the first point of uniform ablation.
+    """
+    arms = s["arms"]
+    retrain = next(arm for arm, entry in arms.items() if entry["line"] == "retrain")
+
+    def points(arm: str, index: int, rows: slice) -> list[tuple[float, float]]:
+        left = s["flops_percent"][arm]
+        return [
+            (
+                left * (1 - row["sparsity"]["values"][index] / 100),
+                row["pruned_accuracy"]["values"][index],
+            )
+            for row in arms[arm]["rounds"][rows]
+        ]
+
+    found = {}
+    for index, seed in enumerate(arms[retrain]["seeds"]):
+        uniform = points(retrain, index, slice(0, 1))
+        others = points(retrain, index, slice(1, None))
+        for arm, entry in arms.items():
+            if entry["line"] == "uniform filter ablation":
+                uniform += points(arm, index, slice(None))
+            elif arm != retrain:
+                others += points(arm, index, slice(None))
+        x, y = np.transpose(sorted(uniform))
+        inside = [(flops, accuracy) for flops, accuracy in others if x[0] <= flops <= x[-1]]
+        if inside:
+            found[seed] = statistics.fmean(np.interp(f, x, y) - a for f, a in inside)
+    return found
+
+
+def _alpha(alpha: float) -> Callable[[Summary], Values]:
+    """Accuracy against BN, mean over the decays, plus the margin of one point."""
+
+    def of(s: Summary) -> Values:
+        lines = dict.fromkeys(entry["line"] for entry in s["arms"].values())
+        gains = [_arms(f"psBN {alpha:g}, {x}", f"BN, {x}", "accuracy")(s) for x in lines]
+        return {seed: 1 + statistics.fmean(g[seed] for g in gains) for seed in gains[0]}
+
+    return of
+
+
+# ---------------------------------------------------------------- the claims
+
+
+def _fig3(results: str, where: str) -> list[Claim]:
+    bn, leaky, psbn = (f"resnet20, {n} + {a}" for n, a in
+                       (("BN", "ReLU"), ("BN", "LeakyReLU"), ("psBN", "ReLU")))  # fmt: skip
+    flops, points = "% of FLOPs", "points"
+    return [
+        Claim(results, "3.2, Fig. 3", f"BN: sparsity grows with the rounds{where}", "drawn", flops,
+              _rounds(bn, "sparsity")),
+        Claim(results, "3.2, Fig. 3", f"BN: accuracy falls from the first round to the last{where}",
+              "drawn", points, _negative(_rounds(bn, "accuracy")), TABLE1_GAIN),
+        Claim(results, "3.5, Fig. 3", f"LeakyReLU leaves more than half of BN's sparsity{where}",
+              "“marginal effect”", flops, _more_than_half(leaky, bn)),
+        Claim(results, "5.1, Fig. 3", f"psBN has less sparsity than BN{where}", "drawn", flops,
+              _arms(bn, psbn, "sparsity")),
+        Claim(results, "5.1, Fig. 3", f"psBN is more accurate than BN after the last round{where}",
+              "drawn", points, _arms(psbn, bn, "accuracy"), TABLE1_GAIN),
+    ]  # fmt: skip
+
+
+def _table1() -> list[Claim]:
+    claims = []
+    for lr, ensemble, sparsity in (("0.2", 0.23, 26.3), ("0.1", 0.63, 3.0)):
+        psbn, bn = f"lr {lr}, psBN", f"lr {lr}, BN"
+        claims += [
+            Claim("table1", "5.2, Table 1", f"the ensemble of psBN is more accurate, lr {lr}",
+                  f"+{ensemble}", "points", _arms(psbn, bn, "ensemble"), ensemble),
+            Claim("table1", "5.2, Table 1", f"psBN has less sparsity in snapshot 5, lr {lr}",
+                  f"{sparsity}", "% of FLOPs", _arms(bn, psbn, "sparsity"), sparsity),
+        ]  # fmt: skip
+    return claims
+
+
+CLAIMS: tuple[Claim, ...] = (
+    *_fig3("fig3", ""),
+    *_fig3("fig3-medium", " (all images)"),
+    Claim("fig1a", "3.4, Fig. 1a", "more filters near norm 0 with BN than without", "drawn",
+          "% of a layer", _near_zero),
+    Claim("fig1b", "1, Fig. 1b", "filters of a layer collapse in the second round", "drawn",
+          "filters", _collapsed_in_round_2),
+    Claim("capacity", "3.3, Fig. 2b", "random labels: BN's sparsity grows with the rounds", "drawn",
+          "% of FLOPs", _rounds("BN + ReLU", "sparsity")),
+    Claim("capacity", "3.3, Fig. 2a", "random labels: BN's fifth round fits worse than its first",
+          "drawn", "loss", _rounds("BN + ReLU", "train_loss", 4)),
+    Claim("capacity", "abstract", "random labels: psBN fits better than BN in the fifth round",
+          "no experiment", "loss", _arms("BN + ReLU", "psBN 0.1 + ReLU", "train_loss", 4)),
+    Claim("instance_norm", "3.4", "instance normalization: sparsity above the linear network's 1%",
+          "no number", "% of FLOPs", lambda s: minus(at(s, "IN + ReLU", "sparsity"), 1.0)),
+    Claim("linear", "3.5", "without activations sparsity stays below 1%", "< 1%", "% of FLOPs",
+          lambda s: {k: 1 - v for k, v in at(s, "BN, no activation", "sparsity").items()}),
+    Claim("shuffled", "3.6", "shuffled parameters: sparsity grows all the same", "no number",
+          "% of FLOPs", _rounds("shuffled before round 2", "sparsity")),
+    Claim("shuffled", "3.6", "shuffled parameters: accuracy falls against round 1", "no number",
+          "points", _negative(_rounds("shuffled before round 2", "accuracy"))),
+    Claim("fig4", "3.7, Fig. 4", "uniform ablation is more accurate than what collapsed by itself",
+          "“no method performs better”", "points", _uniform_minus_others),
+    Claim("fig5a", "4.2, Fig. 5a", "the largest learning rate has more sparsity than the smallest",
+          "drawn", "% of FLOPs", _extremes(large=True)),
+    Claim("fig5b", "3.6, Fig. 5b", "the smallest initial gamma has more sparsity than the largest",
+          "drawn", "% of FLOPs", _extremes(large=False)),
+    *_table1(),
+    Claim("recovery", "abstract", "collapsed filters come back under psBN, not under BN",
+          "no number", "% of them", _came_back),
+    Claim("recovery", "abstract", "going on as psBN is more accurate than going on as BN",
+          "no number", "points", _arms("on as psBN, preserve", "on as BN", "accuracy"),
+          TABLE1_GAIN),
+    Claim("finetune", "3.6", "a collapsed network is a worse start than random weights",
+          "no number", "points", _arms("fresh BN", "BN", "accuracy")),
+    Claim("finetune", "5.3", "finetuned as psBN it is more accurate than as BN", "no number",
+          "points", _arms("psBN, preserve", "BN", "accuracy"), TABLE1_GAIN),
+    Claim("alpha", "5", "psBN with alpha 0.1 loses less than one point against BN",
+          "“works stably”", "points", _alpha(0.1)),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- judging
+
+
+def judge(claim: Claim, summary: Summary | None) -> dict[str, Any]:
+    """A row of the table, ready for JSON.
+
+    Args:
+        claim: What is claimed.
+        summary: The published results, or None if there are none.
+    """
+    row: dict[str, Any] = {
+        "results": claim.results,
+        "section": claim.section,
+        "claim": claim.text,
+        "paper": claim.paper,
+        "paper_effect": claim.effect,
+        "unit": claim.unit,
+    }
+    values = claim.of(summary) if summary else {}
+    if not values:
+        return {**row, "verdict": "not run"}
+    mean, found = statistics.fmean(values.values()), interval(values.values())
+    row |= {
+        "values": {str(seed): value for seed, value in values.items()},
+        "seeds": len(values),
+        "mean": mean,
+        "interval": found,
+        "verdict": "not shown",
+    }
+    if found and found[0] > 0:
+        row["verdict"] = "shown"
+    elif found and found[1] < 0:
+        row["verdict"] = "the opposite"
+    elif found and claim.effect:
+        row["seeds_needed"] = seeds_needed(claim.effect, statistics.stdev(values.values()))
+    return row
+
+
+def verdicts(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """A row for each claim, from the JSON files of a folder."""
+    summaries = {}
+    for claim in CLAIMS:
+        path = folder / f"{claim.results}.json"
+        if path.exists() and claim.results not in summaries:
+            summaries[claim.results] = json.loads(path.read_text())
+    return [judge(claim, summaries.get(claim.results)) for claim in CLAIMS]
+
+
+def markdown(rows: list[dict[str, Any]], link: str = "") -> str:
+    """The rows as a table.
+
+    Args:
+        rows: Of :func:`verdicts`.
+        link: What stands before ``NAME.md`` in the links.
+    """
+    lines = [
+        "| the paper claims | it prints | ours, mean (95% interval), seeds | verdict |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        name = f"[`{row['results']}`]({link}{row['results']}.md)"
+        ours, verdict = "-", f"**{row['verdict']}**"
+        if row["verdict"] == "not run":
+            name = f"`{row['results']}`"
+        else:
+            shown = "one seed"
+            if row["interval"]:
+                shown = f"{_number(row['interval'][0])} to {_number(row['interval'][1])}"
+            ours = f"{_number(row['mean'])} ({shown}) {row['unit']}, {row['seeds']}"
+        if row["verdict"] == "not shown" and row["paper_effect"] and row["interval"]:
+            needed = row["seeds_needed"]
+            count = f"more than {MOST_SEEDS:,}" if needed is None else str(needed)
+            verdict += f"; {count} seeds would show {row['paper_effect']:g}"
+        lines.append(
+            f"| {row['claim']} ({row['section']}; {name}) | {row['paper']} | {ours} | {verdict} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    digits = 1 if abs(value) >= 10 else 3 if 0 < abs(value) < 0.1 else 2
+    return f"{value:+.{digits}f}"
+
+
+def in_readme(text: str, table: str) -> str:
+    """A manual with the table between its markers.
+
+    Raises:
+        RunError: It has no markers.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise RunError(f"README.md: has no {BEGIN} and {END}, between which the table goes")
+    return f"{before}{begin}\n{table}{end}{after}"
+
+
+def write(folder: Path = RESULTS, readme: Path | None = README) -> list[Path]:
+    """Write ``verdicts.json``, ``verdicts.md`` and the manual's table from the other JSON files.
+
+    Returns:
+        What was written.
+
+    Raises:
+        RunError: The folder is not there, or the manual has no markers.
+    """
+    if not folder.is_dir():
+        raise RunError(f"{folder}: there is no such folder")
+    rows = verdicts(folder)
+    manual = in_readme(readme.read_text(), markdown(rows, "results/")) if readme else ""
+    write_json(folder / "verdicts.json", rows)
+    heading = "# The paper's claims, judged\n\n`python -m studies.cifar verdicts`\n\n"
+    (folder / "verdicts.md").write_text(heading + markdown(rows))
+    if readme:
+        readme.write_text(manual)
+    return [folder / "verdicts.json", folder / "verdicts.md", *([readme] if readme else [])]

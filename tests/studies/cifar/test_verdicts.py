@@ -1,0 +1,115 @@
+"""The paper's claims against the published results."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from studies.cifar import verdicts
+from studies.cifar.settings import RunError
+from studies.cifar.verdicts import BEGIN, END, Claim, judge
+
+DIFFERENCES = {0: 1.0, 1: 4.4, 2: 2.6}
+
+
+def claim(values, effect=None):
+    return Claim("x", "1", "it holds", "+1", "points", lambda summary: values, effect)
+
+
+def test_published_table_is_what_the_published_numbers_give():
+    rows = verdicts.verdicts()
+    stored = json.loads((verdicts.RESULTS / "verdicts.json").read_text())
+    assert stored == json.loads(json.dumps(rows))
+    assert (verdicts.RESULTS / "verdicts.md").read_text().endswith(verdicts.markdown(rows))
+    text = verdicts.README.read_text()
+    assert verdicts.in_readme(text, verdicts.markdown(rows, "results/")) == text
+
+
+def test_every_claim_is_of_an_experiment_that_there_is():
+    from studies.cifar.experiments import build
+
+    for row in verdicts.CLAIMS:
+        name, _, preset = row.results.partition("-")
+        assert build(name, preset or "reduced").name == name
+
+
+def test_interval_is_students():
+    expected = stats.t.interval(0.95, 2, np.mean([1, 4.4, 2.6]), stats.sem([1, 4.4, 2.6]))
+    assert verdicts.interval(DIFFERENCES.values()) == pytest.approx(expected)
+    assert verdicts.interval([1.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([1.0, 1.2, 0.9], "shown"),
+        ([-1.0, -1.2, -0.9], "the opposite"),
+        ([-1.0, 1.2, 0.9], "not shown"),
+        ([5.0], "not shown"),  # one seed has no interval
+        ([0.0, 0.0, 0.0], "not shown"),
+        ([], "not run"),
+    ],
+)
+def test_verdict_is_where_the_interval_lies(values, verdict):
+    assert judge(claim(dict(enumerate(values))), {"any": 1})["verdict"] == verdict
+
+
+def test_seeds_needed_have_the_power_that_they_are_said_to_have():
+    """By simulation: the share of t-tests that find an effect of 0.68 at a deviation of 1.7."""
+    row = judge(claim(DIFFERENCES, effect=0.68), {"any": 1})
+    needed = row["seeds_needed"]
+    deviation = np.std(list(DIFFERENCES.values()), ddof=1)
+    rng = np.random.default_rng(0)
+    for count, enough in ((needed, True), (needed - 4, False)):
+        samples = rng.normal(0.68, deviation, (20_000, count))
+        found = stats.ttest_1samp(samples, 0, axis=1)
+        share = ((found.pvalue < 0.05) & (found.statistic > 0)).mean()
+        assert bool(share > 0.795) == enough  # 3 standard errors of the simulation are 0.008
+    assert verdicts.power(0.68, deviation, needed) >= 0.8
+    assert verdicts.power(0.68, deviation, needed - 1) < 0.8
+
+
+def test_seeds_are_paired_by_their_number():
+    entry = {"rounds": [{"accuracy": {"values": [50.0, 60.0]}}]}
+    summary = {
+        "experiment": "x",
+        "arms": {"a": {**entry, "seeds": [0, 1]}, "b": {**entry, "seeds": [1, 2]}},
+    }
+    difference = verdicts.minus(
+        verdicts.at(summary, "a", "accuracy"), verdicts.at(summary, "b", "accuracy")
+    )
+    assert difference == {1: 10.0}
+    with pytest.raises(RunError, match=r"x\.json: has no arm 'c'; there are a, b"):
+        verdicts.at(summary, "c", "accuracy")
+
+
+def test_uniform_ablation_is_compared_at_equal_flops():
+    """At 70% of the FLOPs the line from (60, 80) to (100, 90) is at 82.5; at 30% there is none."""
+
+    def arm(line, *points):
+        rows = [
+            {"sparsity": {"values": [s]}, "pruned_accuracy": {"values": [a]}} for s, a in points
+        ]
+        return {"line": line, "seeds": [0], "rounds": rows}
+
+    summary = {
+        "experiment": "fig4",
+        "arms": {
+            "retrain": arm("retrain", (0.0, 90.0), (30.0, 81.0)),
+            "lr 1": arm("larger lr", (70.0, 10.0)),
+            "width 0.8": arm("uniform filter ablation", (0.0, 80.0)),
+        },
+        "flops_percent": {"retrain": 100.0, "lr 1": 100.0, "width 0.8": 60.0},
+    }
+    of = next(c.of for c in verdicts.CLAIMS if c.results == "fig4")
+    assert of(summary) == {0: pytest.approx(1.5)}
+
+
+def test_manual_without_a_place_for_the_table_is_refused(tmp_path):
+    assert verdicts.in_readme(f"a\n{BEGIN}old{END}\nb", "new\n") == f"a\n{BEGIN}\nnew\n{END}\nb"
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing")
+    with pytest.raises(RunError, match="between which the table goes"):
+        verdicts.write(tmp_path, readme)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md"]

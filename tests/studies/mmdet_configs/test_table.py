@@ -1,0 +1,156 @@
+"""The table of mmdet's configs: what becomes of one model, what is counted, what is kept."""
+
+import json
+import sys
+
+import pytest
+from mmdet.utils import register_all_modules
+
+from studies.mmdet_configs import __main__ as table
+
+
+def retinanet(**norm_cfg):
+    return {
+        "type": "RetinaNet",
+        "data_preprocessor": {"type": "DetDataPreprocessor"},
+        "backbone": {
+            "type": "ResNet",
+            "depth": 18,
+            "base_channels": 8,
+            "num_stages": 2,
+            "strides": (1, 2),
+            "dilations": (1, 1),
+            "out_indices": (0, 1),
+            "norm_cfg": norm_cfg,
+        },
+        "neck": {"type": "FPN", "in_channels": [8, 16], "out_channels": 8, "num_outs": 2},
+        "bbox_head": {
+            "type": "RetinaHead",
+            "num_classes": 2,
+            "in_channels": 8,
+            "feat_channels": 8,
+            "stacked_convs": 1,
+            "anchor_generator": {
+                "type": "AnchorGenerator",
+                "scales": [4],
+                "ratios": [1.0],
+                "strides": [4, 8],
+            },
+        },
+    }
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    register_all_modules(init_default_scope=True)
+
+
+def test_a_detector_is_converted_computes_the_same_and_is_measured():
+    row = table.in_a_process(retinanet(type="BN"))
+    # the stem; two blocks of two layers in each of two stages; the projection of the second
+    assert row["layers"] == row["converted"] == 1 + 2 * 2 * 2 + 1
+    assert row["filters"] == 8 + 4 * 8 + 4 * 16 + 16
+    assert (row["dtype"], row["size"]) == ("float64", 128)
+    assert row["difference"] < 1e-13
+    assert row["flops"] > 0
+    assert "failed" not in row
+
+
+def test_what_would_not_be_the_same_is_seen(monkeypatch):
+    def shifted(layer):
+        return layer.beta  # without alpha
+
+    from psbn_mmdet.norm.layers import PostShift
+
+    monkeypatch.setattr(PostShift, "bias", property(shifted))
+    assert table.in_a_process(retinanet(type="BN"))["difference"] > 1e-3
+
+
+def test_a_network_without_batch_norm_has_nothing_to_convert():
+    assert table.in_a_process(retinanet(type="GN", num_groups=4)) == {"layers": 0}
+
+
+def test_what_fails_is_told_and_harms_no_other():
+    broken = table.in_a_process(retinanet(type="BN") | {"type": "NoSuchDetector"})
+    assert broken["failed"] == "build"
+    assert "NoSuchDetector" in broken["why"]
+    assert table.in_a_process(retinanet(type="BN"), limit=0)["failed"] == "time"
+
+
+def test_a_process_that_dies_is_told(monkeypatch):
+    monkeypatch.setattr(table, "check", lambda model: sys.exit(3))
+    assert table.in_a_process({})["why"] == "ended with exit code 3"
+
+
+def test_weights_are_not_downloaded():
+    model = {
+        "backbone": {"init_cfg": {"type": "Pretrained", "checkpoint": "torchvision://resnet50"}},
+        "neck": [{"pretrained": "open-mmlab://x", "init_cfg": {"type": "Xavier"}}],
+    }
+    wanted = {"backbone": {}, "neck": [{"init_cfg": {"type": "Xavier"}}]}
+    assert table._without_weights(model) == wanted
+
+
+ROWS = {
+    "a/1.py": {"layers": 3, "converted": 3, "difference": 1e-15, "filters": 9, "flops": 5},
+    "a/2.py": {"same_as": "a/1.py"},
+    "a/3.py": {"no_model": True},
+    "b/1.py": {"layers": 3, "converted": 3, "difference": 0.5, "filters": 9, "flops": 5},
+    "b/2.py": {"layers": 0},
+    "b/3.py": {"layers": 3, "failed": "convert", "why": "ValueError: | no"},
+    "b/4.py": {"failed": "build", "why": "KeyError: x"},
+}
+
+
+def test_counts():
+    assert table.summarize(ROWS) == {
+        "configs": 7,
+        "models": 5,
+        "built": 4,
+        "with_batch_norm": 3,
+        "converted": 2,
+        "compared": 2,
+        "same": 1,
+        "largest_difference": 0.5,
+        "measured": 2,
+    }
+
+
+def test_markdown_names_each_family_and_what_is_not_as_it_should_be():
+    result = {"summary": table.summarize(ROWS), "rows": ROWS, "mmdet": "3", "torch": "2"}
+    text = table.markdown(result | {"machine": "m"})
+    assert "| a | 1 | 1 | 1 | 1 | 1 | 1 | 1 |" in text
+    assert "| b | 4 | 3 | 2 | 1 | 1 | 0 | 1 |" in text
+    assert "| b/1.py | compare | differs by 5.0e-01 |" in text
+    assert "| b/3.py | convert | ValueError: \\| no |" in text
+    assert "| a/1.py |" not in text
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["mmdet_configs", *args, "--out", str(tmp_path)])
+        try:
+            table.main()
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err
+        return 0, json.loads((tmp_path / "results.json").read_text())
+
+    return run
+
+
+def test_the_command_continues_where_it_was(command, monkeypatch, tmp_path):
+    checked = []
+    monkeypatch.setattr(table, "in_a_process", lambda model: checked.append(model) or {"layers": 0})
+    first = command("--configs", "retinanet/retinanet_r18*")
+    assert first[1]["summary"]["models"] == len(checked) == 2
+    assert command("--configs", "retinanet/retinanet_r18*") == first
+    assert len(checked) == 2
+    assert (tmp_path / "results.md").exists()
+
+
+def test_bad_input_is_one_line(command):
+    assert command("--configs", "no/such*") == (
+        2,
+        "mmdet_configs: no config of mmdet matches no/such*\n",
+    )

@@ -1,0 +1,198 @@
+"""Take the collapsed filters out of a detector: a smaller one of the same function.
+
+    tools/strip_checkpoint.py CONFIG CHECKPOINT OUT --data data/coco/val2017
+    tools/test.py OUT/config.py OUT/model.pth
+    tools/train.py OUT/config.py
+
+OUT, a new folder, gets model.pth, record.json (what went and why, what stayed and
+why, and the proof) and config.py, which inherits CONFIG and works with mmdet's own
+tools too; training goes on from model.pth. The stripped network is run beside the
+original on your images, or on random ones; if the outputs differ by more than the
+tolerance, nothing is written. psBN becomes BN, which computes the same.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+
+from psbn_mmdet.checkpoint import load, require_fit, state_dict_of
+from psbn_mmdet.collapse import INACTIVE_BELOW, THRESHOLD
+from psbn_mmdet.collapse.stripping import (
+    TOLERANCE,
+    StripError,
+    difference,
+    runner,
+    strip,
+    summary,
+    time_in_pairs,
+)
+from psbn_mmdet.errors import (
+    OutputExistsError,
+    PsbnError,
+    errors_in_one_line,
+    require_packages,
+)
+from psbn_mmdet.launch import load_config
+
+CONFIG = '''"""{name} without its collapsed filters, as written by tools/strip_checkpoint.py."""
+
+_base_ = {base!r}
+model = dict(
+    type="psbn_mmdet.Stripped",
+    original={original!r},
+    record="{{{{ fileDirname }}}}/record.json",
+)
+load_from = "{{{{ fileDirname }}}}/model.pth"
+'''
+
+
+def build(cfg: Config, checkpoint: Any, name: str) -> nn.Module:
+    """The model of a config with the weights of a checkpoint, in eval mode."""
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    model = MODELS.build(cfg.model)
+    require_fit(model, checkpoint, name, strict=True)
+    model.load_state_dict(state_dict_of(checkpoint, name), strict=False)
+    model.eval()
+    return model
+
+
+def read_images(cfg: Config, model: nn.Module, folder: Path, count: int) -> Tensor:
+    """The first images of a folder as the test pipeline of a config prepares them, (N, C, H, W)."""
+    from mmcv.transforms import Compose
+    from mmdet.utils import get_test_pipeline_cfg
+
+    kinds = {".jpg", ".jpeg", ".png", ".bmp"}
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)[:count]
+    if len(paths) < 2:
+        raise PsbnError(f"{folder}: holds {len(paths)} images; at least two are needed")
+    steps = [s for s in get_test_pipeline_cfg(cfg) if "Annotations" not in s["type"]]
+    pipeline = Compose(steps)
+    data = [pipeline(dict(img_path=str(path), img_id=i)) for i, path in enumerate(paths)]
+    batch = {key: [each[key] for each in data] for key in ("inputs", "data_samples")}
+    preprocessor: Any = model.data_preprocessor
+    return preprocessor(batch, False)["inputs"]
+
+
+def write(folder: Path, cfg: Config, args: argparse.Namespace, stripped: Any, old: Any) -> None:
+    """Weights, record and config."""
+    meta = {k: v for k, v in (old.get("meta") or {}).items() if k != "cfg"} if old else {}
+    torch.save({"meta": meta, "state_dict": stripped.model.state_dict()}, folder / "model.pth")
+    (folder / "record.json").write_text(json.dumps(stripped.record, indent=1) + "\n")
+    base = args.config if "::" in args.config else str(Path(args.config).resolve())
+    name = Path(args.config.rpartition("::")[2]).name
+    text = CONFIG.format(name=name, base=base, original=cfg.model.type)
+    (folder / "config.py").write_text(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out.exists():
+        raise OutputExistsError(f"{args.out}: exists already; remove it or name another folder")
+    cfg = load_config(args.config)
+    checkpoint = load(args.checkpoint)
+    model = build(cfg, checkpoint, args.checkpoint)
+    inputs: Any = (3, *args.size)
+    if args.data:
+        inputs = read_images(cfg, model, args.data, args.images)
+    stripped = strip(
+        model,
+        inputs,
+        threshold=args.threshold,
+        inactive_below=args.inactive_below,
+        borders=args.borders,
+        tolerance=args.tolerance,
+    )
+    record = stripped.record
+    if not record["filters"]["removed"]:
+        raise StripError(f"{args.checkpoint}: no filter can go, so nothing is written")
+    call, _ = runner(model, inputs)
+    if args.rounds:
+        pairs = time_in_pairs(model, stripped.model, call, args.rounds)
+        images = len(inputs) if isinstance(inputs, Tensor) else 2
+        record["seconds"] = {
+            "rounds": args.rounds,
+            "before": statistics.median(a for a, _ in pairs) / images,
+            "after": statistics.median(b for _, b in pairs) / images,
+            "speedup": statistics.median(a / b for a, b in pairs),
+        }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=args.out.parent, prefix=f".{args.out.name}-"))
+    try:
+        write(folder, cfg, args, stripped, checkpoint)
+        # What a user will build from these files is what was proved.
+        new = build(
+            load_config(str(folder / "config.py")), load(folder / "model.pth"), "the new checkpoint"
+        )
+        if difference(stripped.model, new, call).relative != 0:
+            raise StripError("the model built from the files written computes something else")
+        folder.chmod(0o755)
+        folder.rename(args.out)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    print(f"{summary(record)}\nwritten to {args.out}: model.pth, config.py, record.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a file, or package::path of an installed package")
+    parser.add_argument("checkpoint", help="a file or URL")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="images to compare the two on")
+    parser.add_argument(
+        "--images", type=int, default=4, metavar="N", help="how many of them (default %(default)s)"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(320, 320),
+        metavar=("H", "W"),
+        help="of two random images where there is no --data (default 320 320)",
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help="of |gamma| (default %(default)s)"
+    )
+    parser.add_argument(
+        "--inactive-below",
+        type=float,
+        nargs="?",
+        const=INACTIVE_BELOW,
+        metavar="P",
+        help="also remove filters whose ReLU fires with a smaller probability "
+        f"({INACTIVE_BELOW} if none is given)",
+    )
+    parser.add_argument(
+        "--borders",
+        choices=["exact", "fold"],
+        default="exact",
+        help="fold: also remove the constants that cannot be removed exactly at padded borders",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="of the outputs' difference, relative to the largest (default %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="pairs of runs to time (default %(default)s, 0: none)"
+    )
+    args = parser.parse_args()
+    with errors_in_one_line():
+        require_packages("mmdet", "mmdet")
+        require_packages("strip", "torch_pruning")
+        run(args)
+
+
+if __name__ == "__main__":
+    main()
