@@ -101,7 +101,7 @@ def test_real_images_in_two_processes(shared_data, imagenet, tmp_path):
 
 
 RUN_AND_LIST_THREADS = """
-import runpy, sys
+import os, runpy, sys
 from pathlib import Path
 
 sys.argv = sys.argv[1:]
@@ -109,7 +109,8 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
     threads = [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")]
-    print("left behind:", [name for name in threads if "gloo" in name], flush=True)
+    left = [name for name in threads if "gloo" in name]
+    os.write(1, f"left behind: {left}\n".encode())  # in one piece, as both processes write
 """
 
 
