@@ -219,7 +219,7 @@ def test_mmengine_convert_sync_batchnorm_leads_to_pssyncbn(psbn):
 def test_the_way_out_that_the_message_names(psbn, x, y):
     model = to_psbn(nn.SyncBatchNorm.convert_sync_batchnorm(to_bn(psbn)))
     assert isinstance(model.bn1, psSyncBN)
-    assert_close(model(x), y)
+    assert_close(model.eval()(x), y)  # below torch 2.2 the new layer begins in training
 
 
 def test_mmengine_revert_sync_batchnorm_leaves_pssyncbn_alone(x):
