@@ -51,8 +51,11 @@ class Preemption(Hook):
         self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        # A launcher that sees one rank end sends SIGTERM to the others. They are about to end by
+        # themselves, and must do so with the status that has the job requeued.
+        saved = kind is not None and issubclass(kind, Preempted)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if saved else self._before)
 
     def _note(self, *_: Any) -> None:
         self._asked = True

@@ -192,16 +192,16 @@ def train(cfg: Config) -> None:
     Raises:
         SystemExit: With :data:`.PREEMPTED`, where a SIGTERM came: the run has saved.
     """
-    with Preemption(checkpoint_folder(cfg)) as preemption:
-        runner = _make_runner(cfg, strict=False)
-        exact = ExactResume()
-        for hook in (exact, preemption, MissedValidation(exact)):
-            runner.register_hook(hook)
-        try:
+    try:
+        with Preemption(checkpoint_folder(cfg)) as preemption:
+            runner = _make_runner(cfg, strict=False)
+            exact = ExactResume()
+            for hook in (exact, preemption, MissedValidation(exact)):
+                runner.register_hook(hook)
             runner.train()
             return
-        except Preempted:
-            del runner  # an exception would hold it, and it the process group
+    except Preempted:
+        del runner  # an exception would hold it, and it the process group
     raise SystemExit(PREEMPTED)
 
 

@@ -1,10 +1,13 @@
 """A run that gets SIGTERM saves, says so by its status, and goes on exactly."""
 
+import os
+import signal
+
 import pytest
 import torch
 
 from psbn_mmdet.checkpoint import load
-from psbn_mmdet.launch.preempt import PREEMPTED
+from psbn_mmdet.launch.preempt import PREEMPTED, Preempted, Preemption
 from tests.helpers.forked import train
 from tests.helpers.noisy_training import equal, last, make_config
 
@@ -76,3 +79,25 @@ def test_resume_takes_whichever_has_seen_more(newer, tmp_path):
         (tmp_path / "b" / "epoch_1.pth").replace(tmp_path / "w" / "epoch_1.pth")
     ended = train(make_config(tmp_path / "c.py"), tmp_path / "w", "--resume")
     assert f"resuming from {tmp_path}/w/{newer}\n" in ended[0].text
+
+
+def test_a_second_sigterm_does_not_change_the_status_of_what_has_saved(tmp_path):
+    """A launcher sends it to the other ranks as soon as one has ended."""
+
+    def ended(signal_, frame):
+        raise AssertionError("SIGTERM ended what had saved")
+
+    before = signal.signal(signal.SIGTERM, ended)
+    try:
+        with pytest.raises(Preempted), Preemption(tmp_path):
+            raise Preempted
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, ended)
+        with Preemption(tmp_path):
+            pass
+        assert signal.getsignal(signal.SIGTERM) is ended
+        with pytest.raises(ValueError, match="another"), Preemption(tmp_path):
+            raise ValueError("another")
+        assert signal.getsignal(signal.SIGTERM) is ended
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -110,7 +110,7 @@ try:
 finally:
     threads = [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")]
     left = [name for name in threads if "gloo" in name]
-    os.write(1, f"left behind: {left}\n".encode())  # in one piece, as both processes write
+    os.write(1, f"left behind: {left}\\n".encode())  # in one piece, as both processes write
 """
 
 
