@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..norm import PostShift, followed_by, norm_kinds, norm_layers
-from .criteria import MeasureError, filter_l1
+from .criteria import MeasureError, collapsed, filter_l1
 from .flops import filters_of
 from .pairs import natural_order, pair_by_name, pair_in_order
 
@@ -86,6 +86,12 @@ def gather(modules: Iterable[Any]) -> tuple[Tensor, Tensor]:
     joined = torch.cat([t.to(device, torch.float32) for t in gammas + biases]).cpu()
     gamma, bias = joined.chunk(2)
     return gamma, bias
+
+
+def live_filters(model: nn.Module, threshold: float) -> dict[nn.Module, Tensor]:
+    """Which filters of each normalization layer have not collapsed, (C,) bool, for `probe`."""
+    norms: Any = norm_modules(model).values()
+    return {m: ~collapsed(m.weight.detach(), threshold) for m in norms}
 
 
 def layers_of_model(model: nn.Module) -> list[Layer]:

@@ -24,7 +24,7 @@ from .criteria import (
     not_finite,
 )
 from .flops import Flops, probe
-from .layers import Layer, layers_of_model, layers_of_state_dict, norm_modules
+from .layers import Layer, layers_of_model, layers_of_state_dict, live_filters
 
 
 @dataclass(frozen=True)
@@ -275,9 +275,7 @@ def measure(
     if isinstance(source, nn.Module):
         layers = layers_of_model(source)
         if inputs is not None:
-            norms: Any = norm_modules(source).values()
-            live = {m: ~collapsed(m.weight.detach(), threshold) for m in norms}
-            flops = probe(source, live, inputs)
+            flops = probe(source, live_filters(source, threshold), inputs)
     elif isinstance(source, Mapping):
         layers = layers_of_state_dict(source)
         if inputs is not None:

@@ -15,6 +15,7 @@ import copy
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import platform
 import time
@@ -34,7 +35,7 @@ SIZES = (128, 256, 512)
 LIMIT = 900
 """Seconds for one model, of which the largest takes a minute on a free core."""
 SAME = 1e-4
-"""Largest difference of two outputs, relative to the largest value, that counts as rounding."""
+"""Largest `difference` that counts as rounding."""
 
 
 def configs() -> dict[str, Path]:
@@ -76,9 +77,9 @@ def check(model: dict) -> dict[str, Any]:
 
     Returns:
         `layers`: normalization layers with a trained bias (0: nothing to convert), `converted`: how
-        many are post-shifted then; `difference`: of the outputs, relative to the largest value;
-        `filters` and `flops` as measured; `failed`: at which step, with `why`. Keys after the step
-        that failed are missing.
+        many are post-shifted then; `difference`: the largest within an output, relative to its
+        largest value; `filters` and `flops` as measured; `failed`: at which step, with `why`. Keys
+        after the step that failed are missing.
     """
     torch.set_num_threads(1)  # a forked process does not have the threads of the pool
     _let_nms_take_float64()
@@ -150,6 +151,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 def _compare(plain: nn.Module, shifted: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     from psbn_mmdet.collapse.detectors import ways_to_call
+    from psbn_mmdet.collapse.stripping import compare
 
     refusal: Exception | None = None
     for size in SIZES:
@@ -165,21 +167,10 @@ def _compare(plain: nn.Module, shifted: nn.Module, dtype: torch.dtype) -> dict[s
                 refusal = error
                 continue
             if outputs[0]:
-                difference = _difference(*outputs)
+                shapes, others = ([x.shape for x in output] for output in outputs)
+                difference = compare(*outputs).relative if shapes == others else math.inf
                 return {"size": size, "dtype": str(dtype)[6:], "difference": difference}
     raise refusal or ValueError("no output is a tensor")
-
-
-def _difference(expected: list[Tensor], actual: list[Tensor]) -> float:
-    if [x.shape for x in expected] != [x.shape for x in actual]:
-        return float("inf")
-    largest = max((float(x.double().abs().max()) for x in expected if x.numel()), default=0.0)
-    apart = [
-        float((x.double() - y.double()).abs().max())
-        for x, y in zip(expected, actual, strict=True)
-        if x.numel()
-    ]
-    return max(apart, default=0.0) / (largest or 1.0)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

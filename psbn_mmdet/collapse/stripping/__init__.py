@@ -11,7 +11,7 @@
 """
 
 from .coupling import StripError
-from .proof import difference, runner, time_in_pairs
+from .proof import compare, difference, runner, time_in_pairs
 from .record import summary
 from .strip import TOLERANCE, Stripped, strip
 from .surgery import take_out
@@ -20,6 +20,7 @@ __all__ = [
     "TOLERANCE",
     "StripError",
     "Stripped",
+    "compare",
     "difference",
     "runner",
     "strip",

@@ -101,8 +101,13 @@ def difference(original: nn.Module, stripped: nn.Module, run: Run) -> Difference
         ) from error
     if [t.shape for t in expected] != [t.shape for t in got] or not expected:
         raise DoesNotRunError("the stripped network returns something else than the original")
+    return compare(expected, got)
+
+
+def compare(expected: list[Tensor], actual: list[Tensor]) -> Difference:
+    """The difference of two networks' outputs, tensors of the same shapes in the same order."""
     relative, largest = torch.zeros(()), torch.zeros(())
-    for a, b in zip(expected, got, strict=True):
+    for a, b in zip(expected, actual, strict=True):
         if a.numel():
             a, b = a.double().cpu(), b.double().cpu()
             size = a.abs().max()

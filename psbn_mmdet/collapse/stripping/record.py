@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..criteria import collapsed
-from ..criteria import dead as dead_filters
-from ..criteria import inactive as inactive_filters
+from ..criteria import activation_probability, collapsed, dead, inactive
 from ..flops import Flops, probe
-from ..layers import Layer, norm_modules
+from ..layers import Layer, live_filters
 from .coupling import Channel
 from .plan import Plan
 from .wiring import Run
@@ -20,14 +18,19 @@ Kinds = dict[str, list[str]]
 """Normalization layer -> of each filter ``dead``, ``constant``, ``inactive`` or ``live``."""
 
 
+def inactive_of(layer: Layer, below: float | None) -> Tensor:
+    """Which filters of a layer are inactive, (C,) bool; none where that was not asked for."""
+    if below is None or layer.followed_by != "relu":
+        return torch.zeros_like(layer.gamma, dtype=torch.bool)
+    return inactive(layer.gamma, layer.bias, below)
+
+
 def kinds_of(layers: list[Layer], threshold: float, inactive_below: float | None) -> Kinds:
     kinds = {}
     for layer in layers:
         is_collapsed = collapsed(layer.gamma, threshold)
-        is_dead = dead_filters(layer.gamma, layer.bias, threshold, layer.relu)
-        is_inactive = torch.zeros_like(is_dead)
-        if inactive_below is not None and layer.followed_by == "relu":
-            is_inactive = inactive_filters(layer.gamma, layer.bias, inactive_below)
+        is_dead = dead(layer.gamma, layer.bias, threshold, layer.relu)
+        is_inactive = inactive_of(layer, inactive_below)
         kinds[layer.name] = [
             "dead" if d else "constant" if c else "inactive" if i else "live"
             for c, d, i in zip(is_collapsed, is_dead, is_inactive, strict=True)
@@ -98,9 +101,7 @@ def macs_record(
     as detectors of two stages may choose another number of proposals on random numbers.)
     """
     size = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else inputs
-    norms: list[Any] = list(norm_modules(original).values())
-    live = {m: ~collapsed(m.weight.detach(), threshold) for m in norms}
-    flops = probe(original, live, size)
+    flops = probe(original, live_filters(original, threshold), size)
     old: dict[str, Any] = dict(original.named_modules())
     new: dict[str, Any] = dict(stripped.named_modules())
     after = {
@@ -150,9 +151,8 @@ def inactive_bound(
         gone = removed.get(layer.name, {}).get("inactive", [])
         if gone:
             gamma, bias = layer.gamma[gone].abs().double(), layer.bias[gone].double()
-            z = bias / gamma
-            p = torch.special.ndtr(z)
-            density = torch.exp(-(z**2) / 2) / (2 * torch.pi) ** 0.5
+            p = activation_probability(gamma, bias)
+            density = torch.exp(-((bias / gamma) ** 2) / 2) / (2 * torch.pi) ** 0.5
             fires = max(fires, float(p.max()))
             mean = max(mean, float((gamma * density + bias * p).max()))
     return {"largest_probability": fires, "largest_mean_output": mean}

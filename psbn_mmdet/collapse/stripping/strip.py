@@ -11,14 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ...norm import PostShift, to_bn
-from ..criteria import THRESHOLD, check_thresholds, collapsed
-from ..criteria import dead as dead_filters
-from ..criteria import inactive as inactive_filters
+from ..criteria import THRESHOLD, check_thresholds, collapsed, dead, not_finite
 from ..layers import Layer, layers_of_model, norm_modules
 from .coupling import StripError, couple
 from .plan import Plan, plan, restricted
 from .proof import Difference, DoesNotRunError, difference, runner
-from .record import filters_record, inactive_bound, kinds_of, macs_record
+from .record import filters_record, inactive_bound, inactive_of, kinds_of, macs_record
 from .surgery import Cut, cut_of, fold, take_out
 from .wiring import Fate, arriving_constants
 
@@ -184,7 +182,7 @@ def _refuse_other_norms(model: nn.Module) -> None:
 
 def _refuse_not_finite(layers: list[Layer]) -> None:
     for layer in layers:
-        if not (layer.gamma.isfinite().all() and layer.bias.isfinite().all()):
+        if not_finite(layer.gamma, layer.bias).any():
             raise StripError(
                 f"{layer.name} has a gamma or bias that is not finite: the weights are damaged or "
                 "the training has diverged"
@@ -199,11 +197,8 @@ def _fates(
     for layer in layers:
         gamma, bias = layer.gamma, layer.bias
         # What comes through the ReLU of a dead filter is below the threshold: nothing.
-        is_dead = dead_filters(gamma, bias, threshold, layer.relu)
+        is_dead = dead(gamma, bias, threshold, layer.relu)
         constant = torch.where(is_dead, bias.clamp(max=0), bias)
         constant = torch.where(collapsed(gamma, threshold), constant, torch.nan)
-        silent = torch.zeros_like(is_dead)
-        if inactive_below is not None and layer.followed_by == "relu":
-            silent = inactive_filters(gamma, bias, inactive_below)
-        fates[modules[layer.name]] = Fate(constant, silent, bias)
+        fates[modules[layer.name]] = Fate(constant, inactive_of(layer, inactive_below), bias)
     return fates
