@@ -15,7 +15,7 @@ from .convert import bn_state_dict, convert_all, psbn_state_dict
 from .fit import mismatch, require_fit
 from .install import install
 from .latest import latest_whole
-from .read import is_whole, load
+from .read import is_whole, load, meta_of
 from .unwrap import CheckpointError, locate, state_dict_of
 
 install()
@@ -28,6 +28,7 @@ __all__ = [
     "latest_whole",
     "load",
     "locate",
+    "meta_of",
     "mismatch",
     "psbn_state_dict",
     "require_fit",

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from .read import is_whole, load
+from .read import is_whole, meta_of
 from .unwrap import CheckpointError
 
 
@@ -36,11 +36,10 @@ def latest_whole(work_dir: str | os.PathLike) -> Path | None:
 
 def _iteration(path: Path) -> int:
     """The iteration that a checkpoint of mmengine was saved at."""
-    checkpoint = load(path, "meta")
-    meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
-    if not isinstance(meta, dict) or not isinstance(meta.get("iter"), int):
+    iteration = meta_of(path).get("iter")
+    if not isinstance(iteration, int):
         raise CheckpointError(
             f"{path}: does not say at which iteration it was saved, so whether it is the newest "
             "is unknown; name the checkpoint to resume from"
         )
-    return meta["iter"]
+    return iteration

@@ -61,6 +61,13 @@ def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
     return checkpoint
 
 
+def meta_of(source: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint of mmengine says about the run that saved it; tensors are not read."""
+    checkpoint = load(source, "meta")
+    meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
+    return meta if isinstance(meta, dict) else {}
+
+
 def _reason(path: Path, error: Exception) -> str:
     """Why a file could not be read, and what to do."""
     if "TorchScript" in str(error):

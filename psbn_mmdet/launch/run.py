@@ -13,7 +13,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ..checkpoint import CheckpointError, is_whole, latest_whole, load
+from ..checkpoint import CheckpointError, is_whole, latest_whole, meta_of
 from ..checkpoint.loaders import CheckpointGuard
 from .amp import BFloat16OptimWrapper, cpu_has_bfloat16
 from .config import (
@@ -63,7 +63,7 @@ def configure_training(
         if not (cfg.get("auto_scale_lr") or {}).get("base_batch_size"):
             raise UsageError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
         cfg.auto_scale_lr.enable = True
-    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    hook = _checkpoint_hook(cfg)
     if hook.get("max_keep_ckpts") == 1:
         # mmengine removes the old one first: a kill in between would lose the run.
         print(
@@ -119,10 +119,13 @@ def _resume(cfg: Config, resume: str | None) -> None:
     cfg.update(resume=True, load_from=path)
 
 
+def _checkpoint_hook(cfg: Config) -> dict:
+    return (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+
+
 def checkpoint_folder(cfg: Config) -> str:
     """Where a run's checkpoints go: its work dir, unless ``CheckpointHook`` has an ``out_dir``."""
-    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
-    out = hook.get("out_dir")
+    out = _checkpoint_hook(cfg).get("out_dir")
     if not out or out == cfg.work_dir:
         return cfg.work_dir
     return os.path.join(out, os.path.basename(cfg.work_dir.rstrip(os.sep)))
@@ -134,8 +137,9 @@ def _choose(cfg: Config, resume: str | None) -> tuple[str | None, int | None]:
         return None, None
     if resume == "auto":
         folder = checkpoint_folder(cfg)
-        paths = [Path(folder, PREEMPTED_FILE), latest_whole(folder)]
-        metas = {p: _meta(p) for p in paths if p is not None and is_whole(p)}
+        preempted = Path(folder, PREEMPTED_FILE)
+        paths = [preempted if is_whole(preempted) else None, latest_whole(folder)]
+        metas = {p: meta_of(p) for p in paths if p is not None}
         if not metas:
             print(f"{folder}: nothing to resume: starting from scratch")
             return None, None
@@ -143,15 +147,8 @@ def _choose(cfg: Config, resume: str | None) -> tuple[str | None, int | None]:
         print(f"resuming from {path}")
         return str(path), metas[path].get("seed")
     if "://" in resume:
-        return resume, _meta(resume).get("seed")
-    return _find(resume, ""), _meta(resume).get("seed")
-
-
-def _meta(path: str | os.PathLike) -> dict[str, Any]:
-    """What a checkpoint says about the run that saved it; its tensors are not read."""
-    checkpoint = load(str(path), "meta")
-    meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
-    return meta if isinstance(meta, dict) else {}
+        return resume, meta_of(resume).get("seed")
+    return _find(resume, ""), meta_of(resume).get("seed")
 
 
 def _find(path: str, folder: str) -> str:
