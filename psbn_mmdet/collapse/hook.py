@@ -143,13 +143,12 @@ class SparsityLoggerHook(Hook):
     def _report(self, runner: Runner) -> Report:
         """On the model as it is, with FLOPs if they are wanted and can be counted."""
         model = _unwrapped(runner.model)
-        report = measure(model, *self.thresholds)
         if self.input_size:
             try:
                 return measure(model, *self.thresholds, self.input_size)
             except MeasureError as error:
                 self._warn_once(runner, "flops", f"no FLOPs of the collapsed filters: {error}")
-        return report
+        return measure(model, *self.thresholds)
 
     def _open_trace(self, runner: Runner, report: Report) -> None:
         path = Path(runner.work_dir, FILE_NAME)
