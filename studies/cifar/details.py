@@ -13,8 +13,9 @@ import numpy as np
 from psbn_mmdet.collapse import filter_l1
 from psbn_mmdet.collapse.course import non_trainable
 from psbn_mmdet.collapse.trace import Trace, read
+from studies.runs import folder_of
 
-from .engine import folder_of, macs
+from .engine import macs
 from .experiments import Experiment, Run
 from .rounds import network_state
 from .settings import Settings

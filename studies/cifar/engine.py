@@ -12,7 +12,6 @@ estimates what is left. On Slurm, ``--shard`` in a job array needs neither.
 
 import heapq
 import json
-import math
 import os
 import queue
 import subprocess
@@ -30,27 +29,18 @@ from mmengine.device import get_device
 from torch.nn import functional as F
 
 from psbn_mmdet.collapse import probe
+from studies.runs import RunError, check_folders, duration, folder_of, result_of
 
 from . import data
 from .experiments import Experiment, Run
 from .networks import build_network
 from .rounds import check_amp
-from .settings import RunError, Settings, check_settings
+from .settings import Settings
 
 POLL_SECONDS = 60.0
 """Between two lines of progress."""
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout: workers import this package
-
-
-def folder_of(experiment: Experiment, run: Run, out: str | os.PathLike) -> Path:
-    return Path(out, experiment.name, run.name)
-
-
-def result_of(experiment: Experiment, run: Run, out: str | os.PathLike) -> dict[str, Any] | None:
-    """The content of a finished run's ``result.json``."""
-    path = folder_of(experiment, run, out) / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def families(runs: Sequence[Run]) -> list[list[Run]]:
@@ -95,14 +85,7 @@ def prepare(experiment: Experiment, out: str | os.PathLike, data_root: str | os.
     if any(run.settings.amp for run in experiment.runs):
         check_amp(get_device())
     try:
-        for run in experiment.runs:
-            check_settings(run.settings, folder_of(experiment, run, out))
-            result = result_of(experiment, run, out)
-            if result and result["data_crc32"] != crc:
-                raise RunError(
-                    f"{folder_of(experiment, run, out)}: was trained on another copy of CIFAR-10 "
-                    f"(CRC-32 {result['data_crc32']}, here {crc}); name another --out"
-                )
+        check_folders(experiment, out, crc, "CIFAR-10")
     except PermissionError as error:
         raise RunError(f"{error.filename}: no permission to write; name another --out") from None
 
@@ -203,19 +186,6 @@ class Clock:
             self.timed[key] = time_steps(settings) / work(settings, 1)
             torch.set_num_threads(before)
         return self.timed[key]
-
-
-def duration(seconds: float) -> str:
-    """'40 s', '12 min', '3 h 05 min', '2 days 4 h'."""
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    minutes = round(seconds / 60)
-    if minutes < 120:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes:02d} min"
-    return f"{hours // 24} days {hours % 24} h"
 
 
 # ---------------------------------------------------------------- doing it

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .settings import RunError, Settings
+from studies.runs import RunError
+
+from .settings import Settings
 
 PAPER = Settings()
 """Section 3.1: all images, batch 128, lr 0.1, decay 5e-4, 9 rounds of 100 epochs."""
@@ -127,13 +129,26 @@ def build(
     return replace(experiment, preset=preset)
 
 
-def _runs(base: Settings, seeds: int, arms: dict[str, dict[str, Any]], **place: Any) -> list[Run]:
-    """Seed by seed, so that a study cut short has all arms of its first seeds."""
-    return [
-        Run(f"{_slug(arm)}-seed{seed}", arm, replace(base, **{**changes, "seed": seed}), **place)
-        for seed in range(seeds)
-        for arm, changes in arms.items()
-    ]
+def _runs(
+    base: Settings, seeds: int, arms: dict[str, dict[str, Any]], parent: str = "", **place: Any
+) -> list[Run]:
+    """Seed by seed, so that a study cut short has all arms of its first seeds.
+
+    Args:
+        base: What the arms share.
+        seeds: How many.
+        arms: What each changes.
+        parent: The arm whose run of the same seed each starts from, if any.
+        **place: In a figure.
+    """
+    runs = []
+    for seed in range(seeds):
+        shared = replace(base, seed=seed)
+        if parent:
+            shared = replace(shared, parent=f"{_slug(parent)}-seed{seed}")
+        for arm, changes in arms.items():
+            runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, replace(shared, **changes), **place))
+    return runs
 
 
 def _slug(arm: str) -> str:
@@ -390,9 +405,7 @@ def _recovery(base: Settings, seeds: int, paper: bool) -> Experiment:
         "on as psBN, preserve": dict(norm="psBN", load_bn="preserve"),
         "on as psBN, shift": dict(norm="psBN", load_bn="shift"),
     }
-    for run in _runs(after, seeds, arms, line="after"):
-        parent = f"bn-seed{run.settings.seed}"
-        runs.append(replace(run, settings=replace(run.settings, parent=parent)))
+    runs += _runs(after, seeds, arms, parent="BN", line="after")
     return Experiment(
         "recovery",
         "Recovery: a network that collapsed under BN goes on as psBN, or as BN",
@@ -427,9 +440,7 @@ def _finetune(base: Settings, seeds: int, paper: bool) -> Experiment:
         "psBN, preserve": dict(norm="psBN", load_bn="preserve"),
         "psBN, shift": dict(norm="psBN", load_bn="shift"),
     }
-    for run in _runs(after, seeds, arms, line="after"):
-        parent = f"pretrained-seed{run.settings.seed}"
-        runs.append(replace(run, settings=replace(run.settings, parent=parent)))
+    runs += _runs(after, seeds, arms, parent="pretrained", line="after")
     return Experiment(
         "finetune",
         "A collapsed network finetuned on more data with less decay",

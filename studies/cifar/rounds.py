@@ -41,6 +41,7 @@ from psbn_mmdet.checkpoint import load as load_checkpoint
 from psbn_mmdet.checkpoint import mismatch
 from psbn_mmdet.collapse import THRESHOLD, measure
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
+from studies.runs import RunError, check_settings, write_json
 
 from .data import (
     Batches,
@@ -53,7 +54,7 @@ from .data import (
     random_labels,
     scaled,
 )
-from .settings import RunError, Settings, check_settings, write_json
+from .settings import Settings
 
 DATA_SEED = 0
 """Of the subset of images and the random labels, for all runs alike."""

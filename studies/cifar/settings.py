@@ -1,14 +1,11 @@
-"""What decides the outcome of a run of the study, and that a folder holds no other run's."""
+"""What decides the outcome of a run of the study."""
 
-import json
-import os
-from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from psbn_mmdet.errors import PsbnError
+from studies.runs import RunError
 
 from .networks import MMDET_RESNET18, NETWORKS, VGG_STAGES, build_network
 
@@ -24,10 +21,6 @@ ACTIVATIONS: dict[str, dict[str, Any] | None] = {
     "LeakyReLU": dict(type="LeakyReLU", negative_slope=0.01),
     "none": None,
 }
-
-
-class RunError(PsbnError, ValueError):
-    """A run cannot be done; the message is one line that says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -138,50 +131,3 @@ class Settings:
         return build_network(
             self.network, norm_cfg, ACTIVATIONS[self.act], self.width, self.gamma_init
         )
-
-
-def with_defaults(stored: dict[str, Any], kind: type = Settings) -> dict[str, Any]:
-    """Settings as they were stored, with those that came later at their defaults.
-
-    A setting that is added later has a default that does what was done before.
-
-    Args:
-        stored: The content of a ``settings.json``.
-        kind: The dataclass of the settings.
-    """
-    defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
-    return {**defaults, **stored}
-
-
-def check_settings(settings: Any, folder: Path) -> None:
-    """Write ``settings.json``, or refuse a folder that holds another run.
-
-    Args:
-        settings: A dataclass of plain values.
-        folder: Of the run; made if need be.
-
-    Raises:
-        RunError: It was made with other settings.
-    """
-    path, wanted = folder / "settings.json", asdict(settings)
-    if path.exists():
-        found = with_defaults(json.loads(path.read_text()), type(settings))
-        differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-        if differing:
-            k = differing[0]
-            raise RunError(
-                f"{folder}: holds a run with other settings ({len(differing)} differ, as {k}: "
-                f"{found.get(k)} there, {wanted.get(k)} now); name another --out"
-            )
-        return
-    if any((folder / name).exists() for name in ("result.json", "last.pth", "round_1.pth")):
-        raise RunError(f"{folder}: holds a run but no settings.json; name another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, wanted)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Written beside and renamed: never half a file."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(content, indent=1, allow_nan=True) + "\n")
-    os.replace(new, path)

@@ -3,19 +3,16 @@
 import json
 import math
 import os
-import platform
-import statistics
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from studies.runs import RunError, by_arm, finished, processor, spread, write_json
+
 from .details import DETAILS
-from .engine import folder_of, result_of
 from .experiments import Experiment, Run
-from .settings import RunError, with_defaults, write_json
 
 METRICS = {
     "sparsity": "sparsity (% of FLOPs)",
@@ -27,40 +24,6 @@ METRICS = {
     "train_loss": "training loss, mean of the last epoch",
 }
 Outcome = tuple[Run, dict[str, Any]]
-
-
-def spread(values: Iterable[float]) -> dict[str, Any]:
-    """``mean``, sample standard deviation ``std`` (None for one value), the values themselves."""
-    values = [float(v) for v in values]
-    std = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
-    return {"mean": statistics.fmean(values), "std": std, "values": values}
-
-
-def finished(experiment: Experiment, out: str | os.PathLike) -> list[Outcome]:
-    """Runs that are done, with their results.
-
-    Raises:
-        RunError: A result is of other settings.
-    """
-    found = []
-    for run in experiment.runs:
-        result = result_of(experiment, run, out)
-        if result is None:
-            continue
-        if with_defaults(result["settings"]) != asdict(run.settings):
-            raise RunError(
-                f"{folder_of(experiment, run, out)}: holds a result of other settings; "
-                "name another --out"
-            )
-        found.append((run, result))
-    return found
-
-
-def by_arm(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
-    arms: dict[str, list[Outcome]] = {}
-    for run, result in outcomes:
-        arms.setdefault(run.arm, []).append((run, result))
-    return arms
 
 
 def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "") -> dict[str, Any]:
@@ -116,16 +79,6 @@ def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "")
         "paper": experiment.paper,
         **details,
     }
-
-
-def processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _cell(value: dict[str, Any]) -> str:

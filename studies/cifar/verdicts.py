@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .settings import RunError, write_json
+from studies.runs import RunError, write_json
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"

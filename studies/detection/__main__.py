@@ -21,7 +21,7 @@ from pathlib import Path
 from mmengine.config import DictAction
 
 from psbn_mmdet.errors import BAD_INPUT
-from studies.cifar.settings import RunError, write_json
+from studies.runs import RunError, write_json
 
 from . import experiments
 

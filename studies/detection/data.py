@@ -19,7 +19,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from studies.cifar.settings import RunError, write_json
+from studies.runs import RunError, write_json
 
 TRAIN, TEST = ("train",), ("val", "test")
 """Parts of BCCD. Validation and test images are one test set: no run chooses anything by its AP."""

@@ -8,19 +8,16 @@ one experiment, each on what the others have not taken.
 """
 
 import fcntl
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from studies.cifar import data as cifar_data
 from studies.cifar import rounds as cifar_rounds
-from studies.cifar.engine import duration
-from studies.cifar.settings import RunError, check_settings
+from studies.runs import RunError, check_folders, check_settings, duration, folder_of, result_of
 
 from . import data, training
 from .experiments import Experiment, Run
@@ -32,10 +29,6 @@ WAIT_SECONDS = 10.0
 Folder = str | os.PathLike
 
 
-def folder_of(experiment: Experiment, run: Run, out: Folder) -> Path:
-    return Path(out, experiment.name, run.name)
-
-
 def backbone_folder(name: str, out: Folder) -> Path:
     return Path(out, "backbones", name)
 
@@ -43,12 +36,6 @@ def backbone_folder(name: str, out: Folder) -> Path:
 def annotations_of(experiment: Experiment, out: Folder) -> Path:
     """The COCO annotations that all results of an experiment are compared by."""
     return Path(out, experiment.name, "annotations.json")
-
-
-def result_of(experiment: Experiment, run: Run, out: Folder) -> dict[str, Any] | None:
-    """The content of a finished run's ``result.json``."""
-    path = folder_of(experiment, run, out) / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def prepare(experiment: Experiment, out: Folder, data_root: Folder) -> str:
@@ -64,15 +51,7 @@ def prepare(experiment: Experiment, out: Folder, data_root: Folder) -> str:
     try:
         for name, settings in experiment.backbones.items():
             check_settings(settings, backbone_folder(name, out))
-        for run in experiment.runs:
-            folder = folder_of(experiment, run, out)
-            check_settings(run.settings, folder)
-            result = result_of(experiment, run, out)
-            if result and result["data_crc32"] != crc:
-                raise RunError(
-                    f"{folder}: was trained on another copy of the data (CRC-32 "
-                    f"{result['data_crc32']}, here {crc}); name another --out"
-                )
+        check_folders(experiment, out, crc, "the data")
         count = experiment.runs[0].settings.test_images
         data.write_test_annotations(data_root, annotations_of(experiment, out), count)
     except PermissionError as error:

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from studies.cifar.networks import MMDET_RESNET18
-from studies.cifar.settings import RunError
 from studies.cifar.settings import Settings as CifarSettings
+from studies.runs import RunError
 
 from .settings import BN, METHODS, PRESERVE, SHIFT, Settings
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from studies.cifar.settings import RunError
+from studies.runs import RunError
 
 MODEL_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo" / "demo_bn.py"
 

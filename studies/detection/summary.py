@@ -13,10 +13,9 @@ from typing import Any
 
 from psbn_mmdet.ap.coco_files import Results, read_annotations, read_results
 from psbn_mmdet.ap.compare import Comparison, compare, measure
-from studies.cifar.settings import RunError
-from studies.cifar.summary import processor, spread
+from studies.runs import RunError, by_arm, finished, folder_of, processor, spread
 
-from .engine import annotations_of, folder_of, result_of
+from .engine import annotations_of
 from .experiments import Experiment, Run
 
 FILTERS = {
@@ -28,33 +27,6 @@ FILTERS = {
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 Outcome = tuple[Run, dict[str, Any]]
-
-
-def finished(experiment: Experiment, out: str | os.PathLike) -> list[Outcome]:
-    """Runs that are done, with their results.
-
-    Raises:
-        RunError: A result is of other settings.
-    """
-    outcomes = []
-    for run in experiment.runs:
-        result = result_of(experiment, run, out)
-        if result is None:
-            continue
-        if result["settings"] != asdict(run.settings):
-            raise RunError(
-                f"{folder_of(experiment, run, out)}: holds a result of other settings; "
-                "name another --out"
-            )
-        outcomes.append((run, result))
-    return outcomes
-
-
-def by_arm(outcomes: Iterable[Outcome]) -> dict[str, list[Outcome]]:
-    arms: dict[str, list[Outcome]] = {}
-    for run, result in outcomes:
-        arms.setdefault(run.arm, []).append((run, result))
-    return arms
 
 
 def summarise(

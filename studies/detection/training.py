@@ -27,7 +27,7 @@ from psbn_mmdet.ap.evaluate import evaluate
 from psbn_mmdet.checkpoint import bn_state_dict, mismatch
 from psbn_mmdet.collapse import gather, measure, norm_modules
 from studies.cifar.rounds import RoundsTrainLoop, latest_checkpoint, network_state
-from studies.cifar.settings import RunError, check_settings, write_json
+from studies.runs import RunError, check_settings, write_json
 
 from .data import Batches, Images, samples
 from .settings import ANCHORED, Settings, learning_rate, model_config

@@ -1,12 +1,24 @@
 """The command lines of tools/, called in this process."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 
 from tests.helpers.paths import ROOT
 
 TOOLS = ROOT / "tools"
+
+
+def start_study(name, *arguments, stderr=subprocess.PIPE):
+    """`python -m studies.NAME ARGUMENTS`, started."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"studies.{name}", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
+    )
 
 
 class Main:

@@ -15,7 +15,8 @@ from psbn_mmdet.collapse.trace import read
 from studies.cifar import data, rounds
 from studies.cifar.data import Batches
 from studies.cifar.rounds import make_runner, study_data, train_run
-from studies.cifar.settings import RunError, Settings
+from studies.cifar.settings import Settings
+from studies.runs import RunError
 from tests.helpers.cifar_files import write_cifar
 
 TOY = Settings(

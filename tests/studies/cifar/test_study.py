@@ -1,15 +1,14 @@
 """The experiments end to end at toy size, the engine that does their runs, the command line."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -21,10 +20,12 @@ from studies.cifar import details, engine, experiments
 from studies.cifar.__main__ import main
 from studies.cifar.experiments import Run, build
 from studies.cifar.rounds import train_run
-from studies.cifar.settings import RunError, Settings, with_defaults, write_json
-from studies.cifar.summary import markdown, redraw, spread, summarise, write_results
+from studies.cifar.settings import Settings
+from studies.cifar.summary import markdown, redraw, summarise, write_results
+from studies.runs import RunError, duration, folder_of, result_of, spread, with_defaults, write_json
 from tests.helpers.cifar_files import write_cifar
 from tests.helpers.paths import ROOT
+from tests.helpers.tools import start_study
 
 TOY = dict(width=0.1, images=40, test_images=20, batch_size=20, epochs=1, rounds=2)
 
@@ -34,19 +35,12 @@ def root(tmp_path_factory):
     return write_cifar(tmp_path_factory.mktemp("cifar"))
 
 
-def tool(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "studies.cifar", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
-    )
+tool = partial(start_study, "cifar")
 
 
 def do_here(experiment, out, root):
     for run in experiment.runs:
-        folder = engine.folder_of(experiment, run, out)
+        folder = folder_of(experiment, run, out)
         train_run(run.settings, folder, root)
 
 
@@ -104,7 +98,7 @@ def test_published_results_are_of_the_reduced_preset_as_it_stands(path):
     for run in experiment.runs:
         arm = published["arms"][run.arm]
         assert run.settings.seed in arm["seeds"]
-        for name, value in with_defaults(arm["settings"]).items():
+        for name, value in with_defaults(arm["settings"], Settings).items():
             if name == "seed":
                 continue
             wanted = getattr(run.settings, name)
@@ -181,7 +175,7 @@ def test_mean_and_deviation_are_over_seeds(tmp_path):
     experiment = build("shuffled", "reduced", TOY, seeds=3)
     values = {}
     for i, run in enumerate(experiment.runs):
-        folder = engine.folder_of(experiment, run, tmp_path)
+        folder = folder_of(experiment, run, tmp_path)
         folder.mkdir(parents=True)
         rows = [
             dict(round=n, train_loss=1.0, epoch_losses=[1.0], accuracy=float(i**2 + n))
@@ -261,7 +255,7 @@ def test_estimate_is_work_by_measured_speed_over_workers(tmp_path):
     experiment = experiments.Experiment("e", "", "rounds", runs)
     total = base.iterations
     for i, done in ((0, total // 2), (1, total)):
-        folder = engine.folder_of(experiment, runs[i], tmp_path)
+        folder = folder_of(experiment, runs[i], tmp_path)
         folder.mkdir(parents=True)
         write_json(
             folder / "progress.json",
@@ -279,7 +273,7 @@ def test_estimate_is_work_by_measured_speed_over_workers(tmp_path):
 
 def test_durations_read_well():
     cases = {3.2: "4 s", 600: "10 min", 9000: "2 h 30 min", 9e5: "10 days 10 h"}
-    assert {engine.duration(s): text for s, text in cases.items()} == {
+    assert {duration(s): text for s, text in cases.items()} == {
         text: text for text in cases.values()
     }
 
@@ -356,7 +350,7 @@ def test_command_is_killed_goes_on_and_ends_as_if_it_had_not(root, tmp_path):
     experiment = build("linear", "reduced", {**TOY, "epochs": 20}, seeds=1)
     do_here(experiment, tmp_path / "whole", root)
     for run in experiment.runs:
-        a, b = (engine.result_of(experiment, run, tmp_path / n) for n in ("cut", "whole"))
+        a, b = (result_of(experiment, run, tmp_path / n) for n in ("cut", "whole"))
         assert a["rounds"] == b["rounds"]
 
 
@@ -419,7 +413,7 @@ def test_json_without_what_its_figure_shows_is_one_line(tmp_path, called):
 
 def test_other_copy_of_the_data_is_refused(root, tmp_path):
     experiment = build("fig1b", "reduced", dict(TOY, images=100), seeds=1)
-    folder = Path(engine.folder_of(experiment, experiment.runs[0], tmp_path))
+    folder = Path(folder_of(experiment, experiment.runs[0], tmp_path))
     engine.prepare(experiment, tmp_path, root)
     (folder / "result.json").write_text(json.dumps({"data_crc32": "00000000"}))
     with pytest.raises(RunError, match="another copy of CIFAR-10"):

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from studies.cifar import verdicts
-from studies.cifar.settings import RunError
 from studies.cifar.verdicts import BEGIN, END, Claim, judge
+from studies.runs import RunError
 
 DIFFERENCES = {0: 1.0, 1: 4.4, 2: 2.6}
 

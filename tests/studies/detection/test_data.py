@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from psbn_mmdet.ap.coco_files import read_annotations as read_coco
-from studies.cifar.settings import RunError
 from studies.detection import data
+from studies.runs import RunError
 from tests.helpers.smears import write_smears
 
 

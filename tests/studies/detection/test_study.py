@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from psbn_mmdet.ap.coco_files import read_annotations, read_results
 from psbn_mmdet.ap.evaluate import evaluate
 from psbn_mmdet.checkpoint import load
 from studies.cifar.networks import build_network
-from studies.cifar.settings import RunError
 from studies.cifar.settings import Settings as CifarSettings
 from studies.detection import data, engine, experiments, figures, summary, training
 from studies.detection.__main__ import main
@@ -31,9 +29,11 @@ from studies.detection.settings import (
     Settings,
     learning_rate,
 )
+from studies.runs import RunError, folder_of, result_of
 from tests.helpers.cifar_files import write_cifar
 from tests.helpers.paths import ROOT
 from tests.helpers.smears import write_smears
+from tests.helpers.tools import start_study
 
 TOY = dict(base_channels=8, width=64, height=48, batch_size=2, epochs=4, warmup=1, lr=0.1)
 PRETRAINING = dict(width=8 / 64, images=40, test_images=20, batch_size=20, epochs=1)
@@ -58,14 +58,7 @@ def rounds(root, tmp_path_factory):
     return experiment, out
 
 
-def tool(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "studies.detection", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
-    )
+tool = partial(start_study, "detection", stderr=subprocess.STDOUT)
 
 
 # ---------------------------------------------------------------- what is run
@@ -202,8 +195,8 @@ def test_backbone_that_does_not_fit_or_is_missing_is_one_line(pretrained, tmp_pa
 def test_results_are_what_the_checkpoint_detects(rounds, root):
     experiment, out = rounds
     run = experiment.runs[1]
-    folder = engine.folder_of(experiment, run, out)
-    result = engine.result_of(experiment, run, out)
+    folder = folder_of(experiment, run, out)
+    result = result_of(experiment, run, out)
     assert [row["round"] for row in result["rounds"]] == [1, 2]
     model = training.build_model(run.settings, 2)
     model.load_state_dict(load(folder / "round_2.pth")["state_dict"])
@@ -226,7 +219,7 @@ def test_killed_run_goes_on_to_the_bit(rounds, root, tmp_path):
             whole = tmp_path / "whole"
             training.train_run(settings, whole, *images, annotations, "crc")
         else:
-            settings, whole = run.settings, engine.folder_of(experiment, run, out)
+            settings, whole = run.settings, folder_of(experiment, run, out)
         cut = tmp_path / f"cut_{settings.method}"
         cut.mkdir()
         for name in ("round_1.pth", "settings.json"):
@@ -242,7 +235,7 @@ def test_killed_run_goes_on_to_the_bit(rounds, root, tmp_path):
 def test_finished_runs_are_skipped_and_other_settings_refused(rounds, root):
     experiment, out = rounds
     said = []
-    before = engine.folder_of(experiment, experiment.runs[0], out) / "result.json"
+    before = folder_of(experiment, experiment.runs[0], out) / "result.json"
     stamp = before.stat().st_mtime_ns
     engine.execute(experiment, out, root, "no-cifar", said.append)
     assert said == ["rounds: 6 of 6 runs finished"]
@@ -255,7 +248,7 @@ def test_finished_runs_are_skipped_and_other_settings_refused(rounds, root):
 def test_two_processes_share_an_experiment(root, tmp_path):
     experiment = experiments.build("rounds", dict(TOY, rounds=1), seeds=1)
     engine.prepare(experiment, tmp_path, root)
-    first = engine.folder_of(experiment, experiment.runs[0], tmp_path)
+    first = folder_of(experiment, experiment.runs[0], tmp_path)
     with engine._lock(first) as mine:
         assert mine
         with engine._lock(first) as also_mine:
@@ -277,7 +270,7 @@ def test_summary_has_ap_of_the_result_files_and_verdicts(rounds):
         for number, row in enumerate(entry["rounds"], 1):
             ap = []
             for run in members:
-                file = engine.folder_of(experiment, run, out) / f"round_{number}.bbox.json"
+                file = folder_of(experiment, run, out) / f"round_{number}.bbox.json"
                 ap.append(100 * evaluate(truth, read_results(file, truth))[0]["AP"])
             assert row["AP"]["values"] == pytest.approx(ap)
             assert row["AP"]["low"] <= row["AP"]["high"]
