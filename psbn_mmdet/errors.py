@@ -65,14 +65,15 @@ def require_packages(extra: str, *names: str) -> None:
 
 
 @contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """End the program with one line and :data:`BAD_INPUT` for what its user can put right."""
+def errors_in_one_line(program: str | None = None) -> Iterator[None]:
+    """End the program with one line and :data:`BAD_INPUT` for what its user can put right.
+
+    Args:
+        program: What the line begins with; by default the name of the script.
+    """
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # mmengine's, many times
     try:
         yield
     except PsbnError as error:
-        program = Path(sys.argv[0])
-        if program.name == "__main__.py":  # python -m studies.cifar
-            program = program.parent
-        print(f"{program.name}: {error}", file=sys.stderr)
+        print(f"{program or Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)

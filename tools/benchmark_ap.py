@@ -21,6 +21,7 @@ from scipy.special import expit
 
 from psbn_mmdet.ap import compare, evaluate, matching
 from psbn_mmdet.ap.coco_files import Annotations, Results
+from psbn_mmdet.errors import PsbnError, errors_in_one_line
 
 
 def simulate_objects(rng: np.random.Generator, images: int, classes: int) -> Annotations:
@@ -290,6 +291,10 @@ def bench_coverage(draws: int = 400, processes: int = 2, only: str = "", seeds: 
     images. Beside it, where an arm has one run, how often the interval holds it that drops the
     repeated images of a resample.
     """
+    settings = [s for s in SETTINGS if only in s.what]
+    if not settings:
+        names = "; ".join(s.what for s in SETTINGS)
+        raise PsbnError(f"--only {only}: no arms have that in their name; there are: {names}")
     print(
         "| arms | sd of AP between seeds | true difference | covered | below | above | width "
         "| without repeats |\n" + "| --- " + "| ---: " * 7 + "|",
@@ -297,7 +302,7 @@ def bench_coverage(draws: int = 400, processes: int = 2, only: str = "", seeds: 
     )
     quantiles = (np.arange(seeds) + 0.5) / seeds
     with ProcessPoolExecutor(processes) as pool:
-        for s in (s for s in SETTINGS if only in s.what):
+        for s in settings:
             aps = [
                 list(pool.map(_true_ap, [s] * seeds, [arm] * seeds, quantiles)) for arm in (0, 1)
             ]
@@ -324,7 +329,8 @@ if __name__ == "__main__":
     parser.add_argument("--processes", type=int, default=2, help="of coverage")
     parser.add_argument("--only", default="", help="coverage of the arms whose name has this in it")
     args = parser.parse_args()
-    if args.what == "speed":
-        bench_speed()
-    else:
-        bench_coverage(args.draws, args.processes, args.only)
+    with errors_in_one_line():
+        if args.what == "speed":
+            bench_speed()
+        else:
+            bench_coverage(args.draws, args.processes, args.only)

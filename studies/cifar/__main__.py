@@ -91,8 +91,7 @@ def _say(paths: list[Path]) -> None:
 def main() -> int:
     args = parse()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the workers end too
-    sys.argv[0] = "studies.cifar"  # what the lines about errors begin with
-    with errors_in_one_line():
+    with errors_in_one_line("studies.cifar"):
         try:
             if args.command == "draw":
                 for path in args.json:

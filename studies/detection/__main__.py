@@ -20,8 +20,8 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from psbn_mmdet.errors import BAD_INPUT
-from studies.runs import RunError, write_json
+from psbn_mmdet.errors import errors_in_one_line
+from studies.runs import write_json
 
 from . import experiments
 
@@ -107,13 +107,11 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    try:
-        run(args)
-    except RunError as error:
-        print(f"studies.detection: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
-        sys.exit("studies.detection: stopped; the same command goes on from here")
+    with errors_in_one_line("studies.detection"):
+        try:
+            run(args)
+        except KeyboardInterrupt:
+            sys.exit("studies.detection: stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":

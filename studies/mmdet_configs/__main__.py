@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", default=["*"], help="patterns, as 'yolox/*'")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder")
     args = parser.parse_args()
-    with errors_in_one_line():
+    with errors_in_one_line("mmdet_configs"):
         run(args.configs, args.out)
 
 
