@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from psbn_mmdet.collapse import filter_l1
 from psbn_mmdet.collapse.course import non_trainable
+from psbn_mmdet.collapse.stripping import time_in_pairs
 from psbn_mmdet.collapse.trace import Trace, read
-from studies.runs import folder_of
+from studies.runs import folder_of, result_of, spread
 
+from .cuts import cut, size_of
 from .engine import macs
 from .experiments import Experiment, Run
 from .rounds import network_state
@@ -112,6 +115,57 @@ def _sizes(experiment: Experiment, arms: Arms, out: Path) -> dict[str, Any]:
     return {"flops_percent": {a: 100 * size / max(sizes.values()) for a, size in sizes.items()}}
 
 
+TIMED_IMAGES, TIMED_PAIRS = 100, 30
+
+
+def _cuts(experiment: Experiment, arms: Arms, out: Path) -> dict[str, Any]:
+    """What each network is before it is trained on, in percent of the collapsed one."""
+    runs_by_name = {run.name: run for run in experiment.runs}
+    found = {}
+    for arm, runs in arms.items():
+        if runs[0].settings.parent is None:
+            continue
+        pairs = []
+        for run in runs:
+            parent = runs_by_name[run.settings.parent or ""]
+            result, before = result_of(experiment, run, out), result_of(experiment, parent, out)
+            assert result and before  # finished, and a parent is before its children
+            size = parent.settings.image_size
+            whole = size_of(parent.settings.network_module(), size)
+            whole["accuracy"] = before["rounds"][-1]["accuracy"]
+            pairs.append((result.get("start", whole), whole))
+        parent = runs_by_name[runs[0].settings.parent or ""]
+        found[arm] = {
+            "flops_percent": spread(100 * s["macs"] / w["macs"] for s, w in pairs),
+            "parameters_percent": spread(100 * s["parameters"] / w["parameters"] for s, w in pairs),
+            "accuracy": spread(s["accuracy"] for s, _ in pairs),
+            "time_percent": time_percent(
+                runs[0].settings, parent.settings, folder_of(experiment, parent, out)
+            ),
+        }
+    return {
+        "cuts": found,
+        "timed": f"Time: {TIMED_PAIRS} pairs of {TIMED_IMAGES} images, the networks of one seed, "
+        f"{torch.get_num_threads()} threads; median and quartiles of the pairs.",
+    }
+
+
+def time_percent(settings: Settings, parent: Settings, folder: Path) -> list[float] | None:
+    """A cut network's time of a forward pass in percent of its parent's; None if it is not cut."""
+    if not settings.cut:
+        return None
+    whole, smaller = parent.network_module(), parent.network_module()
+    for network in (whole, smaller):
+        network.load_state_dict(network_state(folder / f"round_{parent.rounds}.pth"))
+    smaller = cut(smaller, settings)
+    for network in (whole, smaller):
+        network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(TIMED_IMAGES, 3, parent.image_size, parent.image_size)
+    images = images.to(memory_format=torch.channels_last)
+    pairs = time_in_pairs(whole, smaller, lambda network: network(images), TIMED_PAIRS)
+    return [float(q) for q in np.percentile([100 * b / a for a, b in pairs], [25, 50, 75])]
+
+
 def recovery_of(trace: Trace) -> dict[str, Any]:
     """What became of the filters that were collapsed at the first moment of a trace.
 
@@ -167,6 +221,7 @@ DETAILS: dict[str, Callable[[Experiment, Arms, Path], dict[str, Any]]] = {
     "histograms": _norms,
     "paths": _paths,
     "pruning": _sizes,
+    "cuts": _cuts,
     "recovery": _recovery,
 }
 """Kind of figure -> what it shows of the finished runs, under the JSON's keys."""

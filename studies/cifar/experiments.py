@@ -394,6 +394,31 @@ def _table1(base: Settings, seeds: int, paper: bool) -> Experiment:
     )
 
 
+@_experiment("strip", seeds=3, image_size=16)
+def _strip(base: Settings, seeds: int, paper: bool) -> Experiment:
+    once = replace(base, rounds=1)
+    runs = _runs(base, seeds, {"collapsed": {}}, line="before")
+    arms: dict[str, dict[str, Any]] = {
+        "as it is": {},
+        "stripped": dict(cut="strip"),
+        "Torch-Pruning": dict(cut="magnitude"),
+        "uniform, from scratch": dict(cut="uniform", rounds=base.rounds + 1),
+    }
+    runs += _runs(once, seeds, arms, parent="collapsed", line="after")
+    return Experiment(
+        "strip",
+        "Section 3.7: a collapsed network stripped, and two other ways to its FLOPs",
+        "cuts",
+        tuple(runs),
+        (
+            "The network is fig3's BN + ReLU; reduced: on images of 16x16.",
+            "Each is trained on for one round; uniform: for all rounds and this one, from random "
+            "weights.",
+            "Torch-Pruning: groups of coupled filters by their L2 norms, over all layers.",
+        ),
+    )
+
+
 @_experiment("recovery", seeds=8, rounds=3)
 def _recovery(base: Settings, seeds: int, paper: bool) -> Experiment:
     trunk = replace(base, rounds=3 if paper else base.rounds)

@@ -189,6 +189,22 @@ def _draw_pruning(figure: Figure, summary: dict[str, Any]) -> None:
     axes.legend(fontsize=8)
 
 
+def _draw_cuts(figure: Figure, summary: dict[str, Any]) -> None:
+    """Accuracy against FLOPs: hollow before, full after the training."""
+    figure.set_size_inches(6.5, 4.5)
+    axes = figure.subplots()
+    for color, (arm, entry) in zip(_COLORS, summary["cuts"].items(), strict=False):
+        x = entry["flops_percent"]["mean"]
+        after = summary["arms"][arm]["rounds"][-1]["accuracy"]
+        axes.errorbar(x, after["mean"], after["std"], fmt="o", color=color, capsize=3, label=arm)
+        before = entry["accuracy"]["mean"]
+        axes.plot([x, x], [before, after["mean"]], ":", color=color, lw=1)
+        axes.plot(x, before, "o", mfc="white", color=color)
+    axes.plot([], [], "o", mfc="white", color="black", label="before the training")
+    axes.set(xlabel="FLOPs (% of the collapsed network's)", ylabel=METRICS["accuracy"])
+    axes.legend(fontsize=8)
+
+
 def _draw_recovery(figure: Figure, summary: dict[str, Any]) -> None:
     figure.set_size_inches(10, 4)
     left, right = figure.subplots(1, 2)
@@ -209,6 +225,7 @@ _DRAW: dict[str, Callable[[Figure, dict[str, Any]], None]] = {
     "pruning": _draw_pruning,
     "sweep": _draw_sweep,
     "snapshots": _draw_snapshots,
+    "cuts": _draw_cuts,
     "recovery": _draw_recovery,
     "finetune": _draw_finetune,
     "alpha": _draw_alpha,

@@ -43,6 +43,7 @@ from psbn_mmdet.collapse import THRESHOLD, measure
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
 from studies.runs import RunError, check_settings, write_json
 
+from .cuts import cut, size_of
 from .data import (
     Batches,
     DataError,
@@ -317,8 +318,10 @@ def make_runner(
     torch.manual_seed(settings.seed)
     network = settings.network_module()
     resume_from = latest_checkpoint(folder)
-    if settings.parent and not resume_from:
+    if settings.parent and (settings.cut or not resume_from):
         _start_from_parent(network, folder.parent / settings.parent)
+    if settings.cut:
+        network = cut(network, settings)
     batches = Batches(
         train,
         settings.batch_size,
@@ -429,6 +432,10 @@ def train_run(
     train, test = study_data(settings, data_root)
     runner = make_runner(settings, train, test, folder, checkpoint_seconds=checkpoint_seconds)
     hook = next(h for h in runner.hooks if isinstance(h, RoundsHook))
+    network = runner.model.network
+    start = {}
+    if settings.cut:
+        start = {**size_of(network, settings.image_size), "accuracy": accuracy(network, test)}
     runner.train()
     result = {
         "settings": asdict(settings),
@@ -438,6 +445,8 @@ def train_run(
         "threads": torch.get_num_threads(),
         "rounds": hook.rounds,
     }
+    if start:
+        result["start"] = start
     if settings.ensemble:
         result["ensemble_accuracy"] = ensemble_accuracy(settings, folder, test)
     write_json(result_path, result)

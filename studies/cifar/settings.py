@@ -51,6 +51,9 @@ class Settings:
         shuffle_before: Shuffle the entries of every parameter tensor before
             this round, if any (section 3.6).
         parent: Name of the run whose final weights this one starts from, if any.
+        cut: Whether and how the network is made smaller before it is trained: 'strip',
+            'magnitude' or 'uniform' (:mod:`.cuts`), each to the FLOPs that stripping the
+            parent's leaves.
         trace_interval: Iterations between records of gamma and beta; 0 for none.
         ensemble: Also average the softmax of so many last rounds (Table 1); 0 for not.
         evaluate_pruned: Also evaluate with the collapsed filters removed.
@@ -83,6 +86,7 @@ class Settings:
     seed: int = 0
     shuffle_before: int | None = None
     parent: str | None = None
+    cut: str | None = None
     trace_interval: int = 0
     ensemble: int = 0
     evaluate_pruned: bool = False
@@ -99,6 +103,10 @@ class Settings:
                 raise RunError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
+        if self.cut not in (None, "strip", "magnitude", "uniform"):
+            raise RunError(f"cut must be strip, magnitude, uniform or None, got {self.cut!r}")
+        if self.cut and (not self.parent or self.norm != "BN"):
+            raise RunError("only a parent's network with BN can be cut: name one, with norm=BN")
         for name in ("rounds", "epochs", "batch_size", "lr", "width"):
             if not getattr(self, name) > 0:
                 raise RunError(f"{name} must be positive, got {getattr(self, name)}")

@@ -51,6 +51,11 @@ def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "")
             "settings": settings,
             "rounds": rounds,
         }
+        if settings["cut"]:
+            entry["start"] = {
+                key: spread(result["start"][key] for _, result in members)
+                for key in ("macs", "parameters", "accuracy")
+            }
         if settings["ensemble"]:
             entry["ensemble"] = spread(result["ensemble_accuracy"] for _, result in members)
         arms[arm] = entry
@@ -130,6 +135,8 @@ def markdown(summary: dict[str, Any]) -> str:
     if "collapsed_in_round_2" in summary:
         counts = "/".join(map(str, summary["collapsed_in_round_2"]))
         lines += ["", f"Filters of the layer that collapsed in round 2, by seed: {counts}."]
+    if "cuts" in summary:
+        lines += ["", *_cuts_table(summary)]
     if "recovery" in summary:
         lines += ["", *_recovery_table(summary["recovery"])]
     lines += ["", "## Settings", "", "| | " + " | ".join(_differing(arms)) + " |"]
@@ -155,6 +162,27 @@ def markdown(summary: dict[str, Any]) -> str:
 def _differing(arms: dict[str, Any]) -> list[str]:
     all_settings = [entry["settings"] for entry in arms.values()]
     return [k for k in all_settings[0] if any(s[k] != all_settings[0][k] for s in all_settings)]
+
+
+def _cuts_table(summary: dict[str, Any]) -> list[str]:
+    lines = [
+        "## The networks and what they cost",
+        "",
+        "| | FLOPs (%) | parameters (%) | time of a forward pass (%) | accuracy at once (%) "
+        "| after training (%) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm, entry in summary["cuts"].items():
+        time = "-"
+        if entry["time_percent"]:
+            time = "{1:.0f} ({0:.0f} to {2:.0f})".format(*entry["time_percent"])
+        after = summary["arms"][arm]["rounds"][-1]["accuracy"]
+        shown = (_cell(entry[key]) for key in ("flops_percent", "parameters_percent"))
+        lines.append(
+            f"| {arm} | {' | '.join(shown)} | {time} | {_cell(entry['accuracy'])} "
+            f"| {_cell(after)} |"
+        )
+    return [*lines, "", summary["timed"]]
 
 
 def _recovery_table(recovery: dict[str, Any]) -> list[str]:
