@@ -394,7 +394,7 @@ def _table1(base: Settings, seeds: int, paper: bool) -> Experiment:
     )
 
 
-@_experiment("strip", seeds=3, image_size=16)
+@_experiment("strip", seeds=3, image_size=16, width=0.5, rounds=4)
 def _strip(base: Settings, seeds: int, paper: bool) -> Experiment:
     once = replace(base, rounds=1)
     runs = _runs(base, seeds, {"collapsed": {}}, line="before")
@@ -411,7 +411,8 @@ def _strip(base: Settings, seeds: int, paper: bool) -> Experiment:
         "cuts",
         tuple(runs),
         (
-            "The network is fig3's BN + ReLU; reduced: on images of 16x16.",
+            "The network is fig3's BN + ReLU; reduced: of half the width, on images of 16x16, as "
+            "what finetune starts from.",
             "Each is trained on for one round; uniform: for all rounds and this one, from random "
             "weights.",
             "Torch-Pruning: groups of coupled filters by their L2 norms, over all layers.",
