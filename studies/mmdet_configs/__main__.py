@@ -36,15 +36,22 @@ LIMIT = 300
 """Seconds for one model, of which the largest takes a minute on a free core."""
 PROPOSALS = 20
 """Of an image: the 1,000 of the configs would keep a second stage with masks busy for minutes."""
+ROUNDING = 1e-5
+"""A `difference` in float32 above which float64 is to tell whether it is more than rounding."""
 SAME = 1e-4
 """Largest `difference` that counts as rounding."""
 
 
-def configs() -> dict[str, Path]:
-    """The configs that mmdet was installed with, by their name relative to its folder."""
+def config_folder() -> Path:
+    """Of the mmdet that is installed."""
     import mmdet
 
-    root = Path(mmdet.__file__).parent / ".mim" / "configs"
+    return Path(mmdet.__file__).parent / ".mim" / "configs"
+
+
+def configs() -> dict[str, Path]:
+    """The configs that mmdet was installed with, by their name relative to its folder."""
+    root = config_folder()
     if not root.is_dir():
         raise PsbnError(f"{root}: mmdet was installed without its configs; install it with mim")
     paths = (p for p in sorted(root.rglob("*.py")) if "_base_" not in p.parts)
@@ -84,7 +91,7 @@ def few_proposals(value: Any) -> Any:
 def check(model: dict) -> dict[str, Any]:
     """What becomes of one model.
 
-    In float32; where outputs differ by more than :data:`SAME`, once more in float64, in which
+    In float32; where outputs differ by more than :data:`ROUNDING`, once more in float64, in which
     rounding does not change which proposals are the best, but which takes many times as long.
 
     Returns:
@@ -96,7 +103,7 @@ def check(model: dict) -> dict[str, Any]:
     torch.set_num_threads(1)  # a forked process does not have the threads of the pool
     _let_nms_take_float64()
     result = _check(model, torch.float32)
-    if result.get("difference", 0) > SAME:
+    if result.get("difference", 0) > ROUNDING:
         torch.set_default_dtype(torch.float64)  # anchors are made in it, too
         exact = _check(model, torch.float64)
         if "difference" in exact:  # some operators want float32
@@ -145,9 +152,15 @@ def _check(model: dict, dtype: torch.dtype) -> dict[str, Any]:
             raise ValueError("no FLOPs")
         result["flops"] = report.flops.total
     except Exception as error:  # whatever mmdet raises is the answer for this model
-        lines = str(error).strip().splitlines() or [""]
-        result.update(failed=step, why=f"{type(error).__name__}: {lines[-1][:200]}")
+        result.update(failed=step, why=_why(error))
     return result
+
+
+def _why(error: Exception) -> str:
+    """Its last line, without the folder that mmdet is installed in."""
+    last = (str(error).strip().splitlines() or [""])[-1]
+    last = last.replace(str(config_folder()) + "/", "")
+    return f"{type(error).__name__}: {' '.join(last.split())}"[:200]
 
 
 def _let_nms_take_float64() -> None:
@@ -324,7 +337,7 @@ def run(patterns: list[str], out: Path) -> None:
         try:
             model = model_of(path)
         except Exception as error:  # of a config that needs what is not installed
-            rows[name] = {"failed": "config", "why": f"{type(error).__name__}: {error}"[:200]}
+            rows[name] = {"failed": "config", "why": _why(error)}
             continue
         if model is None:
             rows[name] = {"no_model": True}

@@ -57,7 +57,7 @@ def test_a_detector_is_converted_computes_the_same_and_is_measured():
 
 
 def test_what_rounding_could_have_done_is_compared_in_float64(monkeypatch):
-    monkeypatch.setattr(table, "SAME", 1e-12)
+    monkeypatch.setattr(table, "ROUNDING", 1e-12)
     row = table.in_a_process(retinanet(type="BN"))
     assert row["dtype"] == "float64"
     assert row["difference"] < 1e-13
