@@ -178,7 +178,7 @@ def markdown(summary: dict[str, Any]) -> str:
         f"# {summary['title']}",
         "",
         f"{summary['runs_finished']} of {summary['runs_planned']} runs finished, "
-        f"{'/'.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'} an arm. AP is in points; in brackets its "
+        f"{'/'.join(map(str, seeds))} seeds an arm. AP is in points; in brackets its "
         f"{100 * summary['confidence']:g}% interval, over test images and seeds. Filters: mean ± "
         "standard deviation over seeds.",
     ]
