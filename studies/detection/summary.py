@@ -4,6 +4,7 @@ AP, its intervals and its verdicts are those of :mod:`psbn_mmdet.ap`: they carry
 and the seeds. The states of filters are mean and standard deviation over seeds.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from psbn_mmdet.ap.coco_files import Results, read_annotations, read_results
 from psbn_mmdet.ap.compare import Comparison, compare, measure
 from studies.runs import RunError, by_arm, finished, folder_of, processor, spread
 
-from .engine import annotations_of
+from .engine import annotations_of, backbone_folder
 from .experiments import Experiment, Run
 
 FILTERS = {
@@ -102,8 +103,25 @@ def summarise(
             ),
             None,
         ),
+        "backbones": _backbones(experiment, out),
         "arms": arms,
         "differences": [_differences(c) for c in compared],
+    }
+
+
+def _backbones(experiment: Experiment, out: str | os.PathLike) -> dict[str, list[dict]]:
+    """Of the finished pretrainings, by norm and round: accuracy on CIFAR-10, collapsed filters."""
+    found: dict[str, list[list[dict]]] = {}
+    for name, settings in experiment.backbones.items():
+        path = backbone_folder(name, out) / "result.json"
+        if path.exists():
+            found.setdefault(settings.norm, []).append(json.loads(path.read_text())["rounds"])
+    return {
+        norm: [
+            {key: spread(row[key] for row in rows) for key in ("accuracy", "collapsed")}
+            for rows in zip(*members, strict=True)
+        ]
+        for norm, members in found.items()
     }
 
 
@@ -212,6 +230,16 @@ def markdown(summary: dict[str, Any]) -> str:
                     for d in summary["differences"][i]
                 ],
             )
+    if summary["backbones"]:
+        lines += ["", "## The backbones on CIFAR-10", ""]
+        lines += _table(
+            ["pretrained with", "round", "accuracy (%)", "collapsed filters (%)"],
+            (
+                [norm, str(i), _number(row["accuracy"]), _number(row["collapsed"])]
+                for norm, rows in summary["backbones"].items()
+                for i, row in enumerate(rows, 1)
+            ),
+        )
     first = next(iter(arms.values()))["settings"]
     differing = [k for k in first if any(e["settings"][k] != first[k] for e in arms.values())]
     lines += ["", "## Settings", ""]

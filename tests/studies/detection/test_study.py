@@ -332,6 +332,14 @@ def test_command_does_everything_and_goes_on_after_an_interruption(root, cifar, 
     assert 0 < int(first[1]) < int(first[2])
     drawn = (tmp_path / name / f"{name}.md").read_text()
     assert "One run per arm" in drawn
+    for norm, rounds in content["backbones"].items():  # one of each, by the CIFAR-10 study's word
+        folder = tmp_path / "backbones" / f"{norm.lower()}-seed0"
+        told = json.loads((folder / "result.json").read_text())["rounds"]
+        for row, one in zip(rounds, told, strict=True):
+            assert row["accuracy"]["values"] == [one["accuracy"]]
+            assert row["collapsed"]["values"] == [one["collapsed"]]
+            assert f"| {norm} | {one['round']} | {one['accuracy']:.1f} |" in drawn
+    assert list(content["backbones"]) == ["BN", "psBN"]
 
 
 @pytest.mark.parametrize(
