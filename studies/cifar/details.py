@@ -115,7 +115,7 @@ def _sizes(experiment: Experiment, arms: Arms, out: Path) -> dict[str, Any]:
     return {"flops_percent": {a: 100 * size / max(sizes.values()) for a, size in sizes.items()}}
 
 
-TIMED_IMAGES, TIMED_PAIRS = 100, 30
+TIMED_IMAGES, TIMED_PAIRS = 500, 15
 
 
 def _cuts(experiment: Experiment, arms: Arms, out: Path) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _cuts(experiment: Experiment, arms: Arms, out: Path) -> dict[str, Any]:
     for arm, runs in arms.items():
         if runs[0].settings.parent is None:
             continue
-        pairs = []
+        pairs, times = [], []
         for run in runs:
             parent = runs_by_name[run.settings.parent or ""]
             result, before = result_of(experiment, run, out), result_of(experiment, parent, out)
@@ -134,26 +134,24 @@ def _cuts(experiment: Experiment, arms: Arms, out: Path) -> dict[str, Any]:
             whole = size_of(parent.settings.network_module(), size)
             whole["accuracy"] = before["rounds"][-1]["accuracy"]
             pairs.append((result.get("start", whole), whole))
-        parent = runs_by_name[runs[0].settings.parent or ""]
+            if run.settings.cut:
+                folder = folder_of(experiment, parent, out)
+                times += time_percent(run.settings, parent.settings, folder)
         found[arm] = {
             "flops_percent": spread(100 * s["macs"] / w["macs"] for s, w in pairs),
             "parameters_percent": spread(100 * s["parameters"] / w["parameters"] for s, w in pairs),
             "accuracy": spread(s["accuracy"] for s, _ in pairs),
-            "time_percent": time_percent(
-                runs[0].settings, parent.settings, folder_of(experiment, parent, out)
-            ),
+            "time_percent": np.percentile(times, [25, 50, 75]).tolist() if times else None,
         }
     return {
         "cuts": found,
-        "timed": f"Time: {TIMED_PAIRS} pairs of {TIMED_IMAGES} images, the networks of one seed, "
-        f"{torch.get_num_threads()} threads; median and quartiles of the pairs.",
+        "timed": f"Time: {TIMED_PAIRS} pairs of {TIMED_IMAGES} images for each seed, "
+        f"OMP_NUM_THREADS={torch.get_num_threads()}; median and quartiles of all pairs.",
     }
 
 
-def time_percent(settings: Settings, parent: Settings, folder: Path) -> list[float] | None:
-    """A cut network's time of a forward pass in percent of its parent's; None if it is not cut."""
-    if not settings.cut:
-        return None
+def time_percent(settings: Settings, parent: Settings, folder: Path) -> list[float]:
+    """A cut network's time of a forward pass in percent of its parent's, of each pair."""
     whole, smaller = parent.network_module(), parent.network_module()
     for network in (whole, smaller):
         network.load_state_dict(network_state(folder / f"round_{parent.rounds}.pth"))
@@ -163,7 +161,7 @@ def time_percent(settings: Settings, parent: Settings, folder: Path) -> list[flo
     images = torch.randn(TIMED_IMAGES, 3, parent.image_size, parent.image_size)
     images = images.to(memory_format=torch.channels_last)
     pairs = time_in_pairs(whole, smaller, lambda network: network(images), TIMED_PAIRS)
-    return [float(q) for q in np.percentile([100 * b / a for a, b in pairs], [25, 50, 75])]
+    return [100 * after / before for before, after in pairs]
 
 
 def recovery_of(trace: Trace) -> dict[str, Any]:

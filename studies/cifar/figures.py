@@ -190,19 +190,23 @@ def _draw_pruning(figure: Figure, summary: dict[str, Any]) -> None:
 
 
 def _draw_cuts(figure: Figure, summary: dict[str, Any]) -> None:
-    """Accuracy against FLOPs: hollow before, full after the training."""
-    figure.set_size_inches(6.5, 4.5)
-    axes = figure.subplots()
+    """Accuracy against FLOPs and time: hollow before the training where there was one before."""
+    figure.set_size_inches(10, 4)
+    panels = figure.subplots(1, 2, sharey=True)
     for color, (arm, entry) in zip(_COLORS, summary["cuts"].items(), strict=False):
-        x = entry["flops_percent"]["mean"]
-        after = summary["arms"][arm]["rounds"][-1]["accuracy"]
-        axes.errorbar(x, after["mean"], after["std"], fmt="o", color=color, capsize=3, label=arm)
-        before = entry["accuracy"]["mean"]
-        axes.plot([x, x], [before, after["mean"]], ":", color=color, lw=1)
-        axes.plot(x, before, "o", mfc="white", color=color)
-    axes.plot([], [], "o", mfc="white", color="black", label="before the training")
-    axes.set(xlabel="FLOPs (% of the collapsed network's)", ylabel=METRICS["accuracy"])
-    axes.legend(fontsize=8)
+        rounds = summary["arms"][arm]["rounds"]
+        after, before = rounds[-1]["accuracy"], entry["accuracy"]["mean"]
+        time = entry["time_percent"][1] if entry["time_percent"] else 100
+        for axes, x in zip(panels, (entry["flops_percent"]["mean"], time), strict=True):
+            axes.errorbar(
+                x, after["mean"], after["std"], fmt="o", color=color, capsize=3, label=arm
+            )
+            if len(rounds) == 1:  # the others start at random
+                axes.plot(x, before, "o", mfc="none", color=color, ms=8)
+    panels[0].plot([], [], "o", mfc="none", color="black", ms=8, label="before the training")
+    panels[0].set(xlabel="FLOPs (% of the collapsed network's)", ylabel=METRICS["accuracy"])
+    panels[1].set(xlabel="time of a forward pass (%)")
+    panels[0].legend(fontsize=8, loc="lower right")
 
 
 def _draw_recovery(figure: Figure, summary: dict[str, Any]) -> None:
