@@ -23,7 +23,7 @@ FILTERS = {
     "collapsed": "collapsed filters (%)",
     "inactive": "inactive filters (%)",
     "active_probability": "mean P(active)",
-    "gamma_median": "median of |gamma|",
+    "gamma_median": "median size of gamma",
 }
 RESAMPLES = 1000
 CONFIDENCE = 0.95
