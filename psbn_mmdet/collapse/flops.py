@@ -19,7 +19,7 @@ it gives what is computed outside of these modules (the products of attention).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,12 +162,15 @@ def _run(
     model: nn.Module, live: Mapping[nn.Module, Tensor], call: Callable[[nn.Module], Any]
 ) -> _Run:
     training = {module: module.training for module in model.modules()}
+    trained = [p for p in model.parameters() if p.requires_grad]
     calls: dict[str, list[_Call]] = defaultdict(list)
     counter = FlopCounterMode(display=False, custom_mapping=_FLOPS_OF_OTHERS)
     within = _Within(counter)
     with ExitStack() as stack:
-        stack.callback(_restore, training)
+        stack.callback(_restore, training, trained)
         model.eval()
+        for parameter in trained:  # given to a module as its input, FlopCounterMode wants a graph
+            parameter.requires_grad = False
         for name, module in model.named_modules():
             if module in live:
                 hooks = _norm_hooks(live[module], within)
@@ -370,6 +373,8 @@ def _tensors(value: Any) -> list[Tensor]:
     return [v for v in value if isinstance(v, Tensor)] if isinstance(value, tuple | list) else []
 
 
-def _restore(training: Mapping[nn.Module, bool]) -> None:
+def _restore(training: Mapping[nn.Module, bool], trained: Sequence[nn.Parameter]) -> None:
     for module, flag in training.items():
         module.training = flag
+    for parameter in trained:
+        parameter.requires_grad = True

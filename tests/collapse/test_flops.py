@@ -369,6 +369,26 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x, need_weights=False)[0])
 
 
+def test_a_module_may_be_given_a_parameter():
+    """As Deformable DETR gives its queries to a linear layer."""
+
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.queries, self.linear = nn.Parameter(torch.randn(6, 4)), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.bn(self.conv(x)).relu().mean() + self.linear(self.queries).sum()
+
+    model = Queries()
+    model.linear.bias.requires_grad = False
+    # 3 * 4 for each of 8 * 8 pixels, and half of 6 * 4 * 5, as they are shared by two images.
+    assert probe(model, {}, (3, 8, 8)).total == 3 * 4 * 64 + 6 * 4 * 5 // 2
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["linear.bias"]
+
+
 def test_what_is_multiplied_outside_of_modules_counts_and_stays():
     model = Attention()
     kill(model.body[1], 0, 1)
