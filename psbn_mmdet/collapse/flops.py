@@ -169,7 +169,7 @@ def _run(
     with ExitStack() as stack:
         stack.callback(_restore, training, trained)
         model.eval()
-        for parameter in trained:  # given to a module as its input, FlopCounterMode wants a graph
+        for parameter in trained:  # a view given to a module: FlopCounterMode would want its graph
             parameter.requires_grad = False
         for name, module in model.named_modules():
             if module in live:

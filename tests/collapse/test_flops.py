@@ -369,7 +369,7 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x, need_weights=False)[0])
 
 
-def test_a_module_may_be_given_a_parameter():
+def test_a_module_may_be_given_a_view_of_a_parameter():
     """As Deformable DETR gives its queries to a linear layer."""
 
     class Queries(nn.Module):
@@ -379,7 +379,7 @@ def test_a_module_may_be_given_a_parameter():
             self.queries, self.linear = nn.Parameter(torch.randn(6, 4)), nn.Linear(4, 5)
 
         def forward(self, x):
-            return self.bn(self.conv(x)).relu().mean() + self.linear(self.queries).sum()
+            return self.bn(self.conv(x)).relu().mean() + self.linear(self.queries[None]).sum()
 
     model = Queries()
     model.linear.bias.requires_grad = False
