@@ -77,7 +77,9 @@ def _draw_transfer(figure: Figure, summary: dict[str, Any]) -> None:
     right.set_ylabel("collapsed filters after finetuning (%)")
     for axes in (left, middle, right):
         axes.set_xlabel("collapsed filters of the pretrained backbone (%)")
-    left.legend(fontsize=8)
+    low, high = left.get_ylim()
+    left.set_ylim(low - 0.45 * (high - low), high)  # room for the legend
+    left.legend(fontsize=8, loc="lower left")
 
 
 def _draw_rounds(figure: Figure, summary: dict[str, Any]) -> None:
