@@ -20,8 +20,9 @@ import multiprocessing
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,14 @@ def check(model: dict) -> dict[str, Any]:
     Returns:
         `layers`: normalization layers with a trained bias (0: nothing to convert), `converted`: how
         many are post-shifted then; `difference`: the largest within an output, relative to its
-        largest value; `filters` and `flops` as measured; `failed`: at which step, with `why`. Keys
-        after the step that failed are missing.
+        largest value, `of` the model's outputs or the features that its head gets; `filters` and
+        `flops` as measured; `failed`: at which step, with `why`. Keys after the step that failed
+        are missing.
     """
     torch.set_num_threads(1)  # a forked process does not have the threads of the pool
     _let_nms_take_float64()
     result = _check(model, torch.float32)
-    if result.get("difference", 0) > ROUNDING:
+    if not result.get("difference", 0) <= ROUNDING:  # NaN, too
         torch.set_default_dtype(torch.float64)  # anchors are made in it, too
         exact = _check(model, torch.float64)
         if "difference" in exact:  # some operators want float32
@@ -189,7 +191,10 @@ def _compare(plain: nn.Module, shifted: nn.Module, dtype: torch.dtype) -> dict[s
     refusal: Exception | None = None
     for size in SIZES:
         images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-        for way in ways_to_call(plain, images):
+        features = methodcaller("extract_feat", images)  # where no head can be called
+        ways: list[Callable[[nn.Module], Any]] = ways_to_call(plain, images)
+        ways += [features] if size == SIZES[-1] else []
+        for way in ways:
             try:
                 outputs = []
                 for model in (plain, shifted):
@@ -202,7 +207,15 @@ def _compare(plain: nn.Module, shifted: nn.Module, dtype: torch.dtype) -> dict[s
             if outputs[0]:
                 shapes, others = ([x.shape for x in output] for output in outputs)
                 difference = compare(*outputs).relative if shapes == others else math.inf
-                return {"size": size, "dtype": str(dtype)[6:], "difference": difference}
+                if math.isnan(difference):
+                    refusal = ValueError("outputs that are not finite")
+                    continue
+                return {
+                    "size": size,
+                    "dtype": str(dtype)[6:],
+                    "of": "features" if way is features else "outputs",
+                    "difference": difference,
+                }
     raise refusal or ValueError("no output is a tensor")
 
 
@@ -257,6 +270,7 @@ def summarize(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "with_batch_norm": len(with_bn),
         "converted": sum(row.get("converted") == row["layers"] for row in with_bn),
         "compared": len(compared),
+        "features_alone": sum(row.get("of") == "features" for row in compared),
         "same": sum(row["difference"] <= SAME for row in compared),
         "largest_difference": max((row["difference"] for row in compared), default=None),
         "measured": sum("flops" in row for row in with_bn),
@@ -280,6 +294,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"| of these have a BatchNorm | {s['with_batch_norm']} |",
         f"| all their BatchNorms become psBN | {s['converted']} |",
         f"| outputs could be compared | {s['compared']} |",
+        f"| of these, features alone, as their head could not be called | {s['features_alone']} |",
         f"| outputs equal to {SAME:g} of the largest | {s['same']} |",
         f"| largest difference | {s['largest_difference'] or 0:.1e} |",
         f"| filters and FLOPs measured | {s['measured']} |",

@@ -72,6 +72,18 @@ def test_second_stages_get_few_proposals():
     assert model["test_cfg"]["rpn"]["max_per_img"] == 1000
 
 
+def test_where_no_head_can_be_called_features_are_compared(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("not on this device")
+
+    monkeypatch.setattr("mmdet.models.dense_heads.RetinaHead.forward", broken)
+    row = table.in_a_process(retinanet(type="BN"))
+    assert (row["of"], row["size"]) == ("features", 512)
+    assert row["difference"] < 1e-5
+    assert row["failed"] == "measure"
+    assert "not on this device" in row["why"]
+
+
 def test_what_would_not_be_the_same_is_seen(monkeypatch):
     def shifted(layer):
         return layer.beta  # without alpha
@@ -111,7 +123,7 @@ ROWS = {
     "a/1.py": {"layers": 3, "converted": 3, "difference": 1e-15, "filters": 9, "flops": 5},
     "a/2.py": {"same_as": "a/1.py"},
     "a/3.py": {"no_model": True},
-    "b/1.py": {"layers": 3, "converted": 3, "difference": 0.5, "filters": 9, "flops": 5},
+    "b/1.py": {"layers": 3, "converted": 3, "difference": 0.5, "of": "features", "flops": 5},
     "b/2.py": {"layers": 0},
     "b/3.py": {"layers": 3, "failed": "convert", "why": "ValueError: | no"},
     "b/4.py": {"failed": "build", "why": "KeyError: x"},
@@ -126,6 +138,7 @@ def test_counts():
         "with_batch_norm": 3,
         "converted": 2,
         "compared": 2,
+        "features_alone": 1,
         "same": 1,
         "largest_difference": 0.5,
         "measured": 2,
