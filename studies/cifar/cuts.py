@@ -6,31 +6,27 @@
 - ``uniform``: a network from random weights of which all layers are narrower by one factor.
 """
 
+import copy
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from psbn_mmdet.collapse import strip
-from psbn_mmdet.collapse.flops import probe
 from studies.runs import RunError
 
-from .networks import build_network
-from .settings import ACTIVATIONS, NORMS, Settings
+from .networks import macs, macs_of
+from .settings import Settings
 
 STEPS = 100
 """Into which Torch-Pruning divides its way to an empty network."""
-
-
-def macs_of(network: nn.Module, image_size: int) -> int:
-    """Multiply-accumulates of one image, forward, in convolutions and linear layers."""
-    return probe(network, {}, (3, image_size, image_size)).total
 
 
 def cut(network: nn.Module, settings: Settings) -> nn.Module:
     """The smaller network that ``settings.cut`` names.
 
     Args:
-        network: The collapsed one, in which nothing is changed but by ``magnitude``, which narrows
-            it in place.
+        network: The collapsed one, in which nothing is changed.
         settings: ``cut``, and ``network``, ``width``, ``norm`` and ``act`` of ``network``.
 
     Raises:
@@ -43,11 +39,13 @@ def cut(network: nn.Module, settings: Settings) -> nn.Module:
         raise RunError("nothing has collapsed that could be taken out: train for more rounds")
     if settings.cut == "strip":
         return stripped
-    return uniform(settings, goal) if settings.cut == "uniform" else magnitude(network, size, goal)
+    if settings.cut == "uniform":
+        return uniform(settings, goal)
+    return magnitude(copy.deepcopy(network), size, goal)
 
 
 def magnitude(network: nn.Module, image_size: int, goal: int) -> nn.Module:
-    """Narrowed by Torch-Pruning to ``goal`` multiply-accumulates or the step below."""
+    """Narrowed in place by Torch-Pruning, to ``goal`` multiply-accumulates or the step below."""
     import torch_pruning as tp
 
     pruner = tp.pruner.BasePruner(
@@ -68,25 +66,14 @@ def magnitude(network: nn.Module, image_size: int, goal: int) -> nn.Module:
 
 def uniform(settings: Settings, goal: int) -> nn.Module:
     """Fresh, of the largest width with ``goal`` multiply-accumulates at most."""
-
-    def at(width: float) -> nn.Module:
-        return build_network(
-            settings.network,
-            NORMS[settings.norm],
-            ACTIVATIONS[settings.act],
-            width,
-            settings.gamma_init,
-        )
-
     low, high = 0.0, settings.width
     while high - low > 1e-3 * settings.width:
         middle = (low + high) / 2
-        with torch.random.fork_rng(devices=[]):
-            small_enough = macs_of(at(middle), settings.image_size) <= goal
+        small_enough = macs(settings.network, middle, settings.image_size) <= goal
         low, high = (middle, high) if small_enough else (low, middle)
     if not low:
         raise RunError(f"{settings.network} has more than {goal} multiply-accumulates at any width")
-    return at(low)
+    return replace(settings, width=low).network_module()
 
 
 def size_of(network: nn.Module, image_size: int) -> dict[str, float]:

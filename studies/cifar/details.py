@@ -18,8 +18,8 @@ from psbn_mmdet.collapse.trace import Trace, read
 from studies.runs import folder_of, result_of, spread
 
 from .cuts import cut, size_of
-from .engine import macs
 from .experiments import Experiment, Run
+from .networks import macs
 from .rounds import network_state
 from .settings import Settings
 
@@ -152,10 +152,9 @@ def _cuts(experiment: Experiment, arms: Arms, out: Path) -> dict[str, Any]:
 
 def time_percent(settings: Settings, parent: Settings, folder: Path) -> list[float]:
     """A cut network's time of a forward pass in percent of its parent's, of each pair."""
-    whole, smaller = parent.network_module(), parent.network_module()
-    for network in (whole, smaller):
-        network.load_state_dict(network_state(folder / f"round_{parent.rounds}.pth"))
-    smaller = cut(smaller, settings)
+    whole = parent.network_module()
+    whole.load_state_dict(network_state(folder / f"round_{parent.rounds}.pth"))
+    smaller = cut(whole, settings)
     for network in (whole, smaller):
         network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(TIMED_IMAGES, 3, parent.image_size, parent.image_size)

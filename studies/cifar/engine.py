@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ import torch
 from mmengine.device import get_device
 from torch.nn import functional as F
 
-from psbn_mmdet.collapse import probe
 from studies.runs import RunError, check_folders, duration, folder_of, result_of
 
 from . import data
 from .experiments import Experiment, Run
-from .networks import build_network
+from .networks import macs
 from .rounds import check_amp
 from .settings import Settings
 
@@ -91,14 +89,6 @@ def prepare(experiment: Experiment, out: str | os.PathLike, data_root: str | os.
 
 
 # ---------------------------------------------------------------- how long
-
-
-@lru_cache
-def macs(network: str, width: float, image_size: int = 32) -> int:
-    """Multiply-accumulates of one image, forward."""
-    with torch.random.fork_rng(devices=[]):
-        net = build_network(network, dict(type="BN"), None, width)
-        return probe(net, {}, (3, image_size, image_size)).total
 
 
 def work(settings: Settings, iterations: int | None = None) -> float:

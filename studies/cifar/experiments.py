@@ -41,6 +41,12 @@ ARMS: dict[str, dict[str, Any]] = {
     LEAKY: dict(norm="BN", act="LeakyReLU"),
     PSBN: dict(norm="psBN", act="ReLU"),
 }
+ROUTES: dict[str, dict[str, Any]] = {
+    "BN": {},
+    "psBN, preserve": dict(norm="psBN", load_bn="preserve"),
+    "psBN, shift": dict(norm="psBN", load_bn="shift"),
+}
+"""In which a network that was trained with BN goes on."""
 
 
 @dataclass(frozen=True)
@@ -426,11 +432,7 @@ def _recovery(base: Settings, seeds: int, paper: bool) -> Experiment:
     after = replace(trunk, rounds=min(2, trunk.rounds))
     after = replace(after, trace_interval=max(1, after.iterations_per_round // 100))
     runs = _runs(trunk, seeds, {"BN": {}}, line="before")
-    arms = {
-        "on as BN": {},
-        "on as psBN, preserve": dict(norm="psBN", load_bn="preserve"),
-        "on as psBN, shift": dict(norm="psBN", load_bn="shift"),
-    }
+    arms = {f"on as {route}": changes for route, changes in ROUTES.items()}
     runs += _runs(after, seeds, arms, parent="BN", line="after")
     return Experiment(
         "recovery",
@@ -461,12 +463,7 @@ def _finetune(base: Settings, seeds: int, paper: bool) -> Experiment:
         )
     runs = _runs(trunk, seeds, {"pretrained": {}}, line="before")
     runs += _runs(after, seeds, {"fresh BN": {}}, line="after")
-    arms = {
-        "BN": {},
-        "psBN, preserve": dict(norm="psBN", load_bn="preserve"),
-        "psBN, shift": dict(norm="psBN", load_bn="shift"),
-    }
-    runs += _runs(after, seeds, arms, parent="pretrained", line="after")
+    runs += _runs(after, seeds, ROUTES, parent="pretrained", line="after")
     return Experiment(
         "finetune",
         "A collapsed network finetuned on more data with less decay",

@@ -7,6 +7,7 @@ shortcuts have no parameters. VGGs are configurations A and D of Simonyan and
 Zisserman (arXiv 1409.1556) with one linear layer behind, as is usual on CIFAR-10.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from mmcv.cnn import build_activation_layer, build_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
+
+from psbn_mmdet.collapse import probe
 
 VGG_STAGES = {
     "vgg11": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
@@ -69,6 +72,18 @@ def build_network(
         elif isinstance(module, _NormBase):
             nn.init.constant_(module.weight, gamma_init)
     return network
+
+
+def macs_of(network: nn.Module, image_size: int = 32) -> int:
+    """Multiply-accumulates of one image, forward, in convolutions and linear layers."""
+    return probe(network, {}, (3, image_size, image_size)).total
+
+
+@lru_cache
+def macs(name: str, width: float, image_size: int = 32) -> int:
+    """:func:`macs_of` a network that :func:`build_network` builds; no random state is used."""
+    with torch.random.fork_rng(devices=[]):
+        return macs_of(build_network(name, dict(type="BN"), None, width), image_size)
 
 
 def _norm(norm_cfg: Cfg | None, channels: int) -> nn.Module:

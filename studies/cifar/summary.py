@@ -51,11 +51,6 @@ def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "")
             "settings": settings,
             "rounds": rounds,
         }
-        if settings["cut"]:
-            entry["start"] = {
-                key: spread(result["start"][key] for _, result in members)
-                for key in ("macs", "parameters", "accuracy")
-            }
         if settings["ensemble"]:
             entry["ensemble"] = spread(result["ensemble_accuracy"] for _, result in members)
         arms[arm] = entry
