@@ -4,6 +4,8 @@ Importing the package registers its layers, under their own names for every
 library built on mmengine and under the scope ``psbn_mmdet``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any

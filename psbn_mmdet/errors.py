@@ -5,6 +5,8 @@ option) derives from :class:`PsbnError` and carries one line that names what was
 do. Command lines print that line and end with :data:`BAD_INPUT`.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import sys

@@ -5,6 +5,8 @@ module names, and pip would lay the files of one over those of the other. So thi
 on neither by itself: an extra brings one of them, and the check here tells when none is there.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module, metadata

@@ -4,6 +4,8 @@ A run is the folder ``OUT/EXPERIMENT/RUN`` with ``settings.json``, and ``result.
 finished.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os

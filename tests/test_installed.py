@@ -7,14 +7,13 @@ import sys
 from importlib import metadata
 
 import pytest
-import tomllib
 
 from psbn_mmdet.installed import DISTRIBUTIONS, check_environment, why_unfit
 from tests.helpers.paths import ROOT
 
 try:
     import tomllib
-except ModuleNotFoundError:  # Python 3.10, where pytest brings it
+except ModuleNotFoundError:  # Python below 3.11, where pytest brings it
     import tomli as tomllib
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

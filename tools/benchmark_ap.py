@@ -4,6 +4,8 @@ python tools/benchmark_ap.py speed      # 1,000 paired resamples at the size of 
 python tools/benchmark_ap.py coverage   # simulated comparisons whose true difference is known
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json
@@ -22,6 +24,7 @@ from scipy.special import expit
 from psbn_mmdet.ap import compare, evaluate, matching
 from psbn_mmdet.ap.coco_files import Annotations, Results
 from psbn_mmdet.errors import PsbnError, errors_in_one_line
+from psbn_mmdet.python38 import zip_strict
 
 
 def simulate_objects(rng: np.random.Generator, images: int, classes: int) -> Annotations:
@@ -90,14 +93,13 @@ def simulate_detector(
 
 def write_annotations(truth: Annotations, path: Path) -> None:
     """As a COCO annotation file."""
-    objects = zip(truth.image, truth.cls, truth.box, truth.area, truth.crowd, strict=True)
+    objects = zip_strict(truth.image, truth.cls, truth.box, truth.area, truth.crowd)
     data = {
         "images": [
-            {"id": i, "file_name": f}
-            for i, f in zip(truth.image_ids, truth.file_names, strict=True)
+            {"id": i, "file_name": f} for i, f in zip_strict(truth.image_ids, truth.file_names)
         ],
         "categories": [
-            {"id": c, "name": n} for c, n in zip(truth.class_ids, truth.class_names, strict=True)
+            {"id": c, "name": n} for c, n in zip_strict(truth.class_ids, truth.class_names)
         ],
         "annotations": [
             {
@@ -116,7 +118,7 @@ def write_annotations(truth: Annotations, path: Path) -> None:
 
 def write_results(truth: Annotations, found: Results, path: Path) -> None:
     """As a COCO result file."""
-    boxes = zip(found.image, found.cls, found.box, found.score, strict=True)
+    boxes = zip_strict(found.image, found.cls, found.box, found.score)
     path.write_text(
         json.dumps(
             [
@@ -146,7 +148,7 @@ def bench_speed(images: int = 5000, classes: int = 80, resamples: int = 1000) ->
     with tempfile.TemporaryDirectory() as folder:
         ann, *files = (Path(folder, f"{name}.json") for name in ("ann", "a", "b"))
         write_annotations(truth, ann)
-        for results, file in zip(found, files, strict=True):
+        for results, file in zip_strict(found, files):
             write_results(truth, results, file)
         boxes = " and ".join(f"{len(r.score):,}" for r in found)
         print(f"{images:,} images, {len(truth.image):,} objects, {boxes} boxes\n")
@@ -177,7 +179,7 @@ def bench_speed(images: int = 5000, classes: int = 80, resamples: int = 1000) ->
         subprocess.run(command, check=True, capture_output=True)
         command_took = time.perf_counter() - begin
         command_cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu
-    ratio = statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
+    ratio = statistics.median(t / o for t, o in zip_strict(theirs, ours))
     print(f"| {'per paired resample, median of 7 turns':44} | time |\n| --- | ---: |")
     print(f"| {'evaluate.resample, 2 threads':44} | {1e3 * statistics.median(ours):.2f} ms |")
     print(f"| {'hotcoco.compare, its own threads':44} | {1e3 * statistics.median(theirs):.1f} ms |")

@@ -9,6 +9,8 @@ tools/train.py and tools/test.py is asked for its results, checkpoint and annota
 Exit status: 0; 1 when an expectation does not hold; 2 for input that cannot be compared.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import math
@@ -25,6 +27,7 @@ from psbn_mmdet.errors import (
     refuse_to_overwrite,
     require_packages,
 )
+from psbn_mmdet.python38 import zip_strict
 
 if TYPE_CHECKING:
     from psbn_mmdet.ap.runs import RunFiles
@@ -129,7 +132,7 @@ def _run(args: argparse.Namespace) -> bool:
         files,
         settings,
         args.table2,
-        {e.option: holds for e, (holds, _) in zip(expectations, checked, strict=True)},
+        {e.option: holds for e, (holds, _) in zip_strict(expectations, checked)},
     )
 
     texts = {}
@@ -156,9 +159,7 @@ def _named(given: str) -> tuple[str, str]:
     return arm, path
 
 
-def _check(
-    args: argparse.Namespace, files: Sequence["RunFiles"], arms: dict[str, list[int]]
-) -> None:
+def _check(args: argparse.Namespace, files: Sequence[RunFiles], arms: dict[str, list[int]]) -> None:
     """Refuse, before anything is computed, what would only fail after it."""
     if len(arms) < 2:
         raise PsbnError(f"only one arm, {files[0].arm}; wanted two or more to compare")

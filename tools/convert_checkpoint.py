@@ -11,6 +11,8 @@ the keys to fit. OUT is written as safetensors if it is so named. An InstanceNor
 statistics cannot be recognised in a checkpoint and stays as it is: convert the model with to_psbn.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 from collections.abc import Mapping

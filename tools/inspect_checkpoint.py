@@ -12,6 +12,8 @@ assumed where filters are called dead, constant or inactive. Exit status: 0; 1 i
 2 if a checkpoint cannot be read or a file exists already.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import math
@@ -28,6 +30,7 @@ from psbn_mmdet.errors import (
     refuse_to_overwrite,
     require_packages,
 )
+from psbn_mmdet.python38 import zip_strict
 
 
 def course(names: list[str], reports: list[Report], limit: int | None) -> str:
@@ -52,7 +55,7 @@ def course(names: list[str], reports: list[Report], limit: int | None) -> str:
         lines.append(f"{layer:<{width}}{cells}")
     if len(ranked) < len(percent):
         lines.append(f"... and {len(percent) - len(ranked)} more layers")
-    for name, report in zip(names, reports, strict=True):
+    for name, report in zip_strict(names, reports):
         lines += ["", f"{name}:", report.summary()]
     return "\n".join(lines)
 
@@ -105,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         content = [
             {"checkpoint": name, **json.loads(report.to_json())}
-            for name, report in zip(args.checkpoints, reports, strict=True)
+            for name, report in zip_strict(args.checkpoints, reports)
         ]
         args.json.write_text(json.dumps({"checkpoints": content}, indent=1) + "\n")
     limit = args.layers or None
@@ -115,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         print(course(args.checkpoints, reports, limit))
     status = 0
     if args.fail_above is not None:
-        for name, report in zip(args.checkpoints, reports, strict=True):
+        for name, report in zip_strict(args.checkpoints, reports):
             for reason in failures(report, args.fail_above):
                 status = FAILED
                 print(f"inspect_checkpoint.py: {name}: {reason}", file=sys.stderr)

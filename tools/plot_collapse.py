@@ -8,6 +8,8 @@ NAME= says what to call it. Runs that are still going on, or were killed, are dr
 far as they got.
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 

@@ -5,19 +5,21 @@ what AP does not need (segmentations, captions) without building it. Every reade
 raises an :class:`InputError` whose one line names the file, the record and what to do.
 """
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, List, Optional, Tuple, Union
 
 import msgspec
 import numpy as np
 
 from ..errors import PsbnError
 
-Id = int | float | str  # a float because some writers put 3.0 for 3, which are equal
+Id = Union[int, float, str]  # a float because some writers put 3.0 for 3, which are equal
 
 
 class InputError(PsbnError, ValueError):
@@ -26,33 +28,33 @@ class InputError(PsbnError, ValueError):
 
 class _Image(msgspec.Struct, gc=False):
     id: Id
-    file_name: str | None = ""
+    file_name: Optional[str] = ""
 
 
 class _Category(msgspec.Struct, gc=False):
     id: Id
-    name: Id | None = None
+    name: Optional[Id] = None
 
 
 class _Object(msgspec.Struct, gc=False):
     id: Id
     image_id: Id
     category_id: Id
-    bbox: tuple[float, float, float, float]
+    bbox: Tuple[float, float, float, float]
     area: float
-    iscrowd: bool | int | float | None = 0
+    iscrowd: Union[bool, int, float, None] = 0
 
 
 class _Dataset(msgspec.Struct):
-    images: list[_Image]
-    categories: list[_Category]
-    annotations: list[_Object]
+    images: List[_Image]
+    categories: List[_Category]
+    annotations: List[_Object]
 
 
 class _Box(msgspec.Struct, gc=False):
     image_id: Id
     category_id: Id
-    bbox: tuple[float, float, float, float]
+    bbox: Tuple[float, float, float, float]
     score: float
 
 
@@ -158,7 +160,7 @@ def read_results(path: str | Path, annotations: Annotations) -> Results:
             size.
     """
     wanted = "a list of objects with image_id, category_id, bbox [x, y, w, h] and score"
-    records = decode(path, list[_Box], wanted)
+    records = decode(path, List[_Box], wanted)
     n = len(records)
     image_of = {id_: i for i, id_ in enumerate(annotations.image_ids)}
     class_of = {id_: i for i, id_ in enumerate(annotations.class_ids)}

@@ -4,6 +4,8 @@ An arm is a way to train, a run is one seed of it. What varies is the images of 
 the seed of the training; ``compare`` carries both.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from warnings import catch_warnings, simplefilter
 
 import numpy as np
 
+from ..python38 import zip_strict
 from .coco_files import Annotations, InputError, Results
 from .evaluate import mean_over_classes, resample, weighted_ap
 from .matching import match
@@ -198,7 +201,7 @@ def _freedom(arms: Sequence[_Arm], images: np.ndarray) -> np.ndarray:
     freedom = np.full(images.shape, np.inf)
     for parts in ([(a.between, a.within) for a in several], [pooled] * len(several)):
         total, doubt = images, np.zeros_like(images)
-        for arm, (between, within) in zip(several, parts, strict=True):
+        for arm, (between, within) in zip_strict(several, parts):
             total = total + np.maximum(between - within, 0) / arm.runs
             doubt = doubt + (between / arm.runs) ** 2 / (arm.runs - 1)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -217,7 +220,7 @@ def _estimate(
 
     signs = (1, -1)[: len(arms)]
     value, images, seeds = (
-        sum(sign * getattr(a, k) for sign, a in zip(signs, arms, strict=True))
+        sum(sign * getattr(a, k) for sign, a in zip_strict(signs, arms))
         for k in ("mean", "images", "seeds")
     )
     tail = (1 - confidence) / 2

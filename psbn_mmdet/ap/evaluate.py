@@ -11,6 +11,8 @@ threshold we therefore keep just those, and read the number of detections above 
 running sum of weights that all ten thresholds share.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,5 +1,7 @@
 """Claims about a difference in AP that a CI job can fail on."""
 
+from __future__ import annotations
+
 import operator
 import re
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Which images a difference in AP comes from, with the boxes that a reader wants to see there."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

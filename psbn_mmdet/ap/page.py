@@ -4,6 +4,8 @@ Nothing is computed here: the numbers are a ``tables.Report`` and the images com
 ``images.weigh_images``; ``page.html`` lays them out.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from ..python38 import zip_strict
 from . import tables
 from .evaluate import RECALL
 from .images import SHOWN_SCORE
@@ -48,7 +51,7 @@ def page(report: tables.Report, images: Sequence[Mapping[str, Any]]) -> str:
             "curves": _figure(f"curves{n}", _curves(p)),
             "images": _script_json(weights),
         }
-        for n, (p, weights) in enumerate(zip(report.pairs, images, strict=True))
+        for n, (p, weights) in enumerate(zip_strict(report.pairs, images))
     ]
     return _TEMPLATES.get_template("page.html").render(
         title=f"AP: {title}",
@@ -110,7 +113,7 @@ def _curves(pair: tables.Pair) -> go.Figure:
     figure = go.Figure()
     thresholds = ("IoU 0.50:0.95", "IoU 0.50", "IoU 0.75")
     for t in range(len(thresholds)):
-        for (arm, curves), color in zip(pair.curves.items(), _COLORS, strict=True):
+        for (arm, curves), color in zip_strict(pair.curves.items(), _COLORS):
             figure.add_scatter(
                 x=[*RECALL, *RECALL[::-1]],
                 y=np.append(curves.high[t], curves.low[t, ::-1]).round(4),

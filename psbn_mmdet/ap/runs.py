@@ -1,13 +1,16 @@
 """The runs that are compared: result files and work dirs, and whether they belong together."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict
 
 import numpy as np
 
+from ..python38 import pairwise, zip_strict
 from .coco_files import Annotations, InputError, Results, decode, read_annotations
 
 RESULTS_NAME = "results.bbox.json"
@@ -97,7 +100,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         said = " ".join(str(e).split())
         raise InputError(f"{path}: cannot be read as a config ({said:.200})") from None
     evaluators = config.get("test_evaluator") or []
-    evaluators = evaluators if isinstance(evaluators, list | tuple) else [evaluators]
+    evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
     files = [e["ann_file"] for e in evaluators if isinstance(e, Mapping) and e.get("ann_file")]
     dataset = (config.get("test_dataloader") or {}).get("dataset") or {}
     indices = dataset.get("indices")
@@ -111,9 +114,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _reported(path: Path) -> float | None:
     if not path.exists():
         return None
-    metrics = decode(path, dict[str, Any], "the metrics that tools/test.py writes")
+    metrics = decode(path, Dict[str, Any], "the metrics that tools/test.py writes")
     value = metrics.get("coco/bbox_mAP")
-    return float(value) if isinstance(value, int | float) and value >= 0 else None
+    return float(value) if isinstance(value, (int, float)) and value >= 0 else None
 
 
 def read_shared_annotations(runs: Sequence[RunFiles], path: str | None) -> Annotations:
@@ -123,7 +126,7 @@ def read_shared_annotations(runs: Sequence[RunFiles], path: str | None) -> Annot
         InputError: No file is known, or two runs name files with different images, classes or
             objects, or chose different parts of the test set.
     """
-    for a, b in itertools.pairwise(runs):
+    for a, b in pairwise(runs):
         if a.config and b.config and a.indices != b.indices:
             raise InputError(
                 f"evaluated on different images: {a.config} takes indices={a.indices} of the test "
@@ -187,11 +190,11 @@ def check_same_images(
     ids = np.array(annotations.image_ids, dtype=object)
     seen = [np.bincount(r.image, minlength=len(ids)) > 0 for r in results]
     said = []
-    for a, in_a in zip(results, seen, strict=True):
+    for a, in_a in zip_strict(results, seen):
         if not in_a.any():
             said.append(f"{a.path}: holds no box, so every AP is 0")
             continue
-        for b, in_b in zip(results, seen, strict=True):
+        for b, in_b in zip_strict(results, seen):
             missing = ids[in_b & ~in_a]
             if len(missing) > 0.05 * in_b.sum() and not missing_is_empty:
                 raise InputError(
@@ -240,7 +243,7 @@ def check_reported(runs: Sequence[RunFiles], ap: Iterable[float], annotations: A
     Raises:
         InputError: They do not agree.
     """
-    for run, value in zip(runs, ap, strict=True):
+    for run, value in zip_strict(runs, ap):
         if run.reported is not None and abs(run.reported - value) > _ROUNDING:
             metrics = Path(run.results).with_name(METRICS_NAME)
             raise InputError(

@@ -1,10 +1,13 @@
 """What a comparison of AP says, as plain data: Markdown, JSON and the page are rendered from it."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..python38 import zip_strict
 from .coco_files import InputError
 from .compare import METHODS, NOT_SHOWN, Comparison, Curves, Difference, Estimate
 from .runs import RunFiles
@@ -137,15 +140,15 @@ def report(
         settings=settings,
         confidence=c.confidence,
         pairs=pairs,
-        arms={a: list(zip(names, cells(e), strict=True)) for a, e in c.arms.items()},
+        arms={a: list(zip_strict(names, cells(e))) for a, e in c.arms.items()},
         metrics=c.measured.overall,
         runs=[
-            RunRow(run, {n: _known(v) for n, v in zip(names[:3], ap[:3], strict=True)})
-            for run, ap in zip(runs, c.measured.observed, strict=True)
+            RunRow(run, {n: _known(v) for n, v in zip_strict(names[:3], ap[:3])})
+            for run, ap in zip_strict(runs, c.measured.observed)
         ],
         table2=[
             Table2Row(scale, *PAPER[scale], by_arms.get(arms))
-            for scale, arms in zip(PAPER, TABLE2_ARMS, strict=True)
+            for scale, arms in zip_strict(PAPER, TABLE2_ARMS)
             if table2
         ],
         carries=_carries(c, settings["images"]),
@@ -157,7 +160,7 @@ def report(
 def cells(e: Estimate) -> Iterator[Cell]:
     """An estimate, name by name."""
     positive = e.positive if isinstance(e, Difference) else [math.nan] * len(e.value)
-    for numbers in zip(e.value, e.low, e.high, positive, strict=True):
+    for numbers in zip_strict(e.value, e.low, e.high, positive):
         yield Cell(*map(float, numbers))
 
 
@@ -167,7 +170,7 @@ def _known(x: float) -> float | None:
 
 def _pair(c: Comparison, d: Difference) -> Pair:
     columns = map(cells, (c.arms[d.baseline], c.arms[d.arm], d))
-    rows = [Row(*row) for row in zip(c.measured.names, *columns, strict=True)]
+    rows = [Row(*row) for row in zip_strict(c.measured.names, *columns)]
     overall, classes = rows[: c.measured.overall], rows[c.measured.overall :]
     measured = [r for r in classes if r.difference.measured]
     apart = sum(r.difference.apart for r in measured)

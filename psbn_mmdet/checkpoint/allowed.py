@@ -5,6 +5,8 @@ runs nothing that the file says. Importing this module puts on that list what mm
 checkpoints hold; without it mmengine 0.10 cannot resume under torch >= 2.6.
 """
 
+from __future__ import annotations
+
 import codecs
 import collections
 import pickle
@@ -47,6 +49,8 @@ _ALLOWED: dict[str, Any] = {
     "mmengine.config.config.ConfigDict": ConfigDict,
     "mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler": _one_cycle,
     "builtins.getattr": _getattr,
+    # On torch's own list from some later version on.
+    **{f"builtins.{kind.__name__}": kind for kind in (set, bytearray, complex)},
     "collections.Counter": collections.Counter,
     "_codecs.encode": codecs.encode,  # how bytes are pickled
     "numpy.ndarray": np.ndarray,
@@ -71,7 +75,7 @@ class _AllowListUnpickler(pickle.Unpickler):
     """``weights_only`` with :data:`_ALLOWED` for torch < 2.6."""
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = torch._weights_only_unpickler._get_allowed_globals() | _ALLOWED
+        allowed = {**torch._weights_only_unpickler._get_allowed_globals(), **_ALLOWED}
         module = "builtins" if module == "__builtin__" else module  # protocol 2's name
         if f"{module}.{name}" not in allowed:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")

@@ -1,5 +1,7 @@
 """State dicts from BN to psBN and back, their function preserved."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from ..norm.layers import check_alpha, check_load_bn, rebase
 from ..norm.recognize import Kind, norm_kinds
+from ..python38 import removesuffix, zip_strict
 from .unwrap import CheckpointError, as_tensor, is_array
 
 _DIMENSIONS = dict(weight=1, bias=1, beta=1, alpha=0, running_mean=1, running_var=1)
@@ -23,7 +26,7 @@ def prefixes(state_dict: Mapping[str, Tensor], kind: Kind) -> set[str]:
 def _split(key: str) -> tuple[str, str]:
     """``layer.bn1.bias`` -> ``layer.bn1.``, ``bias``."""
     name = key.rpartition(".")[2]
-    return key.removesuffix(name), name
+    return removesuffix(key, name), name
 
 
 def psbn_state_dict(
@@ -104,7 +107,7 @@ def convert_all(
     def walk(value: Any, place: str) -> Any:
         if type(value) in (list, tuple):
             items = [walk(item, f"{place}[{i}]") for i, item in enumerate(value)]
-            same = all(a is b for a, b in zip(items, value, strict=True))
+            same = all(a is b for a, b in zip_strict(items, value))
             return value if same else type(value)(items)
         if not isinstance(value, Mapping):
             return value
@@ -114,7 +117,7 @@ def convert_all(
         if kinds & {*norm_kinds(tensors).values()}:
             places.append(place)
             rest = {key: value[key] for key in value if key not in tensors}
-            new = change(tensors) | rest
+            new = {**change(tensors), **rest}
         walked = {k: walk(v, f"{place}.{k}".lstrip(".")) for k, v in new.items()}
         if new is value and all(walked[key] is value[key] for key in value):
             return value

@@ -7,6 +7,8 @@ are replaced as soon as that module is imported; it costs a second, so this pack
 it by itself.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.abc
 import importlib.util
@@ -22,13 +24,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..python38 import removeprefix
 from .fit import mismatch
 from .read import fetch, load
 from .schemes import SCHEMES
 from .unwrap import CheckpointError, locate, state_dict_of
 
 _MODULE = "mmengine.runner.checkpoint"
-_held_to_all: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_held_to_all: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _read_last = "the checkpoint"
 
 
@@ -186,7 +189,7 @@ def _load_checkpoint_with_prefix(
 
     tensors = CheckpointLoader.load_checkpoint(filename, map_location)["state_dict"]
     prefix = prefix.rstrip(".") + "."
-    part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    part = {removeprefix(k, prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     if not part:
         raise CheckpointError(f"{filename}: no tensor's name begins with {prefix}")
     return part

@@ -1,5 +1,7 @@
 """The newest checkpoint of a work dir that was written to its end."""
 
+from __future__ import annotations
+
 import os
 import re
 from pathlib import Path

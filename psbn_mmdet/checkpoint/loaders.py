@@ -5,6 +5,8 @@ does the same), and holds :class:`CheckpointGuard`, for a Runner that must not g
 checkpoint that fits in part.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 from mmengine.hooks import Hook

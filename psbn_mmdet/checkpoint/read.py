@@ -1,5 +1,7 @@
 """Reading checkpoints from files, URLs and mmengine's tables, without running code."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import pickle
@@ -174,6 +176,6 @@ def _load_safetensors(path: Path, map_location: Any) -> dict[str, Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: is no whole safetensors file ({error})") from None
-    if isinstance(map_location, str | torch.device):
+    if isinstance(map_location, (str, torch.device)):
         return {key: tensor.to(map_location) for key, tensor in tensors.items()}
     return tensors

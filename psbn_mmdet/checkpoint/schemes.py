@@ -1,5 +1,7 @@
 """Which file or URL a checkpoint's name stands for, by the tables that mmengine ships."""
 
+from __future__ import annotations
+
 import json
 import os
 from pathlib import Path
@@ -30,12 +32,12 @@ def resolve(source: str) -> str:
         return source if scheme else os.path.expanduser(source)
     if scheme in ("torchvision", "modelzoo"):
         table = _table("torchvision_0.12.json")
-        return _look_up(source, table if name in table else table | _torchvision())
+        return _look_up(source, table if name in table else {**table, **_torchvision()})
     if scheme in ("open-mmlab", "openmmlab"):
         home = _mmengine_home()
         table = _table("openmmlab.json")
         if (home / "open_mmlab.json").is_file():
-            table |= json.loads((home / "open_mmlab.json").read_text())
+            table.update(json.loads((home / "open_mmlab.json").read_text()))
         name = _table("deprecated.json").get(name, name)
         target = _look_up(f"{scheme}://{name}", table)
         return target if split(target)[0] else str(home / target)

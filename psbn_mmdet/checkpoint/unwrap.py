@@ -4,6 +4,8 @@ Every reader of this package and all that mmengine loads go through :func:`state
 is checked, measured or converted is what is loaded.
 """
 
+from __future__ import annotations
+
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PsbnError
+from ..python38 import removeprefix
 
 WEIGHTS = ("state_dict", "model", "model_state_dict", "model_state", "net", "params", "module")
 """Where projects keep the weights of a model: mmengine and Lightning, detectron2 and timm, ..."""
@@ -35,7 +38,7 @@ class CheckpointError(PsbnError, ValueError):
     """A checkpoint cannot be used; the message is one line that says why and what to do."""
 
 
-def state_dict_of(checkpoint: Any, name: str = "the checkpoint") -> "OrderedDict[str, Tensor]":
+def state_dict_of(checkpoint: Any, name: str = "the checkpoint") -> OrderedDict[str, Tensor]:
     """The tensors of a model within what :func:`load` returned, by the names of its modules.
 
     They are looked for under :data:`WEIGHTS`, within one another where they are nested, then under
@@ -57,7 +60,7 @@ def state_dict_of(checkpoint: Any, name: str = "the checkpoint") -> "OrderedDict
             return unwrapped
         for counter in unwrapped.keys() - {*named}:
             del unwrapped[counter]
-        tensors = _renamed(unwrapped, lambda key: key.removeprefix("module."), name)
+        tensors = _renamed(unwrapped, lambda key: removeprefix(key, "module."), name)
 
 
 def _without_compiled(key: str) -> str:
@@ -97,7 +100,7 @@ def locate(checkpoint: Any, name: str = "the checkpoint") -> tuple[str, ...]:
     raise CheckpointError(nothing + hint)
 
 
-def _tensors_of(mapping: Mapping[str, Any], name: str) -> "OrderedDict[str, Tensor]":
+def _tensors_of(mapping: Mapping[str, Any], name: str) -> OrderedDict[str, Tensor]:
     """The tensors of a mapping as PyTorch's modules load them; none is lost without a word.
 
     Plain values (an epoch, a flag) are left out; modules load none of them, except the
@@ -127,7 +130,7 @@ def _tensors_of(mapping: Mapping[str, Any], name: str) -> "OrderedDict[str, Tens
 
 def is_array(value: Any) -> bool:
     """Whether it is a tensor, or a NumPy array of numbers."""
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, (np.ndarray, np.generic)):
         return value.dtype.kind in "fiubc"
     return isinstance(value, Tensor)
 
@@ -145,7 +148,7 @@ def holds_tensors(value: Any) -> bool:
         return any(
             isinstance(k, str) and (is_array(v) or holds_tensors(v)) for k, v in value.items()
         )
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return any(is_array(v) or holds_tensors(v) for v in value)
     return False
 
@@ -161,14 +164,14 @@ def _versions(state_dict: Any) -> Mapping[str, Any]:
     return metadata if isinstance(metadata, Mapping) else {}
 
 
-def _set_versions(state_dict: "OrderedDict[str, Tensor]", versions: Mapping[str, Any]) -> None:
+def _set_versions(state_dict: OrderedDict[str, Tensor], versions: Mapping[str, Any]) -> None:
     if versions:
         state_dict._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
 
 
 def _renamed(
-    tensors: "OrderedDict[str, Tensor]", rename: Callable[[str], str], name: str
-) -> "OrderedDict[str, Tensor]":
+    tensors: OrderedDict[str, Tensor], rename: Callable[[str], str], name: str
+) -> OrderedDict[str, Tensor]:
     """A state dict under other names."""
     renamed: OrderedDict[str, Tensor] = OrderedDict()
     for key, tensor in tensors.items():

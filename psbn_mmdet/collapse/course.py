@@ -4,6 +4,8 @@ Where the trace knows that no ReLU follows a layer, its filters are judged accor
 (:mod:`.criteria`).
 """
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 from numpy.typing import NDArray

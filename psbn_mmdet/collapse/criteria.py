@@ -23,6 +23,8 @@ A filter whose gamma or bias is NaN or infinite is *not finite* and nothing
 else: it is in none of the other counts and not in the base of the percentages.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch

@@ -1,5 +1,7 @@
 """How a model is called with images: mmdet's detectors want more than that."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

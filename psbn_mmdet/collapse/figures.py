@@ -5,6 +5,8 @@ layer's filters (the paper's Fig. 1a), and their paths in the (gamma, bias) plan
 which ReLU never fires (Fig. 1b).
 """
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..python38 import zip_strict
 from .course import (
     COLORS,
     STATES,
@@ -182,7 +185,7 @@ def _draw_paths(figure: Any, trace: Trace) -> bool:
     corners = non_trainable(trace, width, low)
     if corners and trace.relu[start]:
         label = f"non-trainable: P(ReLU fires) < {trace.inactive_below:g}"
-        axes.fill(*zip(*corners, strict=True), color="#f3d9d6", lw=0, label=label, zorder=0)
+        axes.fill(*zip_strict(*corners), color="#f3d9d6", lw=0, label=label, zorder=0)
     for code, state in enumerate(STATES):
         chosen = last == code
         if chosen.any():

@@ -18,6 +18,8 @@ linear layers are counted here, with the channels that are active in each call;
 it gives what is computed outside of these modules (the products of attention).
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -130,7 +132,7 @@ def probe(
 class _Run:
     """The calls of each convolution in order, and multiply-accumulates outside of them."""
 
-    calls: dict[str, list["_Call"]]
+    calls: dict[str, list[_Call]]
     elsewhere: int
 
 
@@ -239,7 +241,7 @@ class _Call:
         self.removed_by: list[Tensor] = []
         self.read_elsewhere = False
 
-    def macs(self, pruned: "_Call") -> tuple[int, int]:
+    def macs(self, pruned: _Call) -> tuple[int, int]:
         """Multiply-accumulates of this call, and those left in the same one when pruned."""
         active_in = pruned.active_in | ~self.active_in
         active_out = torch.ones(self.filters, dtype=torch.bool, device=active_in.device)
@@ -299,7 +301,7 @@ def _conv_hooks(
         within.leave_conv()
         standardised = []
         # A convolution may leave inputs of a list out.
-        for call, y in zip(running.pop(), _tensors(output), strict=False):
+        for call, y in zip(running.pop(), _tensors(output)):
             if not torch.isfinite(y).all():
                 raise MeasureError(
                     f"{name} computes values that are not finite, so that FLOPs cannot be "
@@ -370,7 +372,7 @@ def _tensors(value: Any) -> list[Tensor]:
     """A tensor, or the tensors of a list or tuple."""
     if isinstance(value, Tensor):
         return [value]
-    return [v for v in value if isinstance(v, Tensor)] if isinstance(value, tuple | list) else []
+    return [v for v in value if isinstance(v, Tensor)] if isinstance(value, (tuple, list)) else []
 
 
 def _restore(training: Mapping[nn.Module, bool], trained: Sequence[nn.Parameter]) -> None:

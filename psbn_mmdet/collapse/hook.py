@@ -1,5 +1,7 @@
 """A hook that shows, while a model trains, which of its filters collapse."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,7 +179,7 @@ class SparsityLoggerHook(Hook):
                     self._writer.write(iteration, gamma, bias)
             report = layers.at(gamma, bias)
             self._warn_of(runner, iteration, report)
-            scalars |= {f"collapse/{prefix}{name}": v for name, v in _scalars(report).items()}
+            scalars.update({f"collapse/{prefix}{name}": v for name, v in _scalars(report).items()})
             lines.append(("averaged weights: " if prefix else "") + _line(report))
         try:
             runner.visualizer.add_scalars(scalars, step=iteration)

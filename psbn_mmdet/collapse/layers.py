@@ -1,5 +1,7 @@
 """The normalization layers of a model or a state dict, each with the convolution in front."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..norm import PostShift, followed_by, norm_kinds, norm_layers
+from ..python38 import zip_strict
 from .criteria import MeasureError, collapsed, filter_l1
 from .flops import filters_of
 from .pairs import natural_order, pair_by_name, pair_in_order
@@ -81,7 +84,7 @@ def gather(modules: Iterable[Any]) -> tuple[Tensor, Tensor]:
     gammas = [m.weight.detach() for m in modules]
     biases = [
         torch.zeros_like(g) if m.bias is None else m.bias.detach()
-        for m, g in zip(modules, gammas, strict=True)
+        for m, g in zip_strict(modules, gammas)
     ]
     joined = torch.cat([t.to(device, torch.float32) for t in gammas + biases]).cpu()
     gamma, bias = joined.chunk(2)
@@ -118,7 +121,7 @@ def layers_of_model(model: nn.Module) -> list[Layer]:
     gamma, bias = gather(norms.values())
     norms_l1 = torch.cat([v.float() for v in l1.values()]).cpu() if l1 else torch.empty(0)
     sizes = [module.weight.numel() for module in norms.values()]
-    l1 = dict(zip(l1, norms_l1.split([v.numel() for v in l1.values()]), strict=True))
+    l1 = dict(zip_strict(l1, norms_l1.split([v.numel() for v in l1.values()])))
     followers = followed_by(model)
     return [
         Layer(
@@ -130,9 +133,7 @@ def layers_of_model(model: nn.Module) -> list[Layer]:
             followers[name],
             float(module.alpha) if isinstance(module, PostShift) else None,
         )
-        for (name, module), g, b in zip(
-            norms.items(), gamma.split(sizes), bias.split(sizes), strict=True
-        )
+        for (name, module), g, b in zip_strict(norms.items(), gamma.split(sizes), bias.split(sizes))
     ]
 
 

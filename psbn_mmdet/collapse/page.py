@@ -1,5 +1,7 @@
 """One self-contained HTML page with one or more runs side by side."""
 
+from __future__ import annotations
+
 import base64
 import json
 import os

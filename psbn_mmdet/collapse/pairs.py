@@ -5,6 +5,8 @@ has names and shapes alone, as its order means nothing: safetensors sorts the ke
 (:func:`pair_by_name`). Both rather leave a layer without a convolution than guess.
 """
 
+from __future__ import annotations
+
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -125,7 +127,7 @@ def pair_by_name(
             if block.undecided and len(verdict := votes[kind_of(block)]) == 1:
                 block.decided_by_others = next(iter(verdict))
     for block in blocks.values():
-        pairs |= block.pairs()
+        pairs.update(block.pairs())
     claimed = Counter(pairs.values())
     return {norm: conv for norm, conv in pairs.items() if claimed[conv] == 1}
 

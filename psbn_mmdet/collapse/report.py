@@ -1,5 +1,7 @@
 """A report on the collapsed filters of a model or a checkpoint, and on the FLOPs they cost."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..python38 import zip_strict
 from .criteria import (
     INACTIVE_BELOW,
     NEARLY_LINEAR_ABOVE,
@@ -36,7 +39,7 @@ class Report:
     inactive_below: float = INACTIVE_BELOW
     flops: Flops | None = None
 
-    def at(self, gamma: Tensor, bias: Tensor) -> "Report":
+    def at(self, gamma: Tensor, bias: Tensor) -> Report:
         """The same layers at another moment; their L1 norms and the FLOPs are left out.
 
         Args:
@@ -47,9 +50,7 @@ class Report:
         return Report(
             tuple(
                 replace(layer, gamma=g, bias=b, filter_l1=None)
-                for layer, g, b in zip(
-                    self.layers, gamma.split(sizes), bias.split(sizes), strict=True
-                )
+                for layer, g, b in zip_strict(self.layers, gamma.split(sizes), bias.split(sizes))
             ),
             self.threshold,
             self.inactive_below,
@@ -225,7 +226,7 @@ def _without_nan(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [_without_nan(v) for v in value]
     return value
 

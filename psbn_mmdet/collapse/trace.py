@@ -20,6 +20,8 @@ and a journal beside the file, so that the trace of a killed run could not be re
 without write access, nor copied while it grows.
 """
 
+from __future__ import annotations
+
 import errno
 import json
 import os
@@ -36,6 +38,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import PsbnError
+from ..python38 import zip_strict
 from .criteria import INACTIVE_BELOW, THRESHOLD
 from .layers import Layer, judged_as_relu
 from .report import Report
@@ -125,7 +128,7 @@ def from_reports(reports: Sequence[Report], labels: Sequence[str]) -> Trace:
         TraceError: They are of different networks.
     """
     layers = _layers_of(reports[0])
-    for report, label in zip(reports, labels, strict=True):
+    for report, label in zip_strict(reports, labels):
         if [x[:2] for x in _layers_of(report)] != [x[:2] for x in layers]:
             raise TraceError(f"{label} has other layers than {labels[0]}: show them one by one")
     return Trace(

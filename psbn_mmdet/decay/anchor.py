@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..norm import rectified
+from ..python38 import zip_strict
 
 INIT = ("auto", "keep", "alpha")
 # Their step() reads and writes the parameters in place, and no state of theirs is a parameter.
@@ -358,12 +359,12 @@ class _Pack:
     def _write(self, flat: Tensor) -> None:
         params: list[Tensor] = list(self.params.values())
         pieces = flat.split([p.numel() for p in params])
-        torch._foreach_copy_(params, [v.view_as(p) for v, p in zip(pieces, params, strict=True)])
+        torch._foreach_copy_(params, [v.view_as(p) for v, p in zip_strict(pieces, params)])
 
     def betas(self) -> Iterator[tuple[str, Tensor]]:
         if self.beta is not None:
             pieces = self.beta.split([p.numel() for p in self.params.values()])
-            for (name, p), value in zip(self.params.items(), pieces, strict=True):
+            for (name, p), value in zip_strict(self.params.items(), pieces):
                 yield name, value.view_as(p).clone()
 
     def load(self, betas: dict[str, Tensor]) -> None:

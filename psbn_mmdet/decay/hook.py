@@ -56,7 +56,7 @@ class AnchoredBiasDecay(Hook):
             )
             for w in wrappers
         ]
-        for anchored, state in zip(self.anchored, self._saved, strict=False):
+        for anchored, state in zip(self.anchored, self._saved):
             anchored.load_state_dict(state)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:

@@ -1,5 +1,7 @@
 """Mixed precision on CPU: bfloat16, where the processor computes in it."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

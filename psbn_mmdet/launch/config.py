@@ -1,5 +1,7 @@
 """A config with a command line's overrides, and whether it can work on this machine."""
 
+from __future__ import annotations
+
 import argparse
 import itertools
 import os
@@ -109,7 +111,7 @@ def _move_paths(node: Any, old: str, new: str, key: str = "") -> Any:
     """
     if isinstance(node, dict):
         return type(node)({k: _move_paths(v, old, new, k) for k, v in node.items()})
-    if isinstance(node, list | tuple):
+    if isinstance(node, (list, tuple)):
         return type(node)(_move_paths(value, old, new, key) for value in node)
     if not isinstance(node, str) or not node:
         return node
@@ -226,7 +228,7 @@ def check_data(cfg: Config, *phases: str) -> None:
 
 def _require_one_file(cfg: Config, dataset: dict) -> None:
     """Refuse a list of annotation files where a data set would join it to a path."""
-    if not isinstance(dataset["ann_file"], list | tuple):
+    if not isinstance(dataset["ann_file"], (list, tuple)):
         return
     with DATASETS.switch_scope_and_registry(cfg.get("default_scope")) as registry:
         kind = dataset.get("type")
@@ -251,7 +253,7 @@ def _elsewhere(node: dict) -> bool:
 def _listed(value: Any) -> list:
     if value is None:
         return []
-    return list(value) if isinstance(value, list | tuple) else [value]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def check_work_dir(work_dir: str) -> None:
@@ -298,7 +300,7 @@ def _dicts(node: Any) -> Iterator[dict]:
     if isinstance(node, dict):
         yield node
         node = list(node.values())
-    if isinstance(node, list | tuple):
+    if isinstance(node, (list, tuple)):
         for child in node:
             yield from _dicts(child)
 

@@ -9,6 +9,8 @@ when a link goes down. So the group is made here, before a Runner is built:
 - every wait ends (:func:`timeout`).
 """
 
+from __future__ import annotations
+
 import gc
 import hashlib
 import json

@@ -13,6 +13,8 @@ keeps a state of its own between images does not take part: the caches of ``Cach
 and ``CachedMixUp``, the size that ``BatchSyncRandomResize`` holds for some steps.
 """
 
+from __future__ import annotations
+
 import os
 import random
 import signal
@@ -131,7 +133,7 @@ class SeededBatchSampler(Sampler):
         self.skip = 0  # batches to leave out of the next epoch, since they were trained with
 
     @property
-    def sampler(self) -> "SeededBatchSampler":
+    def sampler(self) -> SeededBatchSampler:
         """The object on which mmengine sets the epoch."""
         return self
 
@@ -241,12 +243,12 @@ def _seeded(dataloader: dict, seed: int) -> dict:
         if hasattr(dataset, "full_init"):
             dataset.full_init()
     if isinstance(dataset, IterableDataset):  # draws its own order: there is nothing to name
-        return dataloader | {"dataset": dataset}
+        return {**dataloader, "dataset": dataset}
     batches = {"type": SeededBatchSampler, "seed": seed}
     batches["batch_sampler"] = dataloader.pop("batch_sampler", None)
     if batches["batch_sampler"] is None:
         batches["drop_last"] = dataloader.pop("drop_last", False)
-    return dataloader | {"dataset": SeededDataset(dataset), "batch_sampler": batches}
+    return {**dataloader, "dataset": SeededDataset(dataset), "batch_sampler": batches}
 
 
 class ExactResume(Hook):

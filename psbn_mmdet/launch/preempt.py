@@ -5,6 +5,8 @@ It saves ``WORK_DIR/preempted.pth`` when the current step has ended, and ends wi
 into the queue; ``--resume`` goes on from there.
 """
 
+from __future__ import annotations
+
 import os
 import signal
 import time
@@ -47,7 +49,7 @@ class Preemption(Hook):
         self._group: Any = None
         self._before: Any = None
 
-    def __enter__(self) -> "Preemption":
+    def __enter__(self) -> Preemption:
         self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 

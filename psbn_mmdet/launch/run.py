@@ -1,5 +1,7 @@
 """Training and evaluation by a config, mmdet's own Runner at work."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

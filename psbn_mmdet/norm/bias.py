@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..python38 import zip_strict
+
 if TYPE_CHECKING:
     from .layers import PostShift
 
@@ -59,7 +61,7 @@ class Bias(Tensor):
                 return origin.replace(args[1])
         before = [bias._plain._version for bias in biases]
         result = func(*_map(args, _to_plain), **_map(kwargs, _to_plain))
-        for bias, version in zip(biases, before, strict=True):
+        for bias, version in zip_strict(biases, before):
             if bias._plain._version != version:
                 bias._origin.write(bias._plain, initial=_initialises(func))
         return _map(result, lambda value: _guarded(value, origin))

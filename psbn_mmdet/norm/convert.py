@@ -1,5 +1,7 @@
 """Whole models from plain to post-shifted normalization and back, their function preserved."""
 
+from __future__ import annotations
+
 import warnings
 from typing import Any
 

@@ -11,11 +11,12 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from numbers import Real
-from typing import Literal
+from typing import Literal, Optional, Set, Tuple
 
 import torch
 from torch import fx, nn
 
+from ..python38 import removesuffix
 from .recognize import is_norm_layer, norm_layers
 
 Follower = Literal["relu", "leaky", "other", "none", "unknown"]
@@ -156,7 +157,7 @@ def _all_uses(
     return by_name, by_bias
 
 
-_Seen = tuple[nn.Module, nn.Parameter | None, set[Follower]]
+_Seen = Tuple[nn.Module, Optional[nn.Parameter], Set[Follower]]
 
 
 def _look(module: nn.Module, whole: bool, known: set[int]) -> Iterator[_Seen]:
@@ -228,7 +229,7 @@ def _layer_of(node: fx.Node, root: nn.Module) -> tuple[nn.Module, nn.Parameter |
 def _name(node: fx.Node) -> str:
     """'relu' for F.relu, x.relu(), x.relu_() and aten.relu_.default."""
     target = node.target if isinstance(node.target, str) else node.target.__name__
-    return target.split(".")[0].removesuffix("_")
+    return removesuffix(target.split(".")[0], "_")
 
 
 class _Scope:
@@ -308,9 +309,7 @@ class _Scope:
             return {"unknown"}
         arguments = [node for node in graph.nodes if node.op == "placeholder"]
         if not user.kwargs:
-            arguments = [
-                a for a, value in zip(arguments, user.args, strict=False) if value is source
-            ]
+            arguments = [a for a, value in zip(arguments, user.args) if value is source]
         scope = _Scope(module, at_output=lambda: self.uses(user))
         return set().union(*(scope.uses(argument) for argument in arguments))
 
@@ -325,9 +324,9 @@ def _cuts_at_0(node: fx.Node) -> bool:
 
 def _module_kind(module: nn.Module) -> Follower | Literal["pass"] | None:
     """What is known of a module by its class; None for one that is not torch's own."""
-    if isinstance(module, nn.ReLU | nn.ReLU6):
+    if isinstance(module, (nn.ReLU, nn.ReLU6)):
         return "relu"
-    if isinstance(module, nn.LeakyReLU | nn.PReLU | nn.RReLU):
+    if isinstance(module, (nn.LeakyReLU, nn.PReLU, nn.RReLU)):
         return "leaky"
     if isinstance(module, nn.Hardtanh) and module.min_val == 0:
         return "relu"

@@ -18,6 +18,8 @@ parameter is called ``beta``. A state dict holds ``beta`` and ``alpha`` and no
 ``bias``, so those of BN and psBN cannot be taken for each other.
 """
 
+from __future__ import annotations
+
 import math
 import sys
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """A model type for configs: any model, with psBN in the place of every BatchNorm."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from mmengine.registry import MODELS

@@ -9,6 +9,8 @@ In a state dict there are only names and shapes. Some layers cannot be told from
 rather than guessed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Literal
 
@@ -31,7 +33,7 @@ def is_norm_layer(module: nn.Module) -> bool:
     ``running_var`` as one-dimensional tensors, such as the FrozenBatchNorm2d of mmdet and
     torchvision, mmcv's SyncBatchNorm or a layer of an exported program.
     """
-    if isinstance(module, _BatchNorm | _InstanceNorm):
+    if isinstance(module, (_BatchNorm, _InstanceNorm)):
         return True
     if isinstance(module, torch.jit.ScriptModule) and (
         module.original_name.rstrip("123d") in _SCRIPTED

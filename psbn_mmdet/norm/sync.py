@@ -1,5 +1,7 @@
 """psBN with statistics over all processes of a group."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -218,7 +218,7 @@ def J(gamma: ArrayLike, beta: Normal | Uniform | ArrayLike) -> NDArray:
         ValueError: a gamma is 0.
     """
     scale = _scale(gamma)
-    if isinstance(beta, Normal | Uniform):
+    if isinstance(beta, (Normal, Uniform)):
         return beta.expected_K(scale)
     return K(_numbers("beta", beta) / scale)
 
@@ -279,8 +279,8 @@ def simulate_drift(
     step = float(_not_negative("lr", lr) * _not_negative("grad_std", grad_std))
     if samples < 2:
         raise ValueError(f"samples is {samples}: wanted 2 or more, for a standard error")
-    distribution = beta if isinstance(beta, Normal | Uniform) else None
-    fixed = np.zeros(()) if isinstance(beta, Normal | Uniform) else _numbers("beta", beta)
+    distribution = beta if isinstance(beta, (Normal, Uniform)) else None
+    fixed = np.zeros(()) if isinstance(beta, (Normal, Uniform)) else _numbers("beta", beta)
     shape = np.broadcast_shapes(scale.shape, fixed.shape)
     rng = np.random.default_rng(seed)
     count, total, squares = 0, np.zeros(shape), np.zeros(shape)

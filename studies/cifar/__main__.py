@@ -11,6 +11,8 @@ command again is the way to resume. JSON, table and figure are written when all
 runs are finished, whoever did them.
 """
 
+from __future__ import annotations
+
 import argparse
 import shlex
 import signal

@@ -6,6 +6,8 @@
 - ``uniform``: a network from random weights of which all layers are narrower by one factor.
 """
 
+from __future__ import annotations
+
 import copy
 from dataclasses import replace
 

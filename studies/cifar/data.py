@@ -5,6 +5,8 @@ blue values each, row by row. Nothing is unpickled. 50,000 images are 150 MB, so
 all of them stay on the device and a batch is a gather.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import tarfile
@@ -52,7 +54,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: Tensor) -> "Split":
+    def take(self, indices: Tensor) -> Split:
         return Split(self.images[indices], self.labels[indices])
 
 

@@ -10,6 +10,8 @@ all local jobs at once and keeps its own pickles beside the folder that is the s
 estimates what is left. On Slurm, ``--shard`` in a job array needs neither.
 """
 
+from __future__ import annotations
+
 import heapq
 import json
 import os

@@ -4,9 +4,10 @@ Each builder takes the base settings of a preset and lists independent runs. The
 comments say where the paper leaves a setting open, what was chosen, and why.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Callable
 
 from studies.runs import RunError
 

@@ -1,5 +1,7 @@
 """The figure of an experiment, drawn from its JSON."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from psbn_mmdet.collapse.figures import FIGURE_STYLE
+from psbn_mmdet.python38 import removeprefix, zip_strict
 from studies.runs import RunError
 
 from .experiments import figure_of
@@ -33,8 +36,8 @@ def _draw_rounds(figure: Figure, summary: dict[str, Any]) -> None:
     axes = figure.subplots(2, len(lines), sharex=True, squeeze=False)
     for column, line in enumerate(lines):
         members = [(a, e) for a, e in summary["arms"].items() if e["line"] == line]
-        for color, (arm, entry) in zip(_COLORS, members, strict=False):
-            label = arm.removeprefix(f"{line}, ")
+        for color, (arm, entry) in zip(_COLORS, members):
+            label = removeprefix(arm, f"{line}, ")
             for row, metric in enumerate(("sparsity", "accuracy")):
                 _line(axes[row, column], entry["rounds"], metric, label, color)
                 axes[row, column].set_ylabel(METRICS[metric])
@@ -48,7 +51,7 @@ def _draw_rounds(figure: Figure, summary: dict[str, Any]) -> None:
 def _draw_random_labels(figure: Figure, summary: dict[str, Any]) -> None:
     figure.set_size_inches(10, 4)
     left, right = figure.subplots(1, 2)
-    for color, (arm, entry) in zip(_COLORS, summary["arms"].items(), strict=False):
+    for color, (arm, entry) in zip(_COLORS, summary["arms"].items()):
         losses = np.concatenate([r["epoch_losses"] for r in entry["rounds"]])
         per_round = len(losses) / len(entry["rounds"])
         left.plot(np.arange(1, len(losses) + 1) / per_round, losses, color=color, label=arm, lw=1)
@@ -88,7 +91,7 @@ def _draw_finetune(figure: Figure, summary: dict[str, Any]) -> None:
     """Accuracy and collapse after finetuning; a line is a seed."""
     figure.set_size_inches(10, 4)
     arms = {a: e for a, e in summary["arms"].items() if e["line"] == "after"}
-    for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "collapsed"), strict=True):
+    for axes, metric in zip_strict(figure.subplots(1, 2), ("accuracy", "collapsed")):
         values = np.array([e["rounds"][-1][metric]["values"] for e in arms.values()])
         axes.plot(np.arange(len(arms)), values, "o-", color="#8195a8", lw=0.7, ms=3)
         axes.plot(np.arange(len(arms)), values.mean(1), "_", color="black", ms=24, mew=2)
@@ -101,8 +104,8 @@ def _draw_alpha(figure: Figure, summary: dict[str, Any]) -> None:
     figure.set_size_inches(10, 7)
     lines = list(dict.fromkeys(e["line"] for e in summary["arms"].values()))
     panels = figure.subplots(2, 2, sharex=True).flat
-    for axes, metric in zip(panels, ("accuracy", "collapsed", "inactive", "p_active"), strict=True):
-        for color, line in zip(_COLORS, lines, strict=False):
+    for axes, metric in zip_strict(panels, ("accuracy", "collapsed", "inactive", "p_active")):
+        for color, line in zip(_COLORS, lines):
             points = []
             for entry in summary["arms"].values():
                 value = entry["rounds"][-1][metric]
@@ -122,8 +125,8 @@ def _draw_alpha(figure: Figure, summary: dict[str, Any]) -> None:
 def _draw_snapshots(figure: Figure, summary: dict[str, Any]) -> None:
     figure.set_size_inches(10, 4)
     axes = figure.subplots(1, 2)
-    for color, (arm, entry) in zip(_COLORS, summary["arms"].items(), strict=False):
-        for panel, metric in zip(axes, ("accuracy", "sparsity"), strict=True):
+    for color, (arm, entry) in zip(_COLORS, summary["arms"].items()):
+        for panel, metric in zip_strict(axes, ("accuracy", "sparsity")):
             _line(panel, entry["rounds"], metric, arm, color)
             printed = (summary["paper"] or {}).get(arm)
             if printed and len(printed[metric]) == len(entry["rounds"]):
@@ -141,7 +144,7 @@ def _draw_histograms(figure: Figure, summary: dict[str, Any]) -> None:
     axes = figure.subplots()
     values = {arm: np.concatenate(norms) for arm, norms in summary["filter_norms"].items()}
     bins = np.linspace(0, max(v.max() for v in values.values()), 41)
-    for color, (arm, of_arm) in zip(_COLORS, values.items(), strict=False):
+    for color, (arm, of_arm) in zip(_COLORS, values.items()):
         axes.hist(of_arm, bins.tolist(), color=color, alpha=0.6, label=arm)
     rounds = len(next(iter(summary["arms"].values()))["rounds"])
     axes.set(
@@ -157,12 +160,12 @@ def _draw_paths(figure: Figure, summary: dict[str, Any]) -> None:
     paths = summary["paths"]
     figure.set_size_inches(6, 5)
     axes = figure.subplots()
-    for gamma, bias, fell in zip(paths["gamma"], paths["bias"], paths["fell"], strict=True):
+    for gamma, bias, fell in zip_strict(paths["gamma"], paths["bias"], paths["fell"]):
         color = "#c1121f" if fell else "#8195a8"
         axes.plot(gamma, bias, color=color, lw=0.8, alpha=0.8)
         axes.plot(gamma[0], bias[0], "o", color=color, ms=3)
     if paths["region"]:
-        x, y = zip(*paths["region"], strict=True)
+        x, y = zip_strict(*paths["region"])
         axes.fill(x, y, color="#e69f00", alpha=0.15, lw=0, label="non-trainable region")
     axes.plot([], [], color="#c1121f", label="collapsed in this round")
     axes.plot([], [], color="#8195a8", label="others")
@@ -183,7 +186,7 @@ def _draw_pruning(figure: Figure, summary: dict[str, Any]) -> None:
             points[line].insert(0, points["retrain"][0])
     figure.set_size_inches(6.5, 4.5)
     axes = figure.subplots()
-    for color, (line, values) in zip(_COLORS, points.items(), strict=False):
+    for color, (line, values) in zip(_COLORS, points.items()):
         axes.plot(*np.transpose(sorted(values)), "o-", color=color, label=line, ms=4)
     axes.set(xlabel="FLOPs left (%)", ylabel="accuracy of the pruned network (%)")
     axes.legend(fontsize=8)
@@ -193,11 +196,11 @@ def _draw_cuts(figure: Figure, summary: dict[str, Any]) -> None:
     """Accuracy against FLOPs and time: hollow before the training where there was one before."""
     figure.set_size_inches(10, 4)
     panels = figure.subplots(1, 2, sharey=True)
-    for color, (arm, entry) in zip(_COLORS, summary["cuts"].items(), strict=False):
+    for color, (arm, entry) in zip(_COLORS, summary["cuts"].items()):
         rounds = summary["arms"][arm]["rounds"]
         after, before = rounds[-1]["accuracy"], entry["accuracy"]["mean"]
         time = entry["time_percent"][1] if entry["time_percent"] else 100
-        for axes, x in zip(panels, (entry["flops_percent"]["mean"], time), strict=True):
+        for axes, x in zip_strict(panels, (entry["flops_percent"]["mean"], time)):
             axes.errorbar(
                 x, after["mean"], after["std"], fmt="o", color=color, capsize=3, label=arm
             )
@@ -212,7 +215,7 @@ def _draw_cuts(figure: Figure, summary: dict[str, Any]) -> None:
 def _draw_recovery(figure: Figure, summary: dict[str, Any]) -> None:
     figure.set_size_inches(10, 4)
     left, right = figure.subplots(1, 2)
-    for color, (arm, entry) in zip(_COLORS, summary["recovery"].items(), strict=False):
+    for color, (arm, entry) in zip(_COLORS, summary["recovery"].items()):
         curves = entry["curves"]
         for panel, key in ((left, "still_collapsed_percent"), (right, "all_collapsed_percent")):
             panel.plot(curves["iterations"], curves[key], color=color, label=arm)

@@ -7,8 +7,10 @@ shortcuts have no parameters. VGGs are configurations A and D of Simonyan and
 Zisserman (arXiv 1409.1556) with one linear layer behind, as is usual on CIFAR-10.
 """
 
+from __future__ import annotations
+
 from functools import lru_cache
-from typing import Any
+from typing import Any, Dict
 
 import torch
 from mmcv.cnn import build_activation_layer, build_norm_layer
@@ -26,7 +28,7 @@ RESNET_BLOCKS = {"resnet20": 3, "resnet56": 9, "resnet110": 18}
 MMDET_RESNET18 = "mmdet_resnet18"
 NETWORKS = (*RESNET_BLOCKS, *VGG_STAGES, MMDET_RESNET18)
 
-Cfg = dict[str, Any]
+Cfg = Dict[str, Any]
 
 
 def build_network(

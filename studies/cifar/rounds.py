@@ -16,6 +16,8 @@ Everything random in an iteration follows from the seed and its number, so a run
 that was killed goes on exactly, to the bit, from its last checkpoint.
 """
 
+from __future__ import annotations
+
 import fcntl
 import json
 import math
@@ -41,6 +43,7 @@ from psbn_mmdet.checkpoint import load as load_checkpoint
 from psbn_mmdet.checkpoint import mismatch
 from psbn_mmdet.collapse import THRESHOLD, measure
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
+from psbn_mmdet.python38 import removeprefix
 from studies.runs import RunError, check_settings, write_json
 
 from .cuts import cut, size_of
@@ -274,7 +277,7 @@ def ensemble_accuracy(settings: Settings, folder: Path, test: Split) -> float:
 def network_state(path: Path) -> dict[str, Tensor]:
     """The state dict of the network in a checkpoint of a run."""
     state = load_checkpoint(path)["state_dict"]
-    return {k.removeprefix("network."): v for k, v in state.items()}
+    return {removeprefix(k, "network."): v for k, v in state.items()}
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

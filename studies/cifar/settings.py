@@ -1,5 +1,7 @@
 """What decides the outcome of a run of the study."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,14 +1,17 @@
 """Finished runs in numbers: mean and deviation over seeds, and a Markdown table of them."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict, Tuple
 
 import numpy as np
 
+from psbn_mmdet.python38 import zip_strict
 from studies.runs import RunError, by_arm, finished, processor, spread, write_json
 
 from .details import DETAILS
@@ -23,7 +26,7 @@ METRICS = {
     "pruned_accuracy": "accuracy without the collapsed filters (%)",
     "train_loss": "training loss, mean of the last epoch",
 }
-Outcome = tuple[Run, dict[str, Any]]
+Outcome = Tuple[Run, Dict[str, Any]]
 
 
 def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "") -> dict[str, Any]:
@@ -38,7 +41,7 @@ def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "")
     arms = {}
     for arm, members in by_arm(outcomes).items():
         rounds = []
-        for rows in zip(*(result["rounds"] for _, result in members), strict=True):
+        for rows in zip_strict(*(result["rounds"] for _, result in members)):
             shown = [m for m in METRICS if m in rows[0]]
             rounds.append({m: spread(row[m] for row in rows) for m in shown})
             rounds[-1]["epoch_losses"] = np.mean([r["epoch_losses"] for r in rows], 0).tolist()

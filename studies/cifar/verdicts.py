@@ -12,16 +12,19 @@ difference of two arms, or of two rounds), and judged by the 95% interval of its
 Only the JSON files of ``results`` are read.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict
 
 import numpy as np
 
+from psbn_mmdet.python38 import zip_strict
 from studies.runs import RunError, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,8 +32,8 @@ README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
 MOST_SEEDS = 10_000
 
-Summary = dict[str, Any]
-Values = dict[int, float]
+Summary = Dict[str, Any]
+Values = Dict[int, float]
 """Seed -> value."""
 
 
@@ -112,7 +115,7 @@ def at(summary: Summary, arm: str, metric: str, round_: int = -1) -> Values:
         )
     entry = summary["arms"][arm]
     value = entry["ensemble"] if metric == "ensemble" else entry["rounds"][round_][metric]
-    return dict(zip(entry["seeds"], value["values"], strict=True))
+    return dict(zip_strict(entry["seeds"], value["values"]))
 
 
 def minus(a: Values, b: Values | float) -> Values:
@@ -155,7 +158,7 @@ def _extremes(*, large: bool) -> Callable[[Summary], Values]:
 def _near_zero(s: Summary) -> Values:
     seeds = s["arms"]["VGG11 with BN"]["seeds"]
     with_bn, without = (s["near_zero_percent"][f"VGG11 {name} BN"] for name in ("with", "without"))
-    return {seed: a - b for seed, a, b in zip(seeds, with_bn, without, strict=True)}
+    return {seed: a - b for seed, a, b in zip_strict(seeds, with_bn, without)}
 
 
 def _collapsed_in_round_2(s: Summary) -> Values:
@@ -168,10 +171,10 @@ def _came_back(s: Summary) -> Values:
         entry = s["recovery"][arm]
         seeds = [
             seed
-            for seed, count in zip(s["arms"][arm]["seeds"], entry["collapsed_before"], strict=True)
+            for seed, count in zip_strict(s["arms"][arm]["seeds"], entry["collapsed_before"])
             if count
         ]
-        shares.append(dict(zip(seeds, entry["still_collapsed_percent"], strict=True)))
+        shares.append(dict(zip_strict(seeds, entry["still_collapsed_percent"])))
     return minus(*shares)
 
 
@@ -322,13 +325,15 @@ def judge(claim: Claim, summary: Summary | None) -> dict[str, Any]:
     if not values:
         return {**row, "verdict": "not run"}
     mean, found = statistics.fmean(values.values()), interval(values.values())
-    row |= {
-        "values": {str(seed): value for seed, value in values.items()},
-        "seeds": len(values),
-        "mean": mean,
-        "interval": found,
-        "verdict": "not shown",
-    }
+    row.update(
+        {
+            "values": {str(seed): value for seed, value in values.items()},
+            "seeds": len(values),
+            "mean": mean,
+            "interval": found,
+            "verdict": "not shown",
+        }
+    )
     if found and found[0] > 0:
         row["verdict"] = "shown"
     elif found and found[1] < 0:

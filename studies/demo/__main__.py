@@ -41,7 +41,7 @@ def run(title: str, log: Path, *command: str) -> None:
     with log.open("w") as file:
         process = subprocess.Popen(
             command,
-            env=os.environ | {"PYTHON": sys.executable},
+            env={**os.environ, "PYTHON": sys.executable},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

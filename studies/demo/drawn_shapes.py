@@ -4,6 +4,8 @@ Circles, squares and triangles on textured ground: enough for a small detector
 to learn within minutes on a CPU, and nothing to download.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
@@ -71,7 +73,7 @@ def write_shapes(root: str | Path, train: int, val: int, size: int = 128, seed: 
             for shape in objects:
                 area = shape["bbox"][2] * shape["bbox"][3]
                 more = {"id": len(annotations) + 1, "image_id": i, "area": area, "iscrowd": 0}
-                annotations.append(shape | more)
+                annotations.append({**shape, **more})
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
         # Last, so that an interrupted drawing starts again.
         target.write_text(

@@ -9,6 +9,8 @@ table and the figure are made when all runs of an experiment are finished. What 
 to OUT/output.txt.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import json

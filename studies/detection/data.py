@@ -4,6 +4,8 @@ BCCD is 364 blood smears (640x480) with boxes of three classes, in COCO's format
 into 20 MB once it is resized, so nothing is read while a detector trains.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import zlib

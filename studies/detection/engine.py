@@ -7,6 +7,8 @@ images would take a tenth of a run each time; a lock in each folder lets several
 one experiment, each on what the others have not taken.
 """
 
+from __future__ import annotations
+
 import fcntl
 import os
 import statistics
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Union
 
 from studies.cifar import data as cifar_data
 from studies.cifar import rounds as cifar_rounds
@@ -26,7 +29,7 @@ from .settings import Settings
 WAIT_SECONDS = 10.0
 """Before looking again, when all that is left is in the hands of other processes."""
 
-Folder = str | os.PathLike
+Folder = Union[str, os.PathLike]
 
 
 def backbone_folder(name: str, out: Folder) -> Path:

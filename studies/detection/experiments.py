@@ -1,8 +1,9 @@
 """Which runs make up each experiment, and which differences in AP it is about."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Callable, Tuple
 
 from studies.cifar.networks import MMDET_RESNET18
 from studies.cifar.settings import Settings as CifarSettings
@@ -25,7 +26,7 @@ pilot 1, 45 and 56% of the filters."""
 TWIN = "6 rounds of psBN"
 """As long a pretraining without the collapse: the other side of what collapse costs."""
 
-Pair = tuple[str, str]
+Pair = Tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,9 @@ FROM_SCRATCH = Settings(lr=0.05, epochs=16)
 
 @_experiment("rounds", replace(FROM_SCRATCH, rounds=5), seeds=5)
 def _rounds(base: Settings, seeds: int) -> Experiment:
-    arms = {BN: dict(method=BN)} | {
-        _psbn(alpha): dict(method=SHIFT, alpha=alpha) for alpha in (0.1, 0.01)
+    arms: dict[str, dict[str, Any]] = {
+        BN: dict(method=BN),
+        **{_psbn(alpha): dict(method=SHIFT, alpha=alpha) for alpha in (0.1, 0.01)},
     }
     runs = [
         Run(f"{_slug(arm)}-seed{seed}", arm, replace(base, seed=seed, **changes), arm)

@@ -1,5 +1,7 @@
 """The figure of an experiment, drawn from its JSON alone."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from psbn_mmdet.collapse.figures import FIGURE_STYLE
+from psbn_mmdet.python38 import zip_strict
 
 from .experiments import TWIN
 from .settings import BN
@@ -26,7 +29,7 @@ def _points(axes: Axes, x: Any, values: list[dict], label: str, color: str, **st
     low, high = np.array(spread).T
     # A bootstrap's interval need not hold the value itself.
     error = np.maximum([mean - low, high - mean], 0)
-    drawn: dict[str, Any] = dict(marker="o", ms=4, lw=1.2, capsize=2) | style
+    drawn: dict[str, Any] = {**dict(marker="o", ms=4, lw=1.2, capsize=2), **style}
     axes.errorbar(x, mean, error, color=color, label=label, **drawn)
 
 
@@ -48,9 +51,7 @@ def _draw_transfer(figure: Figure, summary: dict[str, Any]) -> None:
     left, middle, right = figure.subplots(1, 3)
     differences = {(d["arm"], d["baseline"]): d for d in summary["differences"][-1]}
     arms = {(e["line"], e["x"]): arm for arm, e in summary["arms"].items()}
-    for i, (color, (line, of_line)) in enumerate(
-        zip(COLORS, _lines(summary).items(), strict=False)
-    ):
+    for i, (color, (line, of_line)) in enumerate(zip(COLORS, _lines(summary).items())):
         aside = 0.6 * (i - 1.5)
         entries = [e for e in of_line if e["x"] != TWIN]
         for entry in (e for e in of_line if e["x"] == TWIN):
@@ -65,7 +66,7 @@ def _draw_transfer(figure: Figure, summary: dict[str, Any]) -> None:
         _points(right, x, [e["rounds"][-1]["collapsed"] for e in entries], line, color)
         judged = [
             (position, differences[arms[line, e["x"]], arms[BN, e["x"]]])
-            for position, e in zip(x, entries, strict=True)
+            for position, e in zip_strict(x, entries)
             if line != BN and (BN, e["x"]) in arms
         ]
         if judged:
@@ -84,10 +85,8 @@ def _draw_transfer(figure: Figure, summary: dict[str, Any]) -> None:
 
 def _draw_rounds(figure: Figure, summary: dict[str, Any]) -> None:
     figure.set_size_inches(14, 4.4)
-    panels = dict(
-        zip(("AP", "collapsed", "active_probability"), figure.subplots(1, 3), strict=True)
-    )
-    for i, (color, (arm, entry)) in enumerate(zip(COLORS, summary["arms"].items(), strict=False)):
+    panels = dict(zip_strict(("AP", "collapsed", "active_probability"), figure.subplots(1, 3)))
+    for i, (color, (arm, entry)) in enumerate(zip(COLORS, summary["arms"].items())):
         x = np.arange(1, len(entry["rounds"]) + 1) + 0.05 * (i - 1)
         for key, axes in panels.items():
             _points(axes, x, [r[key] for r in entry["rounds"]], arm, color)
@@ -103,8 +102,8 @@ def _draw_alpha(figure: Figure, summary: dict[str, Any]) -> None:
     keys = ("AP", *FILTERS)
     panels = figure.subplots(2, 3).flat
     titles = {"AP": "AP (points)", **FILTERS}
-    for key, axes in zip(keys, panels, strict=False):
-        for color, (line, entries) in zip(COLORS, _lines(summary).items(), strict=False):
+    for key, axes in zip(keys, panels):
+        for color, (line, entries) in zip(COLORS, _lines(summary).items()):
             swept = [e for e in entries if e["x"] is not None]
             if swept:
                 values = [e["rounds"][-1][key] for e in swept]
@@ -129,7 +128,8 @@ _DRAW: dict[str, Callable[[Figure, dict[str, Any]], None]] = {
 
 def draw(summary: dict[str, Any], path: Path) -> None:
     """The figure of an experiment's JSON as a PNG file."""
-    with mpl.rc_context(dict[Any, Any](FIGURE_STYLE)):
+    style: dict[Any, Any] = dict(FIGURE_STYLE)
+    with mpl.rc_context(style):
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
         _DRAW[summary["experiment"]](figure, summary)

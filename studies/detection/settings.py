@@ -1,5 +1,7 @@
 """What decides the outcome of a run of the study."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +73,7 @@ class Settings:
             raise RunError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         positive = ("alpha", "batch_size", "lr", "rounds", "epochs", "base_channels")
         for name in (*positive, "width", "height"):
-            if not isinstance(getattr(self, name), int | float):
+            if not isinstance(getattr(self, name), (int, float)):
                 raise RunError(f"{name} must be a number, got {getattr(self, name)!r}")
             if not getattr(self, name) > 0:
                 raise RunError(f"{name} must be positive, got {getattr(self, name)}")

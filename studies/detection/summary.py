@@ -4,16 +4,19 @@ AP, its intervals and its verdicts are those of :mod:`psbn_mmdet.ap`: they carry
 and the seeds. The states of filters are mean and standard deviation over seeds.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict, Tuple
 
 from psbn_mmdet.ap.coco_files import Results, read_annotations, read_results
 from psbn_mmdet.ap.compare import Comparison, compare, measure
+from psbn_mmdet.python38 import zip_strict
 from studies.runs import RunError, by_arm, finished, folder_of, processor, spread
 
 from .engine import annotations_of, backbone_folder
@@ -27,7 +30,7 @@ FILTERS = {
 }
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-Outcome = tuple[Run, dict[str, Any]]
+Outcome = Tuple[Run, Dict[str, Any]]
 
 
 def summarise(
@@ -119,7 +122,7 @@ def _backbones(experiment: Experiment, out: str | os.PathLike) -> dict[str, list
     return {
         norm: [
             {key: spread(row[key] for row in rows) for key in ("accuracy", "collapsed")}
-            for rows in zip(*members, strict=True)
+            for rows in zip_strict(*members)
         ]
         for norm, members in found.items()
     }

@@ -4,6 +4,8 @@ Everything random in an iteration follows from the seed and its number, and a ch
 the end of each round, so a run that was killed goes on exactly, to the bit, from the last round.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import time
@@ -26,6 +28,7 @@ from psbn_mmdet.ap.coco_files import read_annotations, read_results
 from psbn_mmdet.ap.evaluate import evaluate
 from psbn_mmdet.checkpoint import bn_state_dict, mismatch
 from psbn_mmdet.collapse import gather, measure, norm_modules
+from psbn_mmdet.python38 import removeprefix, zip_strict
 from studies.cifar.rounds import RoundsTrainLoop, latest_checkpoint, network_state
 from studies.runs import RunError, check_settings, write_json
 
@@ -66,7 +69,7 @@ def load_backbone(backbone: nn.Module, pretrained: Path) -> None:
         raise RunError(f"{pretrained}: no such checkpoint, and this run starts from it")
     prefix = "backbone."
     state = {
-        key.removeprefix(prefix): value
+        removeprefix(key, prefix): value
         for key, value in network_state(pretrained).items()
         if key.startswith(prefix)
     }
@@ -102,8 +105,8 @@ def detect(model: BaseModel, images: Images) -> list[dict[str, Any]]:
             predicted = sample.pred_instances
             corners = predicted.bboxes.double()
             boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-            for box, score, label in zip(
-                boxes.tolist(), predicted.scores.tolist(), predicted.labels.tolist(), strict=True
+            for box, score, label in zip_strict(
+                boxes.tolist(), predicted.scores.tolist(), predicted.labels.tolist()
             ):
                 found.append(
                     {

@@ -9,6 +9,8 @@ compute is compared, and `measure` counts the second one's filters and FLOPs. Wr
 and results.md. A run that was interrupted continues with the models that are missing.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import copy
@@ -17,6 +19,7 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import platform
 import time
 from collections import defaultdict
@@ -69,12 +72,13 @@ def model_of(path: Path) -> dict | None:
 
 def _without_weights(value: Any) -> Any:
     if isinstance(value, dict):
-        kept = {k: _without_weights(v) for k, v in value.items() if k != "pretrained"}
+        loads = ("pretrained", "teacher_ckpt")
+        kept = {k: _without_weights(v) for k, v in value.items() if k not in loads}
         init = kept.get("init_cfg")
         if isinstance(init, dict) and str(init.get("type")).endswith("Pretrained"):
             del kept["init_cfg"]
         return kept
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return type(value)(map(_without_weights, value))
     return value
 
@@ -86,7 +90,7 @@ def few_proposals(value: Any) -> Any:
         if "rpn" in few and "max_per_img" in (few["rpn"] or ()):
             few["rpn"]["max_per_img"] = PROPOSALS
         return few
-    return type(value)(map(few_proposals, value)) if isinstance(value, list | tuple) else value
+    return type(value)(map(few_proposals, value)) if isinstance(value, (list, tuple)) else value
 
 
 def check(model: dict) -> dict[str, Any]:
@@ -127,14 +131,16 @@ def _check(model: dict, dtype: torch.dtype) -> dict[str, Any]:
         torch.manual_seed(0)
         model = few_proposals(model)
         # Building changes the config of some models, and others want its attributes.
-        plain = MODELS.build(ConfigDict(copy.deepcopy(model))).eval()
+        plain = MODELS.build(ConfigDict(copy.deepcopy(model)))
+        plain.eval()  # the distilled ones return nothing
         layers = [m for m in plain.modules() if _is_batch_norm(m)]
         result["layers"] = len(layers)
         if not layers:
             return result
         step = "convert"
         overridden = {**copy.deepcopy(model), "type": "psbn_mmdet.ToPsBN", "of": model["type"]}
-        shifted = MODELS.build(ConfigDict(overridden)).eval()
+        shifted = MODELS.build(ConfigDict(overridden))
+        shifted.eval()
         result["converted"] = sum(isinstance(m, PostShift) for m in shifted.modules())
         step = "load"
         with contextlib.redirect_stdout(io.StringIO()):  # it tells of every parameter
@@ -153,7 +159,9 @@ def _check(model: dict, dtype: torch.dtype) -> dict[str, Any]:
         # Trackers take videos and track; what is in them of BatchNorm is the detector's.
         plain, shifted = (getattr(model, "detector", model) for model in (plain, shifted))
         step = "compare"
-        result.update(_compare(plain.to(dtype), shifted.to(dtype), dtype))
+        for network in (plain, shifted):
+            nn.Module.to(network, dtype)  # the distilled ones have a `to` for devices alone
+        result.update(_compare(plain, shifted, dtype))
         step = "measure"
         report = measure(shifted, inputs=(3, result["size"], result["size"]))
         result["filters"] = int(report.totals["filters"])
@@ -225,7 +233,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
     elif hasattr(value, "pred_instances"):  # a data sample of mmdet
@@ -238,7 +246,12 @@ def in_a_process(model: dict, limit: float = LIMIT) -> dict[str, Any]:
     """`check` in a process of its own: what one model leaves behind or breaks harms no other."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(check(model)))
+
+    def child() -> None:
+        os.chdir(config_folder().parent)  # a teacher is named by its path in mmdet's repository
+        sender.send(check(model))
+
+    process = context.Process(target=child)
     process.start()
     sender.close()
     try:

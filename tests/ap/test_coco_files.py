@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from psbn_mmdet.ap.coco_files import InputError, read_annotations, read_results
+from psbn_mmdet.python38 import removeprefix
 from tests.helpers.ap import change_json, dataset
 
 NAN, INF = float("nan"), float("inf")
@@ -32,7 +33,7 @@ def refused(ann, results=None):
     assert "\n" not in line
     path = f"{results or ann}: "
     assert line.startswith(path)
-    return line.removeprefix(path)
+    return removeprefix(line, path)
 
 
 def test_columns_are_what_the_files_say(files):

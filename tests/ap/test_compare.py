@@ -57,7 +57,10 @@ def test_seeds_alone_give_welchs_interval():
     a, b = np.array([36.0, 36.4, 35.7]), np.array([36.9, 36.5, 37.0])
     m = measured(np.append(a, b), np.tile(np.append(a, b), (20000, 1)))
     d = compare.compare(m, {"bn": [0, 1, 2], "psbn": [3, 4, 5]}).differences[0]
-    low, high = ttest_ind(b, a, equal_var=False).confidence_interval()
+    test = ttest_ind(b, a, equal_var=False)
+    if not hasattr(test, "confidence_interval"):
+        pytest.skip("needs scipy >= 1.11, whose t-test gives an interval")
+    low, high = test.confidence_interval()
     assert d.value[0] == pytest.approx(b.mean() - a.mean())
     assert d.low[0] == pytest.approx(low, abs=0.02 * (high - low))
     assert d.high[0] == pytest.approx(high, abs=0.02 * (high - low))

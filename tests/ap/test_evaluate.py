@@ -11,6 +11,7 @@ from pycocotools.cocoeval import COCOeval
 
 from psbn_mmdet.ap import evaluate, matching
 from psbn_mmdet.ap.coco_files import read_annotations, read_results
+from psbn_mmdet.python38 import zip_strict
 
 STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
@@ -68,7 +69,7 @@ def repeated(annotations, results, weights):
     """The same data set with image i there weights[i] times, copies next to each other."""
     order = sorted(i["id"] for i in annotations["images"])
     ids = {id_: [] for id_ in order}
-    for id_, w in zip(order, weights, strict=True):
+    for id_, w in zip_strict(order, weights):
         for _ in range(w):
             ids[id_].append(1 + sum(map(len, ids.values())))
     objects = [
@@ -96,7 +97,7 @@ def by_pycocotools(annotations, results):
     precision = e.eval["precision"][:, :, :, 0, 2]  # IoU, recall, class
     means = [[p[p > -1].mean() if (p > -1).any() else -1 for p in np.moveaxis(x, 2, 0)]
              for x in (precision, precision[:1], precision[5:6])]  # fmt: skip
-    return dict(zip(STATS, e.stats, strict=True)), np.array(means).T, precision
+    return dict(zip_strict(STATS, e.stats)), np.array(means).T, precision
 
 
 def read(tmp_path, annotations, results):
@@ -220,7 +221,7 @@ def test_weights_are_exactly_physical_repetition(tmp_path, seed):
     weights = evaluate.draw_images(m.images, 6, rng)
     assert weights.max() > 2
     got, _ = evaluate.weighted_ap(m, weights)
-    for w, g in zip(weights, got, strict=True):
+    for w, g in zip_strict(weights, got):
         _, want, _ = by_pycocotools(*repeated(annotations, results, w))
         np.testing.assert_allclose(np.nan_to_num(g, nan=-1), want, rtol=0, atol=1e-12)
 

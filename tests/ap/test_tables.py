@@ -35,7 +35,7 @@ def report(arms, table2=False, pairs=None, classes=CLASSES, seed=0, **kwargs):
         curve_resampled=np.zeros((400, m, 3, 101)),
     )
     first = np.cumsum([0, *arms.values()])
-    members = {a: list(range(f, f + n)) for (a, n), f in zip(arms.items(), first, strict=False)}
+    members = {a: list(range(f, f + n)) for (a, n), f in zip(arms.items(), first)}
     c = compare.compare(measured, members, pairs)
     return tables.report(c, runs, SETTINGS, table2, **kwargs)
 

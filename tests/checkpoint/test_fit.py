@@ -85,12 +85,12 @@ def test_the_reason_says_what_would_go_wrong():
     fewer = {k: v for k, v in bn.state_dict().items() if not k.startswith("2.")}
     assert mismatch(psbn, fewer, strict=False) is None
     assert mismatch(bn, fewer, strict=True).startswith("4 tensors are missing, as 2.weight")
-    other = bn.state_dict() | {"2.weight": torch.ones(5)}
+    other = {**bn.state_dict(), "2.weight": torch.ones(5)}
     assert mismatch(bn, other, strict=True).startswith(
         "1 tensors have another shape, as 2.weight: (5,) instead of (4,)"
     )
     assert mismatch(bn, other, strict=False) is None
-    more = bn.state_dict() | {"9.weight": torch.ones(5)}
+    more = {**bn.state_dict(), "9.weight": torch.ones(5)}
     assert "1 tensors have no place in the model, as 9.weight" in mismatch(bn, more, strict=True)
     assert mismatch(bn, more, strict=False) is None
     with pytest.raises(CheckpointError, match=r"^a.pth: 4 tensors are missing"):
@@ -121,12 +121,12 @@ def test_tensors_that_mean_nothing_to_the_model_are_passed_over():
         "ema_net_0_0_weight": torch.ones(4),  # MMDetection 2
         "net.0.0.num_batches_tracked": torch.tensor(3),
     }
-    assert mismatch(model, model.state_dict() | extra, strict=True) is None
+    assert mismatch(model, {**model.state_dict(), **extra}, strict=True) is None
 
 
 def test_constants_that_differ_from_the_models_are_refused():
     model = Preprocessed([1.0, 2.0, 3.0])
-    state_dict = model.state_dict() | {"preprocessor.mean": torch.tensor([0.5, 2.0, 3.0])}
+    state_dict = {**model.state_dict(), "preprocessor.mean": torch.tensor([0.5, 2.0, 3.0])}
     reason = mismatch(model, state_dict, strict=True)
     assert reason == "its preprocessor.mean is (0.5, 2, 3), and the config's is (1, 2, 3)"
 

@@ -175,7 +175,7 @@ def test_testing_and_resuming_take_all_or_nothing(runners, tmp_path):
             by_runner(False)("bn", str(tmp_path / "a.pth"), runners)
         wrong = {f"module.{k}": v for k, v in Tiny("psbn").state_dict().items()}
         content = {"state_dict": Tiny("bn").state_dict(), "meta": {}, "message_hub": {}}
-        torch.save(content | {"ema_state_dict": wrong}, tmp_path / "a.pth")
+        torch.save({**content, "ema_state_dict": wrong}, tmp_path / "a.pth")
         with pytest.raises(CheckpointError, match="its ema_state_dict: it is a psBN checkpoint"):
             by_runner(False)("bn", str(tmp_path / "a.pth"), runners)
     finally:

@@ -17,6 +17,7 @@ from mmengine.registry import HOOKS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULER
 from torch import nn
 
 from psbn_mmdet.checkpoint import CheckpointError, load
+from psbn_mmdet.python38 import removesuffix, zip_strict
 from tests.helpers.toy_runner import Noise, make_runner
 
 
@@ -28,7 +29,7 @@ def same(a, b):
             same(a[key], b[key])
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
+        for x, y in zip_strict(a, b):
             same(x, y)
     elif isinstance(a, (torch.Tensor, np.ndarray)):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
@@ -47,7 +48,7 @@ def comes_back(content, tmp_path):
 
 def optimizer_of(name="SGD", **arguments):
     weight = nn.Embedding(4, 3, sparse=name == "SparseAdam").weight
-    arguments = {"lr": 0.1} | arguments
+    arguments = {"lr": 0.1, **arguments}
     return OPTIMIZERS.build(dict(type=name, params=[weight], **arguments)), weight
 
 
@@ -68,7 +69,7 @@ ARGUMENTS = {
     "Step": dict(step_size=2, **LR),
 }
 SCHEDULERS = {
-    name: (registry, ARGUMENTS[name.removesuffix(what)], what)
+    name: (registry, ARGUMENTS[removesuffix(name, what)], what)
     for registry in (PARAM_SCHEDULERS, MMDET_PARAM_SCHEDULERS)
     for name in registry.module_dict
     for what in ("LR", "Momentum", "ParamScheduler")
@@ -86,7 +87,7 @@ def test_the_state_of_every_scheduler(name, tmp_path):
     registry, arguments, what = SCHEDULERS[name]
     optimizer, _ = optimizer_of(momentum=0.9)
     if what == "ParamScheduler":
-        arguments = {"param_name": "lr"} | arguments
+        arguments = {"param_name": "lr", **arguments}
     for more in [{}, {"anneal_strategy": "linear"}] if "OneCycle" in name else [{}]:
         scheduler = registry.module_dict[name](optimizer, **arguments, **more)
         for step in range(3):
@@ -137,6 +138,10 @@ def test_the_state_of_every_optimizer(name, tmp_path):
     comes_back(OptimWrapperDict(a=wrapper, b=wrapper).state_dict(), tmp_path)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.amp, "GradScaler"),
+    reason="needs torch >= 2.3 for gradient scaling on the CPU",
+)
 def test_the_state_of_loss_scaling(tmp_path):
     comes_back(torch.amp.GradScaler("cpu").state_dict(), tmp_path)
 
@@ -206,7 +211,7 @@ def test_a_run_with_all_of_it_is_resumed(tmp_path, monkeypatch):
     whole = run("whole")
     parts = run("parts", load_from=str(tmp_path / "whole" / "iter_4.pth"), resume=True)
     assert (parts.iter, parts.ema_steps) == (8, whole.ema_steps)
-    for one, other in zip(whole.param_schedulers, parts.param_schedulers, strict=True):
+    for one, other in zip_strict(whole.param_schedulers, parts.param_schedulers):
         # _global_step, which mmengine counts from 0 in each process, serves a warning only
         same(
             *(

@@ -67,10 +67,12 @@ def test_versions_of_modules_come_along(prefix, state_dict):
     saved = OrderedDict((prefix + k, v) for k, v in state_dict.items())
     outer = prefix.split(".")[:-1]
     saved._metadata = OrderedDict(
-        {".".join(outer[:depth]): {"version": 1} for depth in range(len(outer))}
-        | {
-            f"{prefix}{module}".rstrip("."): {"version": version}
-            for module, version in [("", 7), ("0", 1), ("1", 2)]
+        {
+            **{".".join(outer[:depth]): {"version": 1} for depth in range(len(outer))},
+            **{
+                f"{prefix}{module}".rstrip("."): {"version": version}
+                for module, version in [("", 7), ("0", 1), ("1", 2)]
+            },
         }
     )
     found = state_dict_of({"state_dict": saved})._metadata

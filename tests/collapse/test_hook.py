@@ -21,6 +21,7 @@ from psbn_mmdet import collapse, norm
 from psbn_mmdet.collapse import hook as hooks
 from psbn_mmdet.collapse import measure, trace
 from psbn_mmdet.collapse.hook import SparsityLoggerHook, responsible_key, undecayed_betas
+from psbn_mmdet.python38 import removeprefix
 from tests.helpers import distributed
 from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
 from tests.helpers.paths import ROOT
@@ -131,7 +132,7 @@ def everywhere(net, work_dir):
         parameter.requires_grad_(parameter is net.fc.bias)
     make_runner(work_dir, [SparsityLoggerHook(1, figures=False)], net, iterations=1).train()
     rows = trace.read(work_dir / "collapse.trace").report().rows
-    return {row["name"].removeprefix("net."): row["collapsed_filters"] for row in rows}
+    return {removeprefix(row["name"], "net."): row["collapsed_filters"] for row in rows}
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if "Sync" not in v])
@@ -227,7 +228,7 @@ class TestAveragedWeights:
         for at in (4, 8, 12):
             saved = torch.load(tmp_path / f"iter_{at}.pth", weights_only=False)
             evaluated = measure(saved["state_dict"]).totals
-            trained = measure({k.removeprefix("module."): v
+            trained = measure({removeprefix(k, "module."): v
                                for k, v in saved["ema_state_dict"].items()}).totals  # fmt: skip
             for name in ("collapsed_percent", "dead_percent"):
                 assert rows[at][f"collapse/{name}"] == pytest.approx(trained[name])

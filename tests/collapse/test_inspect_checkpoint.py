@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from psbn_mmdet import norm
 from psbn_mmdet.collapse import measure
+from psbn_mmdet.python38 import zip_strict
 from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
 from tests.helpers.tools import TOOLS, Main
 
@@ -261,8 +262,10 @@ class TestConvert:
             "meta": {},
             "state_dict": net.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "ema_state_dict": {"steps": torch.tensor(3)}
-            | {"module." + k: v for k, v in net.state_dict().items()},
+            "ema_state_dict": {
+                "steps": torch.tensor(3),
+                **{"module." + k: v for k, v in net.state_dict().items()},
+            },
         }
         torch.save(content, tmp_path / "bn.pth")
         done = convert(tmp_path / "bn.pth", tmp_path / "a.pth", "--to=psbn")
@@ -276,7 +279,7 @@ class TestConvert:
         psnet.load_state_dict(kept["state_dict"])
         psoptimizer = torch.optim.SGD(psnet.parameters(), 0.1, momentum=0.9)
         psoptimizer.load_state_dict(kept["optimizer"])
-        for ours, theirs in zip(psnet.parameters(), net.parameters(), strict=True):
+        for ours, theirs in zip_strict(psnet.parameters(), net.parameters()):
             mine = psoptimizer.state[ours]["momentum_buffer"]
             assert torch.equal(mine, optimizer.state[theirs]["momentum_buffer"])
         assert kept["ema_state_dict"]["module.bn1.alpha"] == 0.25

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from psbn_mmdet import norm
 from psbn_mmdet.collapse import Report, measure
+from psbn_mmdet.python38 import removeprefix
 from tests.helpers.collapsed_net import (
     CONSTANT,
     DEAD,
@@ -37,7 +38,7 @@ def test_a_report_has_exactly_the_filters_collapsed_by_hand(net, variant, source
         report = measure(model.state_dict())
     else:
         report = measure({"module." + k: v for k, v in model.state_dict().items()})
-    rows = {row["name"].removeprefix("module."): row for row in report.rows}
+    rows = {removeprefix(row["name"], "module."): row for row in report.rows}
     assert list(rows) == list(DEAD)
     for name, row in rows.items():
         collapsed = sorted(DEAD[name] + CONSTANT[name])
@@ -48,8 +49,8 @@ def test_a_report_has_exactly_the_filters_collapsed_by_hand(net, variant, source
         never_fire = {"bn1": [0], "block.bn1": [2]}.get(name, [])
         assert row["inactive_filters"] == sorted(never_fire + INACTIVE_ONLY[name])
         conv = {"bn1": "conv1", "block.bn1": "block.conv1"}
-        conv |= {"block.bn2": "block.conv2", "block.down.1": "block.down.0"}
-        assert row["conv"].removeprefix("module.") == conv[name]
+        conv.update({"block.bn2": "block.conv2", "block.down.1": "block.down.0"})
+        assert removeprefix(row["conv"], "module.") == conv[name]
     totals = report.totals
     assert (totals["filters"], totals["collapsed"], totals["dead"]) == (28, 8, 6)
     assert (totals["constant"], totals["inactive"]) == (2, 4)
@@ -145,7 +146,7 @@ class Activations(nn.Module):
 class TestWhatFollows:
     def test_only_a_relu_makes_filters_dead_or_inactive(self):
         report = measure(Activations())
-        rows = {row["name"].removeprefix("bn_"): row for row in report.rows}
+        rows = {removeprefix(row["name"], "bn_"): row for row in report.rows}
         follows = {name: row["followed_by"] for name, row in rows.items()}
         assert follows == {"relu": "relu", "silu": "other", "leaky": "leaky", "linear": "none"}
         states = {n: (r["dead"], r["constant"], r["inactive_filters"]) for n, r in rows.items()}

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
+from psbn_mmdet.python38 import zip_strict
 from tests.helpers.collapsed_net import Net, collapse_by_hand
 from tests.helpers.toy_runner import make_runner
 
@@ -42,7 +43,7 @@ def check(curves):
     }
     assert "loss" in curves  # LoggerHook's own are beside it
     for name, value in WANTED.items():
-        steps, values = zip(*curves[name], strict=True)
+        steps, values = zip_strict(*curves[name])
         assert list(steps) == STEPS, name
         assert list(values) == pytest.approx([value] * 4), name
 

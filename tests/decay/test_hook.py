@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 from psbn_mmdet import to_psbn
 from psbn_mmdet.decay.hook import AnchoredBiasDecay
+from psbn_mmdet.python38 import zip_strict
 from tests.helpers.anchored import (
     ALPHA,
     as_psbn_computes,
@@ -46,7 +47,7 @@ class Toy(BaseModel):
 class TestHook:
     @staticmethod
     def run(work_dir, iters, post_shifted=False, resume=False, hook=None, **options):
-        x, target = map(torch.cat, zip(*batches(20), strict=True))
+        x, target = map(torch.cat, zip_strict(*batches(20)))
         dataset = TensorDataset(x, target)
         runner = Runner(
             Toy(post_shifted),
@@ -82,7 +83,7 @@ class TestHook:
         assert all(map(torch.equal, norm_biases(whole.model), norm_biases(psbn.model)))
         self.run(tmp_path / "parts", 8, hook=self.hook)
         parts = self.run(tmp_path / "parts", 20, hook=self.hook, resume=True)
-        for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        for a, b in zip_strict(whole.model.parameters(), parts.model.parameters()):
             assert torch.equal(a, b)
         saved = torch.load(tmp_path / "whole" / "iter_16.pth", weights_only=False)["state_dict"]
         assert list(saved) == list(Toy(post_shifted=False).state_dict())
@@ -172,6 +173,6 @@ class TestRetinaNet:
         assert runs["anchored"][0] == runs["psbn"][0]
         assert all(map(torch.equal, runs["anchored"][1], runs["psbn"][1]))
         # and not because decay does nothing: the biases of BN went another way
-        apart = [(a - b).abs().max() for a, b in zip(runs["bn"][1], runs["psbn"][1], strict=True)]
+        apart = [(a - b).abs().max() for a, b in zip_strict(runs["bn"][1], runs["psbn"][1])]
         assert max(apart) > 1e-4
         assert runs["bn"][0] != runs["psbn"][0]

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from psbn_mmdet import to_psbn
 from psbn_mmdet.decay import anchor_bias_decay
 from psbn_mmdet.norm import rectified
+from psbn_mmdet.python38 import zip_strict
 from tests.helpers.anchored import (
     ALPHA,
     OPTIMIZERS,
@@ -50,9 +51,9 @@ class TestWhenAStepRaises:
             optimizer.step()
         expected = [
             (b - ALPHA - 0.1 * (g + 0.1 * (b - ALPHA))) + ALPHA
-            for b, g in zip(before, grads, strict=True)
+            for b, g in zip_strict(before, grads)
         ]
-        for wrong, right in zip(norm_biases(model), expected, strict=True):
+        for wrong, right in zip_strict(norm_biases(model), expected):
             assert (right - wrong).min() > 0.9 * ALPHA  # without help they would stay like this
         return model, optimizer, expected
 
@@ -166,7 +167,12 @@ def test_without_what_torch_has_only_from_2_5_on():
     """No Adafactor, no public hook for loading; a step that raised is still put right by a load."""
     program = """
 import torch
-del torch.optim.Adafactor, torch.nn.Module.register_load_state_dict_pre_hook
+for owner, name in [
+    (torch.optim, "Adafactor"),
+    (torch.nn.Module, "register_load_state_dict_pre_hook"),
+]:
+    if hasattr(owner, name):
+        delattr(owner, name)
 from psbn_mmdet.decay import anchor_bias_decay
 model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.ReLU())
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)

@@ -8,6 +8,7 @@ import numpy as np
 
 from psbn_mmdet.ap import compare
 from psbn_mmdet.ap.compare import Measured
+from psbn_mmdet.python38 import zip_strict
 
 
 def measured(observed, resampled):
@@ -65,7 +66,7 @@ def dataset(folder, images=40, seed=0, quality=(0.03, 0.12), seeds=1):
     )
     (folder / "ann.json").write_text(json.dumps(annotations))
     files = []
-    for arm, noise in zip(("bn", "psbn"), quality, strict=True):
+    for arm, noise in zip_strict(("bn", "psbn"), quality):
         for s in range(seeds):
             boxes = [
                 dict(

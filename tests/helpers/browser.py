@@ -1,5 +1,7 @@
 """Pages in a headless Chromium of the system, driven by Playwright: real keys, real widths."""
 
+from __future__ import annotations
+
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ WHY_NOT = (
 
 
 @contextmanager
-def chromium() -> Iterator["Browser"]:
+def chromium() -> Iterator[Browser]:
     """A browser for as many pages as are needed."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -46,7 +48,7 @@ class Tab:
 
     def __init__(
         self,
-        browser: "Browser",
+        browser: Browser,
         path: Path,
         width: int = 1280,
         height: int = 900,

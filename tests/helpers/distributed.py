@@ -1,5 +1,7 @@
 """Run a function of a test module in several gloo processes."""
 
+from __future__ import annotations
+
 import os
 import traceback
 from collections.abc import Callable

@@ -3,6 +3,8 @@
 They are forked from the test's, so that they need not import everything again.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import multiprocessing as mp
 import os
@@ -51,14 +53,14 @@ def torchrun(processes, port=None):
     """The variables that torchrun sets, by rank."""
     common = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
     common["MASTER_PORT"] = port or free_port()
-    return [common | {"RANK": r, "LOCAL_RANK": r} for r in range(processes)]
+    return [{**common, "RANK": r, "LOCAL_RANK": r} for r in range(processes)]
 
 
 def slurm(processes, job=7, **extra):
     """The variables that srun sets, by rank."""
     common = {"SLURM_JOB_ID": job, "SLURM_STEP_ID": 0, "SLURM_NTASKS": processes}
-    common |= {"SLURM_NODELIST": "node[01-02]", "MASTER_ADDR": "127.0.0.1"} | extra
-    return [common | {"SLURM_PROCID": r, "SLURM_LOCALID": r} for r in range(processes)]
+    common.update({"SLURM_NODELIST": "node[01-02]", "MASTER_ADDR": "127.0.0.1", **extra})
+    return [{**common, "SLURM_PROCID": r, "SLURM_LOCALID": r} for r in range(processes)]
 
 
 def _main(tool, arguments, environment, log, directory):

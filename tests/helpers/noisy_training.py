@@ -185,7 +185,7 @@ def make_config(path, loop="epoch", hooks=(), every=None, workers=0, epochs=3, *
         {
             "custom_imports": {"imports": ["tests.helpers.noisy_training"]},
             "model": {"type": "DropoutNet"},
-            "train_dataloader": loader | {"sampler": sampler},
+            "train_dataloader": {**loader, "sampler": sampler},
             "train_cfg": {"by_epoch": True, "max_epochs": epochs}
             if by_epoch
             else {"by_epoch": False, "max_iters": 4 * epochs},
@@ -203,7 +203,7 @@ def make_config(path, loop="epoch", hooks=(), every=None, workers=0, epochs=3, *
         }
     )
     if changes.pop("validate", False):
-        cfg.val_dataloader = loader | {"sampler": {"type": "DefaultSampler", "shuffle": False}}
+        cfg.val_dataloader = {**loader, "sampler": {"type": "DefaultSampler", "shuffle": False}}
         cfg.val_cfg, cfg.val_evaluator = {"type": "ValLoop"}, {"type": "MeanScore"}
         cfg.train_cfg.val_interval = 1
     cfg.merge_from_dict({key.replace("__", "."): value for key, value in changes.items()})
@@ -215,7 +215,7 @@ def state(checkpoint):
     """What must be equal to the bit: weights, the optimizer's state and the schedulers'."""
     content = load(checkpoint)
     kept = {key: content[key] for key in ("state_dict", "optimizer", "param_schedulers")}
-    return kept | {key: content[key] for key in ("ema_state_dict",) if key in content}
+    return {**kept, **{key: content[key] for key in ("ema_state_dict",) if key in content}}
 
 
 def last(work_dir):
@@ -230,6 +230,6 @@ def equal(a, b):
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
+    if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b

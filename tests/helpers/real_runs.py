@@ -39,7 +39,7 @@ def command(processes, config, work_dir, *arguments, test=None):
 
 
 def environment(**extra):
-    return os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | extra
+    return {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **extra}
 
 
 def run(*args, check=True, env=None, **kwargs):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from psbn_mmdet.python38 import removeprefix
 from tests.helpers.paths import ROOT
 
 SCRIPT = ROOT.parent / "shared" / "slurm" / "cluster.sh"
@@ -17,7 +18,7 @@ PREFIX = "psbntest"  # of the network namespaces, before the process id of the t
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def why_not():
     """Why there can be no cluster here; None where there can."""
     programs = ("slurmctld", "slurmd", "munged", "sbatch", "nsenter", "unshare", "ip")
@@ -56,7 +57,8 @@ class Cluster:
             assert text.count(old) == 1, f"{SCRIPT} has changed: {old}"
             text = text.replace(old, new)
         self.script.write_text(text)
-        self.environment = os.environ | {
+        self.environment = {
+            **os.environ,
             "BASE": str(folder / "state"),
             "PATH": PATH,
             "PYTHON": sys.executable,
@@ -68,7 +70,7 @@ class Cluster:
 
     def __enter__(self):
         for namespace in Path("/run/netns").glob(f"{PREFIX}*"):  # of tests that were killed
-            owner = namespace.name.removeprefix(PREFIX).partition("-")[0]
+            owner = removeprefix(namespace.name, PREFIX).partition("-")[0]
             if not Path("/proc", owner).exists():
                 _end(namespace.name)
         try:
@@ -93,7 +95,7 @@ class Cluster:
         return self._call(
             "login",
             *command,
-            env=self.environment | environment,
+            env={**self.environment, **environment},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

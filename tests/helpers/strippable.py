@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from psbn_mmdet.norm import norm_layers
+from psbn_mmdet.python38 import zip_strict
 
 
 def with_statistics(model, seed=0):
@@ -128,5 +129,5 @@ class SharedHead(nn.Module):
     def forward(self, x):
         fine = self.stem(x)
         levels = [fine, self.down(fine)]
-        norms = zip(self.norms, levels, strict=True)
+        norms = zip_strict(self.norms, levels)
         return [self.out(self.shared(norm(self.conv(x)).relu())) for norm, x in norms]

@@ -30,8 +30,10 @@ WRAPPINGS = {
     "beside an average": lambda sd: {"model": dict(sd), "model_ema": _other(sd)},
     "mmengine's average": lambda sd: {
         "state_dict": dict(sd),
-        "ema_state_dict": {"steps": torch.tensor(3)}
-        | {f"module.{k}": v for k, v in _other(sd).items()},
+        "ema_state_dict": {
+            "steps": torch.tensor(3),
+            **{f"module.{k}": v for k, v in _other(sd).items()},
+        },
     },
     "state_dict first": lambda sd: {"model": _other(sd), "state_dict": dict(sd)},
     "numpy": lambda sd: {"model": {k: v.numpy() for k, v in sd.items()}},
@@ -53,7 +55,7 @@ PREFIXES = {
     "inside": lambda sd: {k.replace(".", "._orig_mod.", 1): v for k, v in sd.items()},
     # torch's and mmengine's averaged models count beside the module
     "n_averaged": lambda sd: (
-        {"n_averaged": torch.tensor(2)} | {f"module.{k}": v for k, v in sd.items()}
+        {"n_averaged": torch.tensor(2), **{f"module.{k}": v for k, v in sd.items()}}
     ),
-    "steps": lambda sd: {"steps": torch.tensor(2)} | {f"module.{k}": v for k, v in sd.items()},
+    "steps": lambda sd: {"steps": torch.tensor(2), **{f"module.{k}": v for k, v in sd.items()}},
 }

@@ -29,7 +29,7 @@ def imagenet(tmp_path_factory):
     from mmdet.models import ResNet
 
     state_dict = randomize(ResNet(50)).state_dict()
-    state_dict |= {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
+    state_dict.update({"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)})
     home = tmp_path_factory.mktemp("torch_home")
     (home / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(state_dict, home / "hub" / "checkpoints" / "resnet50-0676ba61.pth")

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from psbn_mmdet.checkpoint import load
 from psbn_mmdet.launch import UsageError
 from psbn_mmdet.launch.distributed import slurm_port, timeout
+from psbn_mmdet.python38 import zip_strict
 from tests.helpers.forked import Process, free_port, slurm, torchrun, train
 from tests.helpers.noisy_training import equal, last, make_config
 
@@ -131,7 +132,7 @@ def trained(tmp_path_factory):
 
 def unshared(trained, tmp_path, *has_checkpoint):
     folders = [tmp_path / f"node{rank}" for rank in range(len(has_checkpoint))]
-    for folder, has in zip(folders, has_checkpoint, strict=True):
+    for folder, has in zip_strict(folders, has_checkpoint):
         (folder / "w").mkdir(parents=True)
         if has:
             shutil.copy(trained / "epoch_1.pth", folder / "w")
@@ -224,7 +225,7 @@ def test_a_rank_that_hangs_does_not_hold_the_others_for_ever(tmp_path):
     config = make_config(tmp_path / "a.py", hooks=wait)
     line = [config, "--work-dir", tmp_path / "w", "--launcher", "pytorch"]
     started = [
-        Process("train", line, env | {"PSBN_DIST_TIMEOUT": 3}, tmp_path / f"{rank}.log")
+        Process("train", line, {**env, "PSBN_DIST_TIMEOUT": 3}, tmp_path / f"{rank}.log")
         for rank, env in enumerate(torchrun(2))
     ]
     first = started[0].end(seconds=100)  # WaitFor itself gives up after 120
@@ -235,7 +236,7 @@ def test_a_rank_that_hangs_does_not_hold_the_others_for_ever(tmp_path):
 
 @pytest.mark.parametrize("launcher", [slurm, torchrun])
 def test_a_rank_that_never_comes_does_not_hold_the_others_for_ever(launcher, config, tmp_path):
-    environments = [e | {"PSBN_DIST_TIMEOUT": 2, "MASTER_PORT": free_port()} for e in launcher(2)]
+    environments = [{**e, "PSBN_DIST_TIMEOUT": 2, "MASTER_PORT": free_port()} for e in launcher(2)]
     (ended,) = train(config, tmp_path, environments=environments[:1])
     assert ended.status == 2 and "Traceback" not in ended.text
     assert "train.py: rank 0 of 2 did not find the others in 2 s: " in ended.text

@@ -10,6 +10,7 @@ from torch.utils.data import SequentialSampler
 
 from psbn_mmdet.checkpoint import load
 from psbn_mmdet.launch.exact import Draw, SeededBatchSampler, SeededDataset, seed_all
+from psbn_mmdet.python38 import zip_strict
 from tests.helpers.forked import train
 from tests.helpers.noisy_training import equal, last, make_config
 
@@ -96,7 +97,7 @@ def test_seed_all_sets_every_generator_and_no_two_keys_draw_the_same():
         drawn()
         seed_all(*key)
         assert drawn() == draws[-1]
-    for of_one_generator in zip(*draws, strict=True):
+    for of_one_generator in zip_strict(*draws):
         assert len(set(of_one_generator)) == len(keys)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from psbn_mmdet import psBN2d, psIN, psSyncBN, to_bn, to_psbn
+from psbn_mmdet.python38 import zip_strict
 from tests.helpers.layers import randomize
 
 
@@ -135,7 +136,7 @@ def test_torch_compile(psbn, x, training):
     assert_close(b, a)
     a.sum().backward()
     b.sum().backward()
-    for p, q in zip(psbn.parameters(), compiled.parameters(), strict=True):
+    for p, q in zip_strict(psbn.parameters(), compiled.parameters()):
         assert_close(q.grad, p.grad)
 
 

@@ -226,7 +226,7 @@ class TestFollowedBy:
         )
         expected = {"0.0": "relu", "1": "other", "3": "none"}
         assert followed_by(model) == expected
-        assert followed_by(model, whole=False) == expected | {"3": "unknown"}
+        assert followed_by(model, whole=False) == {**expected, "3": "unknown"}
         assert followed_by(psBN2d(4)) == {"": "unknown"}
 
     def test_a_shared_layer_is_relu_only_if_all_its_uses_are(self):

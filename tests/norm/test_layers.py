@@ -194,9 +194,9 @@ def test_ambiguous_checkpoints_are_refused():
     with pytest.raises(RuntimeError, match="only one of beta and alpha"):
         psBN(3).load_state_dict({k: v for k, v in state_dict.items() if k != "alpha"}, strict=False)
     with pytest.raises(RuntimeError, match="both a bias"):
-        psBN(3).load_state_dict(state_dict | {"bias": torch.zeros(3)}, strict=False)
+        psBN(3).load_state_dict({**state_dict, "bias": torch.zeros(3)}, strict=False)
     with pytest.raises(RuntimeError, match="alpha is nan"):
-        psBN(3).load_state_dict(state_dict | {"alpha": torch.tensor(float("nan"))})
+        psBN(3).load_state_dict({**state_dict, "alpha": torch.tensor(float("nan"))})
 
 
 def test_a_psbn_checkpoint_does_not_load_into_bn():

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 
 from psbn_mmdet import psBN2d, psSyncBN
 from psbn_mmdet.norm import PostShift, norm_layers
+from psbn_mmdet.python38 import zip_strict
 from tests.helpers import distributed
 from tests.helpers.layers import randomize
 
@@ -50,15 +51,17 @@ DETECTORS = {
     "GroupNorm head": (
         "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py",
         {
-            "backbone": R18 | {"norm_cfg": {"type": "BN", "requires_grad": True}},
+            "backbone": {**R18, "norm_cfg": {"type": "BN", "requires_grad": True}},
             "neck": {"in_channels": [64, 128, 256, 512]},
         },
     ),
     "SyncBN": (
         "rtmdet/rtmdet_tiny_8xb32-300e_coco.py",
-        {"backbone": {"widen_factor": 0.125, "init_cfg": None}}
-        | {"neck": {"in_channels": [32, 64, 128], "out_channels": 32}}
-        | {"bbox_head": {"in_channels": 32, "feat_channels": 32}},
+        {
+            "backbone": {"widen_factor": 0.125, "init_cfg": None},
+            "neck": {"in_channels": [32, 64, 128], "out_channels": 32},
+            "bbox_head": {"in_channels": 32, "feat_channels": 32},
+        },
     ),
 }
 SEMI = "soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py"
@@ -113,7 +116,7 @@ def test_every_batch_norm_and_nothing_else_is_converted_and_trained(name):
     model.load_state_dict(plain.state_dict())
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        for a, b in zip(model.extract_feat(x), plain.extract_feat(x), strict=True):
+        for a, b in zip_strict(model.extract_feat(x), plain.extract_feat(x)):
             assert_close(a, b, rtol=1e-3, atol=1e-4)  # 20 to 80 layers, each with a rounding
 
     before = {name: m.beta.detach().clone() for name, m in layers.items()}
@@ -131,7 +134,7 @@ def test_a_model_of_two_detectors():
         SEMI,
         model=dict(
             detector=dict(
-                backbone=R18 | dict(norm_cfg=dict(type="BN", requires_grad=True)),
+                backbone={**R18, **dict(norm_cfg=dict(type="BN", requires_grad=True))},
                 neck=dict(in_channels=[64, 128, 256, 512]),
             )
         ),
@@ -161,7 +164,7 @@ def test_distilling_from_a_teacher(tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = weights.extract_feat(x)
-        for a, b in zip(model.teacher_model.eval().extract_feat(x), expected, strict=True):
+        for a, b in zip_strict(model.teacher_model.eval().extract_feat(x), expected):
             assert_close(a, b, rtol=1e-3, atol=1e-4)
     train_step(model, student)
 

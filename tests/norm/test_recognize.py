@@ -130,8 +130,8 @@ class TestStateDicts:
 
     def test_contradictory_bn_is_unknown(self):
         state = nn.BatchNorm2d(4).state_dict()
-        assert norm_kinds(state | {"alpha": torch.tensor(0.1)}) == {"": "unknown"}
-        assert norm_kinds(state | {"running_mean": torch.zeros(3)}) == {"": "unknown"}
+        assert norm_kinds({**state, "alpha": torch.tensor(0.1)}) == {"": "unknown"}
+        assert norm_kinds({**state, "running_mean": torch.zeros(3)}) == {"": "unknown"}
 
     def test_values_that_are_no_tensors_are_passed_over(self):
         assert norm_kinds({"weight": None, "epoch": 3}) == {}

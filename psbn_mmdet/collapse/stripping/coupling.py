@@ -1,5 +1,7 @@
 """Which channels of which layers go or stay together, by Torch-Pruning's dependency graph."""
 
+from __future__ import annotations
+
 import copy
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -13,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ...errors import PsbnError
+from ...python38 import zip_strict
 from ..flops import filters_of
 from .wiring import Run
 
@@ -115,7 +118,7 @@ def _channels(model: nn.Module, graph: Any, tp: Any) -> Iterator[Channel]:
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     covered: set[tuple[nn.Module, int]] = set()
-    for module in [m for m in graph.module2node if isinstance(m, nn.Linear | _ConvNd)]:
+    for module in [m for m in graph.module2node if isinstance(m, (nn.Linear, _ConvNd))]:
         missing = [i for i in range(filters_of(module)) if (module, i) not in covered]
         if not missing:
             continue
@@ -132,9 +135,9 @@ def _channels(model: nn.Module, graph: Any, tp: Any) -> Iterator[Channel]:
                 side = "both"
                 if layer.groups != layer.in_channels:
                     reason = f"{name} has several input channels for each filter"
-            elif isinstance(layer, nn.Linear | _ConvNd):
+            elif isinstance(layer, (nn.Linear, _ConvNd)):
                 side = "in" if inward else "out"
-            elif isinstance(layer, _BatchNorm | _InstanceNorm) or (
+            elif isinstance(layer, (_BatchNorm, _InstanceNorm)) or (
                 isinstance(layer, nn.PReLU) and layer.num_parameters > 1
             ):
                 side = "both"
@@ -149,7 +152,7 @@ def _channels(model: nn.Module, graph: Any, tp: Any) -> Iterator[Channel]:
                 reason = f"the weight of {name} is parametrized or shared with another layer"
             if side != "in" and not reason and not node.outputs:
                 reason = f"what reads {name or 'it'} was not traced"
-            for index, root in zip(item.idxs, item.root_idxs, strict=True):
+            for index, root in zip_strict(item.idxs, item.root_idxs):
                 if reason:
                     blocked.setdefault(root, reason)
                 if side:
@@ -198,7 +201,7 @@ def width(layer: nn.Module, side: str) -> int:
         return layer.in_channels if side == "in" else layer.out_channels
     if isinstance(layer, nn.PReLU):
         return layer.num_parameters
-    if isinstance(layer, _BatchNorm | _InstanceNorm):
+    if isinstance(layer, (_BatchNorm, _InstanceNorm)):
         return layer.num_features
     return -1
 
@@ -207,7 +210,7 @@ def _normalized_by(model: nn.Module, graph: Any) -> dict[str, tuple[str, ...] | 
     names = {module: name for name, module in model.named_modules()}
     found: dict[str, tuple[str, ...] | None] = {}
     for module, node in graph.module2node.items():
-        if isinstance(module, nn.Linear | _ConvNd):
+        if isinstance(module, (nn.Linear, _ConvNd)):
             alone = node.outputs and all(
                 isinstance(n.module, _BatchNorm)
                 and n.module.running_mean is not None
@@ -225,6 +228,6 @@ def tensors_in(value: Any) -> list[Tensor]:
         return [value] if value.is_floating_point() else []
     if isinstance(value, dict):
         value = list(value.values())
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):
         return [tensor for child in value for tensor in tensors_in(child)]
     return []

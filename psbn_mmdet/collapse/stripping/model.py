@@ -1,5 +1,7 @@
 """A model type for configs: any model without the channels that a record names."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

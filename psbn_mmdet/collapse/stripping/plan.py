@@ -1,5 +1,7 @@
 """Which channels go, which stay, and why."""
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
 """Two networks run beside each other: how much their outputs differ, and their time."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...python38 import zip_strict
 from ..detectors import ways_to_compare
 from .coupling import StripError, tensors_in
 from .wiring import Run
@@ -107,7 +110,7 @@ def difference(original: nn.Module, stripped: nn.Module, run: Run) -> Difference
 def compare(expected: list[Tensor], actual: list[Tensor]) -> Difference:
     """The difference of two networks' outputs, tensors of the same shapes in the same order."""
     relative, largest = torch.zeros(()), torch.zeros(())
-    for a, b in zip(expected, actual, strict=True):
+    for a, b in zip_strict(expected, actual):
         if a.numel():
             a, b = a.double().cpu(), b.double().cpu()
             size = a.abs().max()

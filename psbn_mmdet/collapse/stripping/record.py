@@ -1,12 +1,15 @@
 """The record of what :func:`.strip.strip` did: counts, reasons, FLOPs; and its summary as text."""
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Dict, List
 
 import torch
 from torch import Tensor, nn
 
+from ...python38 import zip_strict
 from ..criteria import activation_probability, collapsed, dead, inactive
 from ..flops import Flops, probe
 from ..layers import Layer, live_filters
@@ -14,7 +17,7 @@ from .coupling import Channel
 from .plan import Plan
 from .wiring import Run
 
-Kinds = dict[str, list[str]]
+Kinds = Dict[str, List[str]]
 """Normalization layer -> of each filter ``dead``, ``constant``, ``inactive`` or ``live``."""
 
 
@@ -33,7 +36,7 @@ def kinds_of(layers: list[Layer], threshold: float, inactive_below: float | None
         is_inactive = inactive_of(layer, inactive_below)
         kinds[layer.name] = [
             "dead" if d else "constant" if c else "inactive" if i else "live"
-            for c, d, i in zip(is_collapsed, is_dead, is_inactive, strict=True)
+            for c, d, i in zip_strict(is_collapsed, is_dead, is_inactive)
         ]
     return kinds
 

@@ -1,5 +1,7 @@
 """``strip``: a smaller network of the same function, and the proof that it is one."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -173,7 +175,7 @@ def strip(
 
 def _refuse_other_norms(model: nn.Module) -> None:
     for name, module in norm_modules(model).items():
-        if not isinstance(module, _BatchNorm | _InstanceNorm):
+        if not isinstance(module, (_BatchNorm, _InstanceNorm)):
             raise StripError(
                 f"{name} is a {type(module).__name__}, which cannot be narrowed: replace it by "
                 "torch's own BatchNorm first"

@@ -1,17 +1,20 @@
 """Taking channels out of layers: constants go into biases, then the weights are cut."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Dict
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ...python38 import zip_strict
 from .coupling import Channel, StripError, width
 from .wiring import is_padded
 
-Cut = dict[str, dict[str, Any]]
+Cut = Dict[str, Dict[str, Any]]
 """Layer -> side (``out``, ``in``, ``both``) -> ``{"of": channels, "gone": [indices]}``; a layer
 that was given a bias has ``{"bias": True}`` besides. JSON can hold it."""
 
@@ -46,7 +49,7 @@ def fold(
     for channel in gone:
         into = merged.get(channel, channel)
         # Merged channels have the same readers in the same order.
-        for (name, index), (_, carrier) in zip(channel.inputs, into.inputs, strict=True):
+        for (name, index), (_, carrier) in zip_strict(channel.inputs, into.inputs):
             layer = modules[name]
             taken = _input_weights(layer, index)
             constant = float(constants[name][index])
@@ -144,7 +147,7 @@ def _narrow(name: str, layer: Any, side: str, kept: list[int]) -> None:
     if isinstance(layer, nn.PReLU):
         _select(layer, "weight", 0, kept)
         layer.num_parameters = len(kept)
-    elif isinstance(layer, _BatchNorm | _InstanceNorm):
+    elif isinstance(layer, (_BatchNorm, _InstanceNorm)):
         for tensor in ("weight", "bias", "running_mean", "running_var"):
             _select(layer, tensor, 0, kept)
         layer.num_features = len(kept)
@@ -176,7 +179,7 @@ def _narrow_conv(name: str, conv: Any, side: str, kept: list[int]) -> None:
         _select(conv, "weight", 1, kept)
     else:
         parts = conv.weight.unflatten(0, (conv.groups, -1))
-        chosen = [part[:, rows] for part, rows in zip(parts, by_group, strict=True)]
+        chosen = [part[:, rows] for part, rows in zip_strict(parts, by_group)]
         _replace(conv, "weight", torch.cat(chosen))
     if side == "out":
         _select(conv, "bias", 0, kept)

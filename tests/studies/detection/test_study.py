@@ -16,6 +16,7 @@ from psbn_mmdet import psBN2d
 from psbn_mmdet.ap.coco_files import read_annotations, read_results
 from psbn_mmdet.ap.evaluate import evaluate
 from psbn_mmdet.checkpoint import load
+from psbn_mmdet.python38 import zip_strict
 from studies.cifar.networks import build_network
 from studies.cifar.settings import Settings as CifarSettings
 from studies.detection import data, engine, experiments, figures, summary, training
@@ -290,7 +291,7 @@ def test_figure_is_drawn_from_the_json_alone(name, tmp_path):
     experiment = experiments.build(name)
     value = dict(mean=2.0, std=0.5, values=[1.5, 2.5])
     row = dict.fromkeys(("AP50", "AP75", "train_loss", *summary.FILTERS), value)
-    row["AP"] = value | dict(low=1.0, high=2.8)
+    row["AP"] = {**value, **dict(low=1.0, high=2.8)}
     differences = [
         dict(arm=a, baseline=b, AP=1.0, low=-1.0, high=2.0, verdict="better", further_seeds=0)
         for a, b in experiment.pairs
@@ -313,7 +314,7 @@ def test_figure_is_drawn_from_the_json_alone(name, tmp_path):
 def test_command_does_everything_and_goes_on_after_an_interruption(root, cifar, tmp_path):
     name = "transfer"
     arguments = [name, "--data-root", root, "--cifar-root", cifar, "--out", tmp_path, "--seeds", 1]
-    settings = TOY | {f"pretraining.{key}": value for key, value in PRETRAINING.items()}
+    settings = {**TOY, **{f"pretraining.{key}": value for key, value in PRETRAINING.items()}}
     arguments += ["--set", *(f"{key}={value}" for key, value in settings.items())]
     process = tool(*arguments)
     for line in process.stdout:
@@ -335,7 +336,7 @@ def test_command_does_everything_and_goes_on_after_an_interruption(root, cifar, 
     for norm, rounds in content["backbones"].items():  # one of each, by the CIFAR-10 study's word
         folder = tmp_path / "backbones" / f"{norm.lower()}-seed0"
         told = json.loads((folder / "result.json").read_text())["rounds"]
-        for row, one in zip(rounds, told, strict=True):
+        for row, one in zip_strict(rounds, told):
             assert row["accuracy"]["values"] == [one["accuracy"]]
             assert row["collapsed"]["values"] == [one["collapsed"]]
             assert f"| {norm} | {one['round']} | {one['accuracy']:.1f} |" in drawn

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from mmdet.utils import register_all_modules
 
 from studies.mmdet_configs import __main__ as table
+from tests.helpers.paths import ROOT
 
 
 def retinanet(**norm_cfg):
@@ -99,7 +101,7 @@ def test_a_network_without_batch_norm_has_nothing_to_convert():
 
 
 def test_what_fails_is_told_and_harms_no_other():
-    broken = table.in_a_process(retinanet(type="BN") | {"type": "NoSuchDetector"})
+    broken = table.in_a_process({**retinanet(type="BN"), "type": "NoSuchDetector"})
     assert broken["failed"] == "build"
     assert "NoSuchDetector" in broken["why"]
     assert table.in_a_process(retinanet(type="BN"), limit=0)["failed"] == "time"
@@ -147,7 +149,7 @@ def test_counts():
 
 def test_markdown_names_each_family_and_what_is_not_as_it_should_be():
     result = {"summary": table.summarize(ROWS), "rows": ROWS, "mmdet": "3", "torch": "2"}
-    text = table.markdown(result | {"machine": "m"})
+    text = table.markdown({**result, "machine": "m"})
     assert "| a | 1 | 1 | 1 | 1 | 1 | 1 | 1 |" in text
     assert "| b | 4 | 3 | 2 | 1 | 1 | 0 | 1 |" in text
     assert "| b/1.py | compare | differs by 5.0e-01 |" in text
@@ -183,3 +185,21 @@ def test_bad_input_is_one_line(command):
         2,
         "mmdet_configs: no config of mmdet matches no/such*\n",
     )
+
+
+def test_the_published_table_is_that_of_the_published_rows():
+    folder = Path(table.__file__).parent
+    result = json.loads((folder / "results.json").read_text())
+    s = result["summary"]
+    assert s == table.summarize(result["rows"])
+    assert (folder / "results.md").read_text() == table.markdown(result)
+    assert s["converted"] == s["with_batch_norm"]
+    assert s["same"] == s["compared"] > 0.99 * s["with_batch_norm"]
+    said = " ".join((ROOT / "docs" / "train.md").read_text().split())
+    for words in (
+        f"[{s['models']} distinct models](../studies/mmdet_configs/results.md) {s['built']} build",
+        f"All {s['with_batch_norm']} that have a BatchNorm convert; {s['compared']} could be",
+        f"({s['features_alone']} of them by the features",
+        f"FLOPs of {s['measured']} could be measured",
+    ):
+        assert words in said
