@@ -24,7 +24,7 @@ import math
 import sys
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
@@ -88,10 +88,11 @@ class PostShift(nn.Module):
     reads ``weight`` and ``bias``.
     """
 
-    weight: nn.Parameter
-    beta: nn.Parameter
-    alpha: Tensor
-    reset_running_stats: Callable[[], None]
+    if TYPE_CHECKING:  # TorchScript would read them and knows no annotation that is not evaluated
+        weight: nn.Parameter
+        beta: nn.Parameter
+        alpha: Tensor
+        reset_running_stats: Callable[[], None]
 
     def __init__(
         self,

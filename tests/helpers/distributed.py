@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,10 @@ def _worker(rank: int, function: Callable, size: int, folder: str, args: tuple) 
     except Exception:
         traceback.print_exc()
         raise
-    finally:
-        dist.destroy_process_group()
+    # Not by destroying the group: in torch 2.1 that holds the interpreter's lock while it waits for
+    # gloo's threads, of which one may wait for the lock to free a tensor.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def run(function: Callable, size: int, folder: Path, *args: Any) -> list[Any]:

@@ -116,7 +116,7 @@ def test_reset_parameters_restores_what_meta_construction_left_out():
 
 def test_bias_cannot_be_assigned():
     layer = psBN(3)
-    with pytest.raises((AttributeError, KeyError), match="bias"):
+    with pytest.raises((AttributeError, KeyError), match=r"bias|can't set"):  # Python 3.8's
         layer.bias = torch.zeros(3)
     with pytest.raises((AttributeError, KeyError), match="bias"):
         layer.bias = nn.Parameter(torch.zeros(3))
