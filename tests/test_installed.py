@@ -4,10 +4,11 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
-from psbn_mmdet.installed import DISTRIBUTIONS, _installed, check_environment, why_unfit
+from psbn_mmdet.installed import DISTRIBUTIONS, check_environment, why_unfit
 from tests.helpers.paths import ROOT
 
 try:
@@ -84,7 +85,8 @@ def test_no_distribution_is_required_that_another_could_be_in_the_place_of():
 
 def test_importing_over_two_distributions_fails_in_one_line(tmp_path):
     """The fork's metadata beside OpenMMLab's, as pip leaves them."""
-    (ours,) = _installed("mmengine")
+    installed = {d.metadata["Name"] for d in metadata.distributions()}
+    (ours,) = installed & {*DISTRIBUTIONS["mmengine"]}
     other = "onedl-mmengine" if ours != "onedl-mmengine" else "mmengine"
     folder = tmp_path / f"{other.replace('-', '_')}-0.10.12.dist-info"
     folder.mkdir()
