@@ -1,4 +1,4 @@
-"""What Python gained after 3.8, the version of mmdet's installation page; nothing is changed."""
+"""What Python gained after 3.8, the version of mmdet's installation page, as newer ones have it."""
 
 from __future__ import annotations
 

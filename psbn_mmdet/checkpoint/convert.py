@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..norm.layers import check_alpha, check_load_bn, rebase
 from ..norm.recognize import Kind, norm_kinds
-from ..python38 import removesuffix, zip_strict
+from ..python38 import zip_strict
 from .unwrap import CheckpointError, as_tensor, is_array
 
 _DIMENSIONS = dict(weight=1, bias=1, beta=1, alpha=0, running_mean=1, running_var=1)
@@ -25,8 +25,8 @@ def prefixes(state_dict: Mapping[str, Tensor], kind: Kind) -> set[str]:
 
 def _split(key: str) -> tuple[str, str]:
     """``layer.bn1.bias`` -> ``layer.bn1.``, ``bias``."""
-    name = key.rpartition(".")[2]
-    return removesuffix(key, name), name
+    prefix, dot, name = key.rpartition(".")
+    return prefix + dot, name
 
 
 def psbn_state_dict(

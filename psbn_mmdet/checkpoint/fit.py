@@ -145,7 +145,7 @@ def _modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name, those that no state dict holds included."""
     for prefix, module in _modules(model):
-        for name, tensor in ({**module._parameters, **module._buffers}).items():
+        for name, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is not None:
                 yield f"{prefix}.{name}".lstrip("."), tensor
 

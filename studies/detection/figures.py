@@ -29,7 +29,7 @@ def _points(axes: Axes, x: Any, values: list[dict], label: str, color: str, **st
     low, high = np.array(spread).T
     # A bootstrap's interval need not hold the value itself.
     error = np.maximum([mean - low, high - mean], 0)
-    drawn: dict[str, Any] = {**dict(marker="o", ms=4, lw=1.2, capsize=2), **style}
+    drawn: dict[str, Any] = {"marker": "o", "ms": 4, "lw": 1.2, "capsize": 2, **style}
     axes.errorbar(x, mean, error, color=color, label=label, **drawn)
 
 

@@ -46,6 +46,10 @@ SAME = 1e-4
 """Largest `difference` that counts as rounding."""
 
 
+DOWNLOADS = ("pretrained", "teacher_ckpt")
+"""Keys of a model that name weights."""
+
+
 def config_folder() -> Path:
     """Of the mmdet that is installed."""
     import mmdet
@@ -72,8 +76,7 @@ def model_of(path: Path) -> dict | None:
 
 def _without_weights(value: Any) -> Any:
     if isinstance(value, dict):
-        loads = ("pretrained", "teacher_ckpt")
-        kept = {k: _without_weights(v) for k, v in value.items() if k not in loads}
+        kept = {k: _without_weights(v) for k, v in value.items() if k not in DOWNLOADS}
         init = kept.get("init_cfg")
         if isinstance(init, dict) and str(init.get("type")).endswith("Pretrained"):
             del kept["init_cfg"]

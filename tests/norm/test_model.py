@@ -134,7 +134,7 @@ def test_a_model_of_two_detectors():
         SEMI,
         model=dict(
             detector=dict(
-                backbone={**R18, **dict(norm_cfg=dict(type="BN", requires_grad=True))},
+                backbone={**R18, "norm_cfg": dict(type="BN", requires_grad=True)},
                 neck=dict(in_channels=[64, 128, 256, 512]),
             )
         ),

@@ -291,7 +291,7 @@ def test_figure_is_drawn_from_the_json_alone(name, tmp_path):
     experiment = experiments.build(name)
     value = dict(mean=2.0, std=0.5, values=[1.5, 2.5])
     row = dict.fromkeys(("AP50", "AP75", "train_loss", *summary.FILTERS), value)
-    row["AP"] = {**value, **dict(low=1.0, high=2.8)}
+    row["AP"] = {**value, "low": 1.0, "high": 2.8}
     differences = [
         dict(arm=a, baseline=b, AP=1.0, low=-1.0, high=2.0, verdict="better", further_seeds=0)
         for a, b in experiment.pairs
