@@ -66,7 +66,7 @@ _ALLOWED: dict[str, Any] = {
     },
 }
 # Named pairs on torch's own list are there from torch 2.6 on.
-_HAS_ALLOW_LIST = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
+_HAS_ALLOW_LIST = torch.__version__ >= "2.6"  # a TorchVersion, which compares as one
 if _HAS_ALLOW_LIST:
     torch.serialization.add_safe_globals([(value, name) for name, value in _ALLOWED.items()])
 

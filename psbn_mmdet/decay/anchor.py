@@ -188,7 +188,7 @@ def _let_hooks_run(kind: type[Optimizer]) -> None:
     also from those that are made later, when `torch.compile` is first called. It does so once, so
     it is made to do it here, before the class gets them back.
     """
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+    if torch.__version__ < "2.6":  # as versions, not as text
         from torch._dynamo.eval_frame import TorchPatcher
 
         TorchPatcher.patch()

@@ -94,7 +94,7 @@ OPTIMIZERS = {
     "Adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5, weight_decay=0.1),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.001, weight_decay=0.1, momentum=0.9),
 }
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 4):  # on CUDA alone
+if torch.__version__ < "2.4":  # on CUDA alone
     OPTIMIZERS = {name: make for name, make in OPTIMIZERS.items() if "fused" not in name}
 if hasattr(torch.optim, "Adafactor"):  # from torch 2.5 on
     OPTIMIZERS["Adafactor"] = lambda p: torch.optim.Adafactor(p, lr=0.01, weight_decay=0.1)

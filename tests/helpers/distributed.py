@@ -30,7 +30,9 @@ def _worker(rank: int, function: Callable, size: int, folder: str, args: tuple) 
     os._exit(0)
 
 
-def run(function: Callable, size: int, folder: Path, *args: Any) -> list[Any]:
+def run(
+    function: Callable, size: int, folder: Path, *args: Any, start_method: str = "fork"
+) -> list[Any]:
     """What ``function(rank, *args)`` returned in each of ``size`` processes.
 
     Args:
@@ -38,8 +40,9 @@ def run(function: Callable, size: int, folder: Path, *args: Any) -> list[Any]:
         size: How many processes.
         folder: An empty folder.
         args: Passed on.
+        start_method: "spawn" for CUDA, which a forked process cannot use; slower.
     """
     mp.start_processes(
-        _worker, (function, size, str(folder), args), nprocs=size, start_method="fork"
+        _worker, (function, size, str(folder), args), nprocs=size, start_method=start_method
     )
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]

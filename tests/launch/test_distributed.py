@@ -33,7 +33,7 @@ def one_line(ended):
     """The one line with which a process refused."""
     assert ended.status == 2, ended.text
     lines = ended.text.strip().splitlines()
-    if torch.__version__ < (2, 2):  # it tells of each socket that it could not have
+    if torch.__version__ < "2.2":  # it tells of each socket that it could not have
         lines = [line for line in lines if not line.startswith(("[W socket", "[E socket"))]
     (line,) = lines
     assert line.startswith("train.py: ")
