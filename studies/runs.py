@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from psbn_mmdet.errors import PsbnError
+from psbn_mmdet.python38 import zip_strict
 
 
 class RunError(PsbnError, ValueError):
@@ -169,6 +170,39 @@ def spread(values: Iterable[float]) -> dict[str, Any]:
     values = [float(v) for v in values]
     std = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
     return {"mean": statistics.fmean(values), "std": std, "values": values}
+
+
+def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Student's t interval of the mean; None for fewer than two values."""
+    from scipy.special import stdtrit
+
+    values = list(values)
+    if len(values) < 2:
+        return None
+    half = stdtrit(len(values) - 1, (1 + level) / 2) * statistics.stdev(values)
+    half /= math.sqrt(len(values))
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
+
+
+def differences(one: dict[str, Any], other: dict[str, Any], key: str) -> list[float]:
+    """What a measure is in one more than in the other, for each seed that both have.
+
+    Args:
+        one: Has ``seeds``, and under ``key`` the :func:`spread` of the measure over them.
+        other: As ``one``.
+        key: Of the measure.
+    """
+    of_one, of_other = (dict(zip_strict(arm["seeds"], arm[key]["values"])) for arm in (one, other))
+    return [value - of_other[seed] for seed, value in of_one.items() if seed in of_other]
+
+
+def with_interval(values: list[float], digits: int = 2) -> str:
+    """Their mean and, in brackets, its :func:`interval`, for a table."""
+    if not values:
+        return "-"
+    found = interval(values)
+    between = "one seed" if found is None else " to ".join(f"{v:+.{digits}f}" for v in found)
+    return f"{statistics.fmean(values):+.{digits}f} ({between})"
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,16 @@ from typing import Any, Dict, Tuple
 import numpy as np
 
 from psbn_mmdet.python38 import zip_strict
-from studies.runs import RunError, by_arm, finished, processor, spread, write_json
+from studies.runs import (
+    RunError,
+    by_arm,
+    differences,
+    finished,
+    processor,
+    spread,
+    with_interval,
+    write_json,
+)
 
 from .details import DETAILS
 from .experiments import Experiment, Run
@@ -122,6 +131,7 @@ def markdown(summary: dict[str, Any]) -> str:
                 cells += ["-"] * (count - len(cells))
                 cells += [f"{printed['ensemble']:g}"] if ensemble else []
                 lines.append(f"| {arm}, the paper (ResNet-110) | {' | '.join(cells)} |")
+    lines += _twins_table(arms)
     for arm, printed in paper.items():
         if isinstance(printed, str):
             lines += ["", f"The paper on {arm}: {printed}."]
@@ -160,6 +170,40 @@ def markdown(summary: dict[str, Any]) -> str:
 def _differing(arms: dict[str, Any]) -> list[str]:
     all_settings = [entry["settings"] for entry in arms.values()]
     return [k for k in all_settings[0] if any(s[k] != all_settings[0][k] for s in all_settings)]
+
+
+def _twin(arm: str, arms: dict[str, Any]) -> str | None:
+    """The arm that has the plain norm where this has the post-shifted one, and nothing else."""
+
+    def rest(entry: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in entry["settings"].items() if k not in ("norm", "alpha", "load_bn")}
+
+    norm = arms[arm]["settings"]["norm"]
+    for name, entry in arms.items():
+        if norm == "ps" + entry["settings"]["norm"] and rest(entry) == rest(arms[arm]):
+            return name
+    return None
+
+
+def _twins_table(arms: dict[str, Any]) -> list[str]:
+    """Each post-shifted arm minus its plain twin after the last round, paired by seed."""
+    pairs = [(arm, twin) for arm in arms if (twin := _twin(arm, arms))]
+    if not pairs:
+        return []
+    shown = [
+        m for m in ("collapsed", "accuracy", "train_loss") if m in arms[pairs[0][0]]["rounds"][-1]
+    ]
+    lines = ["", "## After the last round, minus the plain norm", ""]
+    lines += ["Mean (Student's 95% interval of it) of the seeds' differences.", ""]
+    lines += [
+        f"| | minus | {' | '.join(METRICS[m] for m in shown)} |",
+        "|---|---|" + "---|" * len(shown),
+    ]
+    for arm, twin in pairs:
+        last, of_twin = ({**arms[a]["rounds"][-1], "seeds": arms[a]["seeds"]} for a in (arm, twin))
+        cells = [with_interval(differences(last, of_twin, metric)) for metric in shown]
+        lines.append(f"| {arm} | {twin} | {' | '.join(cells)} |")
+    return lines
 
 
 def _cuts_table(summary: dict[str, Any]) -> list[str]:

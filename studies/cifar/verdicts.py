@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict
@@ -25,7 +25,7 @@ from typing import Any, Dict
 import numpy as np
 
 from psbn_mmdet.python38 import zip_strict
-from studies.runs import RunError, write_json
+from studies.runs import RunError, interval, write_json
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
@@ -66,18 +66,6 @@ TABLE1_GAIN = 0.68
 
 
 # ---------------------------------------------------------------- statistics
-
-
-def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float] | None:
-    """Student's t interval of the mean; None for fewer than two values."""
-    from scipy.special import stdtrit
-
-    values = list(values)
-    if len(values) < 2:
-        return None
-    half = stdtrit(len(values) - 1, (1 + level) / 2) * statistics.stdev(values)
-    half /= math.sqrt(len(values))
-    return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
 def power(effect: float, deviation: float, seeds: int) -> float:

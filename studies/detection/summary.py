@@ -17,7 +17,16 @@ from typing import Any, Dict, Tuple
 from psbn_mmdet.ap.coco_files import Results, read_annotations, read_results
 from psbn_mmdet.ap.compare import Comparison, compare, measure
 from psbn_mmdet.python38 import zip_strict
-from studies.runs import RunError, by_arm, finished, folder_of, processor, spread
+from studies.runs import (
+    RunError,
+    by_arm,
+    differences,
+    finished,
+    folder_of,
+    processor,
+    spread,
+    with_interval,
+)
 
 from .engine import annotations_of, backbone_folder
 from .experiments import Experiment, Run
@@ -114,15 +123,19 @@ def summarise(
 
 def _backbones(experiment: Experiment, out: str | os.PathLike) -> dict[str, list[dict]]:
     """Of the finished pretrainings, by norm and round: accuracy on CIFAR-10, collapsed filters."""
-    found: dict[str, list[list[dict]]] = {}
+    found: dict[str, dict[int, list[dict]]] = {}
     for name, settings in experiment.backbones.items():
         path = backbone_folder(name, out) / "result.json"
         if path.exists():
-            found.setdefault(settings.norm, []).append(json.loads(path.read_text())["rounds"])
+            of_norm = found.setdefault(settings.norm, {})
+            of_norm[settings.seed] = json.loads(path.read_text())["rounds"]
     return {
         norm: [
-            {key: spread(row[key] for row in rows) for key in ("accuracy", "collapsed")}
-            for rows in zip_strict(*members)
+            {
+                "seeds": list(members),
+                **{key: spread(row[key] for row in rows) for key in ("accuracy", "collapsed")},
+            }
+            for rows in zip_strict(*members.values())
         ]
         for norm, members in found.items()
     }
@@ -236,11 +249,25 @@ def markdown(summary: dict[str, Any]) -> str:
     if summary["backbones"]:
         lines += ["", "## The backbones on CIFAR-10", ""]
         lines += _table(
-            ["pretrained with", "round", "accuracy (%)", "collapsed filters (%)"],
+            [
+                "pretrained with",
+                "round",
+                "accuracy (%)",
+                "minus BN's, by seed (95% interval, Student's t)",
+                "collapsed filters (%)",
+            ],
             (
-                [norm, str(i), _number(row["accuracy"]), _number(row["collapsed"])]
+                [
+                    norm,
+                    str(i + 1),
+                    _number(row["accuracy"]),
+                    with_interval(differences(row, summary["backbones"]["BN"][i], "accuracy"))
+                    if norm != "BN"
+                    else "",
+                    _number(row["collapsed"]),
+                ]
                 for norm, rows in summary["backbones"].items()
-                for i, row in enumerate(rows, 1)
+                for i, row in enumerate(rows)
             ),
         )
     first = next(iter(arms.values()))["settings"]

@@ -17,6 +17,7 @@ import torch
 
 from psbn_mmdet.collapse.trace import Trace
 from studies.cifar import details, engine, experiments
+from studies.cifar import summary as summary_module
 from studies.cifar.__main__ import main
 from studies.cifar.experiments import Run, build
 from studies.cifar.rounds import train_run
@@ -199,6 +200,28 @@ def test_mean_and_deviation_are_over_seeds(tmp_path):
     other = build("shuffled", "reduced", dict(TOY, lr=0.5), seeds=3)
     with pytest.raises(RunError, match="result of other settings"):
         summarise(other, tmp_path)
+
+
+def test_post_shifted_arms_are_compared_with_their_plain_twins_by_seed():
+    def arm(norm, seeds, accuracies, **settings):
+        rounds = [{"accuracy": spread([50.0])}, {"accuracy": spread(accuracies)}]
+        settings = {"norm": norm, "alpha": 0.1, "load_bn": "preserve", "decay": 1, **settings}
+        return {"seeds": seeds, "settings": settings, "rounds": rounds}
+
+    arms = {
+        "BN, decay 1": arm("BN", [0, 1, 2], [50.0, 60.0, 70.0]),
+        "BN, decay 2": arm("BN", [0, 1, 2], [10.0, 20.0, 30.0], decay=2),
+        "psBN, decay 2": arm("psBN", [2, 0, 1], [33.0, 11.0, 22.0], decay=2, alpha=0.3),
+        "psIN": arm("psIN", [0, 1, 2], [1.0, 2.0, 3.0]),  # no IN to compare with
+        "psBN, decay 1": arm("psBN", [1], [59.0], load_bn="shift"),
+    }
+    # By hand: differences 1, 2, 3; t of 2 degrees of freedom is 4.303; 4.303 * 1 / sqrt(3) = 2.48.
+    assert summary_module._twins_table(arms)[-2:] == [
+        "| psBN, decay 2 | BN, decay 2 | +2.00 (-0.48 to +4.48) |",
+        "| psBN, decay 1 | BN, decay 1 | -1.00 (one seed) |",
+    ]
+    del arms["BN, decay 1"], arms["BN, decay 2"]
+    assert summary_module._twins_table(arms) == []
 
 
 def test_norms_near_zero_are_told_from_the_large_ones():

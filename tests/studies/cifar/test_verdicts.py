@@ -8,7 +8,7 @@ from scipy import stats
 
 from studies.cifar import verdicts
 from studies.cifar.verdicts import BEGIN, END, Claim, judge
-from studies.runs import RunError
+from studies.runs import RunError, interval
 
 DIFFERENCES = {0: 1.0, 1: 4.4, 2: 2.6}
 
@@ -36,8 +36,8 @@ def test_every_claim_is_of_an_experiment_that_there_is():
 
 def test_interval_is_students():
     expected = stats.t.interval(0.95, 2, np.mean([1, 4.4, 2.6]), stats.sem([1, 4.4, 2.6]))
-    assert verdicts.interval(DIFFERENCES.values()) == pytest.approx(expected)
-    assert verdicts.interval([1.0]) is None
+    assert interval(DIFFERENCES.values()) == pytest.approx(expected)
+    assert interval([1.0]) is None
 
 
 @pytest.mark.parametrize(

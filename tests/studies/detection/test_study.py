@@ -341,6 +341,8 @@ def test_command_does_everything_and_goes_on_after_an_interruption(root, cifar, 
             assert row["collapsed"]["values"] == [one["collapsed"]]
             assert f"| {norm} | {one['round']} | {one['accuracy']:.1f} |" in drawn
     assert list(content["backbones"]) == ["BN", "psBN"]
+    of_bn, of_psbn = (rows[-1]["accuracy"]["mean"] for rows in content["backbones"].values())
+    assert f"{of_psbn:.1f} | {of_psbn - of_bn:+.2f} (one seed) |" in drawn
 
 
 @pytest.mark.parametrize(
