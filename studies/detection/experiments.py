@@ -164,7 +164,9 @@ def _psbn(alpha: float) -> str:
     return f"psBN, alpha {alpha:g}"
 
 
-FROM_SCRATCH = Settings(lr=0.05, epochs=16)
+# Small batches, so that decay has four times the steps. With batches of 8 and 16 epochs, a third of
+# the steps, nothing collapses, and AP after two rounds is 0.2 to 37, by the seed (tried).
+FROM_SCRATCH = Settings(base_channels=8, batch_size=2, lr=0.05, epochs=12)
 
 
 @_experiment("rounds", replace(FROM_SCRATCH, rounds=5), seeds=5)
