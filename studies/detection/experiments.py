@@ -164,8 +164,8 @@ def _psbn(alpha: float) -> str:
     return f"psBN, alpha {alpha:g}"
 
 
-# Small batches, so that decay has three times the steps that batches of 8 and 16 epochs have: gamma is
-# 0.06 after two rounds, there 0.4 (tried). With both, when learning takes off depends on the seed.
+# Small batches, so that decay has three times the steps that batches of 8 and 16 epochs have: gamma
+# is 0.06 after two rounds, there 0.4 (tried). In both the seed decides when learning takes off.
 FROM_SCRATCH = Settings(base_channels=8, batch_size=2, lr=0.05, epochs=12)
 
 
