@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Dict, Protocol, TypeVar
 
 from psbn_mmdet.errors import PsbnError
 from psbn_mmdet.python38 import zip_strict
@@ -172,6 +172,22 @@ def spread(values: Iterable[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "std": std, "values": values}
 
 
+Values = Dict[int, float]
+"""Seed -> value."""
+
+
+def by_seed(seeds: Iterable[int], measure: dict[str, Any]) -> Values:
+    """The values of a :func:`spread`, each under its seed."""
+    return dict(zip_strict(seeds, measure["values"]))
+
+
+def minus(a: Values, b: Values | float) -> Values:
+    """Seed by seed, where both have the seed."""
+    if isinstance(b, dict):
+        return {seed: a[seed] - b[seed] for seed in a if seed in b}
+    return {seed: value - b for seed, value in a.items()}
+
+
 def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float] | None:
     """Student's t interval of the mean; None for fewer than two values."""
     from scipy.special import stdtrit
@@ -184,25 +200,21 @@ def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float
     return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
-def differences(one: dict[str, Any], other: dict[str, Any], key: str) -> list[float]:
-    """What a measure is in one more than in the other, for each seed that both have.
-
-    Args:
-        one: Has ``seeds``, and under ``key`` the :func:`spread` of the measure over them.
-        other: As ``one``.
-        key: Of the measure.
-    """
-    of_one, of_other = (dict(zip_strict(arm["seeds"], arm[key]["values"])) for arm in (one, other))
-    return [value - of_other[seed] for seed, value in of_one.items() if seed in of_other]
+def with_interval(mean: float, found: Iterable[float] | None) -> str:
+    """A mean and, in brackets, its :func:`interval`, for a table."""
+    between = "one seed" if found is None else " to ".join(map(_signed, found))
+    return f"{_signed(mean)} ({between})"
 
 
-def with_interval(values: list[float], digits: int = 2) -> str:
-    """Their mean and, in brackets, its :func:`interval`, for a table."""
-    if not values:
-        return "-"
-    found = interval(values)
-    between = "one seed" if found is None else " to ".join(f"{v:+.{digits}f}" for v in found)
-    return f"{statistics.fmean(values):+.{digits}f} ({between})"
+def _signed(value: float) -> str:
+    digits = 1 if abs(value) >= 10 else 3 if 0 < abs(value) < 0.1 else 2
+    return f"{value:+.{digits}f}"
+
+
+def paired(a: Values, b: Values) -> str:
+    """What ``a`` is more than ``b`` by, with its interval over the seeds that both have."""
+    values = minus(a, b).values()
+    return with_interval(statistics.fmean(values), interval(values)) if values else "-"
 
 
 def duration(seconds: float) -> str:

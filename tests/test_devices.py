@@ -17,19 +17,22 @@ from psbn_mmdet.decay import anchor_bias_decay
 from psbn_mmdet.launch import load_config
 from tests.helpers.anchored import small_net
 from tests.helpers.distributed import run
-from tests.helpers.layers import randomize
+from tests.helpers.layers import assert_together_one_step, one_step, randomize
 from tests.helpers.paths import ROOT
 
-ON_A_GPU = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
-# That of ResNet-50's stages at 192 x 320: channels, height and width.
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.cuda,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    ],
+)
+HALF = {"cpu": torch.bfloat16, "cuda": torch.float16}
+# Those of ResNet-50's stages at 192 x 320: channels, height and width.
 SHAPES = [(64, 96, 160), (256, 48, 80), (512, 24, 40), (1024, 12, 20), (2048, 6, 10)]
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["cpu", CUDA])
 def device(request):
     return request.param
 
@@ -67,7 +70,7 @@ def test_a_step_is_bns(device, shape, autocast):
 
     To the bit on the CPU; a GPU may add in another order in every run.
     """
-    dtype = torch.float16 if device == "cuda" else torch.bfloat16
+    dtype = HALF[device]
     bn = randomize(nn.BatchNorm2d(shape[0])).to(device)
     psbn = psBN2d(shape[0], load_bn="shift").to(device)
     psbn.load_state_dict(bn.state_dict())
@@ -91,15 +94,8 @@ def test_a_step_is_bns(device, shape, autocast):
 def synchronised_step(rank, device, state_dict, batches, weights):
     layer = psSyncBN(6, alpha=0.3)
     layer.load_state_dict(state_dict)
-    return step(layer.to(device), batches[rank].to(device), weights[rank].to(device))
-
-
-def step(layer, x, weights):
-    x = x.requires_grad_()
-    y = layer(x)
-    (y * weights).sum().backward()
-    results = y, x.grad, layer.weight.grad, layer.beta.grad, layer.running_mean, layer.running_var
-    return [t.detach().cpu() for t in results]
+    results = one_step(layer.to(device), batches[rank].to(device), weights[rank].to(device))
+    return {name: value.cpu() for name, value in results.items()}
 
 
 @pytest.mark.slow
@@ -111,14 +107,8 @@ def test_pssyncbn_in_two_processes_is_psbn_on_the_concatenated_batch(device, siz
     whole, weights = torch.randn(6, 6, 5, 4), torch.randn(6, 6, 5, 4)
     args = device, state_dict, whole.split(sizes), weights.split(sizes)
     ranks = run(synchronised_step, 2, tmp_path, *args, start_method="spawn")
-    y, x_grad, weight_grad, beta_grad, mean, var = step(reference, whole, weights)
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    assert_close(torch.cat([r[0] for r in ranks]), y, **close)
-    assert_close(torch.cat([r[1] for r in ranks]), x_grad, **close)
-    assert_close(sum(r[2] for r in ranks), weight_grad, **close)
-    assert_close(sum(r[3] for r in ranks), beta_grad, **close)
-    for result in ranks:
-        assert_close(result[4:], [mean, var], **close)
+    expected = one_step(reference, whole, weights)
+    assert_together_one_step(ranks, expected, rtol=1e-4, atol=1e-5)
 
 
 def retinanet(device):
@@ -144,10 +134,9 @@ def test_a_step_and_the_boxes_of_retinanet_are_those_with_bn(device, autocast):
     bn, data = retinanet(device)
     psbn = to_psbn(copy.deepcopy(bn))
     assert any(isinstance(m, psBN) for m in psbn.modules())
-    dtype = torch.float16 if device == "cuda" else torch.bfloat16
     losses, norms = [], []
     for model in (bn, psbn):
-        with torch.autocast(device, dtype, enabled=autocast):
+        with torch.autocast(device, HALF[device], enabled=autocast):
             loss, _ = model.parse_losses(model(**copy.deepcopy(data), mode="loss"))
         loss.backward()
         losses.append(loss.detach())
@@ -193,13 +182,12 @@ def test_a_measure_is_that_on_the_cpu(device):
     assert (report.totals, report.flops) == (expected.totals, expected.flops)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_takes_no_more_memory_than_bn(shape):
+def test_takes_no_more_memory_than_bn(device, shape):
     peaks = []
-    for layer in (nn.BatchNorm2d(shape[0]).cuda(), psBN2d(shape[0]).cuda()):
-        x = torch.randn(16, *shape, device="cuda", requires_grad=True)
+    for layer in (nn.BatchNorm2d(shape[0]).to(device), psBN2d(shape[0]).to(device)):
+        x = torch.randn(16, *shape, device=device, requires_grad=True)
         F.relu(layer(x)).sum().backward()  # what a first step allocates for good
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

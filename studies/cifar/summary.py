@@ -12,19 +12,11 @@ from typing import Any, Dict, Tuple
 import numpy as np
 
 from psbn_mmdet.python38 import zip_strict
-from studies.runs import (
-    RunError,
-    by_arm,
-    differences,
-    finished,
-    processor,
-    spread,
-    with_interval,
-    write_json,
-)
+from studies.runs import RunError, by_arm, finished, paired, processor, spread, write_json
 
 from .details import DETAILS
 from .experiments import Experiment, Run
+from .verdicts import at
 
 METRICS = {
     "sparsity": "sparsity (% of FLOPs)",
@@ -131,7 +123,7 @@ def markdown(summary: dict[str, Any]) -> str:
                 cells += ["-"] * (count - len(cells))
                 cells += [f"{printed['ensemble']:g}"] if ensemble else []
                 lines.append(f"| {arm}, the paper (ResNet-110) | {' | '.join(cells)} |")
-    lines += _twins_table(arms)
+    lines += _twins_table(summary)
     for arm, printed in paper.items():
         if isinstance(printed, str):
             lines += ["", f"The paper on {arm}: {printed}."]
@@ -185,23 +177,20 @@ def _twin(arm: str, arms: dict[str, Any]) -> str | None:
     return None
 
 
-def _twins_table(arms: dict[str, Any]) -> list[str]:
+def _twins_table(summary: dict[str, Any]) -> list[str]:
     """Each post-shifted arm minus its plain twin after the last round, paired by seed."""
+    arms = summary["arms"]
     pairs = [(arm, twin) for arm in arms if (twin := _twin(arm, arms))]
     if not pairs:
         return []
-    shown = [
-        m for m in ("collapsed", "accuracy", "train_loss") if m in arms[pairs[0][0]]["rounds"][-1]
-    ]
+    last = arms[pairs[0][0]]["rounds"][-1]
+    shown = [metric for metric in ("collapsed", "accuracy", "train_loss") if metric in last]
     lines = ["", "## After the last round, minus the plain norm", ""]
     lines += ["Mean (Student's 95% interval of it) of the seeds' differences.", ""]
-    lines += [
-        f"| | minus | {' | '.join(METRICS[m] for m in shown)} |",
-        "|---|---|" + "---|" * len(shown),
-    ]
+    lines.append(f"| | minus | {' | '.join(METRICS[metric] for metric in shown)} |")
+    lines.append("|---|---|" + "---|" * len(shown))
     for arm, twin in pairs:
-        last, of_twin = ({**arms[a]["rounds"][-1], "seeds": arms[a]["seeds"]} for a in (arm, twin))
-        cells = [with_interval(differences(last, of_twin, metric)) for metric in shown]
+        cells = [paired(at(summary, arm, metric), at(summary, twin, metric)) for metric in shown]
         lines.append(f"| {arm} | {twin} | {' | '.join(cells)} |")
     return lines
 

@@ -25,7 +25,15 @@ from typing import Any, Dict
 import numpy as np
 
 from psbn_mmdet.python38 import zip_strict
-from studies.runs import RunError, interval, write_json
+from studies.runs import (
+    RunError,
+    Values,
+    by_seed,
+    interval,
+    minus,
+    with_interval,
+    write_json,
+)
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
@@ -33,8 +41,6 @@ BEGIN, END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
 MOST_SEEDS = 10_000
 
 Summary = Dict[str, Any]
-Values = Dict[int, float]
-"""Seed -> value."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,7 @@ def at(summary: Summary, arm: str, metric: str, round_: int = -1) -> Values:
         )
     entry = summary["arms"][arm]
     value = entry["ensemble"] if metric == "ensemble" else entry["rounds"][round_][metric]
-    return dict(zip_strict(entry["seeds"], value["values"]))
-
-
-def minus(a: Values, b: Values | float) -> Values:
-    """Seed by seed, where both have the seed."""
-    if isinstance(b, dict):
-        return {seed: a[seed] - b[seed] for seed in a if seed in b}
-    return {seed: value - b for seed, value in a.items()}
+    return by_seed(entry["seeds"], value)
 
 
 def _arms(first: str, second: str, metric: str, round_: int = -1) -> Callable[[Summary], Values]:
@@ -360,10 +359,8 @@ def markdown(rows: list[dict[str, Any]], link: str = "") -> str:
         if row["verdict"] == "not run":
             name = f"`{row['results']}`"
         else:
-            shown = "one seed"
-            if row["interval"]:
-                shown = f"{_number(row['interval'][0])} to {_number(row['interval'][1])}"
-            ours = f"{_number(row['mean'])} ({shown}) {row['unit']}, {row['seeds']}"
+            shown = with_interval(row["mean"], row["interval"])
+            ours = f"{shown} {row['unit']}, {row['seeds']}"
         if row["verdict"] == "not shown" and row["paper_effect"] and row["interval"]:
             needed = row["seeds_needed"]
             count = f"more than {MOST_SEEDS:,}" if needed is None else str(needed)
@@ -372,11 +369,6 @@ def markdown(rows: list[dict[str, Any]], link: str = "") -> str:
             f"| {row['claim']} ({row['section']}; {name}) | {row['paper']} | {ours} | {verdict} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _number(value: float) -> str:
-    digits = 1 if abs(value) >= 10 else 3 if 0 < abs(value) < 0.1 else 2
-    return f"{value:+.{digits}f}"
 
 
 def in_readme(text: str, table: str) -> str:

@@ -166,10 +166,9 @@ def _psbn(alpha: float) -> str:
 
 # Small batches, so that decay has three times the steps that batches of 8 and 16 epochs have: gamma
 # is 0.06 after two rounds, there 0.4 (tried). In both the seed decides when learning takes off.
-FROM_SCRATCH = Settings(base_channels=8, batch_size=2, lr=0.05, epochs=12)
-
-
-@_experiment("rounds", replace(FROM_SCRATCH, rounds=5), seeds=5)
+@_experiment(
+    "rounds", Settings(base_channels=8, batch_size=2, lr=0.05, rounds=5, epochs=12), seeds=5
+)
 def _rounds(base: Settings, seeds: int) -> Experiment:
     arms: dict[str, dict[str, Any]] = {
         BN: dict(method=BN),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, Tuple
@@ -17,16 +17,7 @@ from typing import Any, Dict, Tuple
 from psbn_mmdet.ap.coco_files import Results, read_annotations, read_results
 from psbn_mmdet.ap.compare import Comparison, compare, measure
 from psbn_mmdet.python38 import zip_strict
-from studies.runs import (
-    RunError,
-    by_arm,
-    differences,
-    finished,
-    folder_of,
-    processor,
-    spread,
-    with_interval,
-)
+from studies.runs import RunError, by_arm, by_seed, finished, folder_of, paired, processor, spread
 
 from .engine import annotations_of, backbone_folder
 from .experiments import Experiment, Run
@@ -256,19 +247,7 @@ def markdown(summary: dict[str, Any]) -> str:
                 "minus BN's, by seed (95% interval, Student's t)",
                 "collapsed filters (%)",
             ],
-            (
-                [
-                    norm,
-                    str(i + 1),
-                    _number(row["accuracy"]),
-                    with_interval(differences(row, summary["backbones"]["BN"][i], "accuracy"))
-                    if norm != "BN"
-                    else "",
-                    _number(row["collapsed"]),
-                ]
-                for norm, rows in summary["backbones"].items()
-                for i, row in enumerate(rows)
-            ),
+            _backbone_rows(summary["backbones"]),
         )
     first = next(iter(arms.values()))["settings"]
     differing = [k for k in first if any(e["settings"][k] != first[k] for e in arms.values())]
@@ -290,6 +269,14 @@ def markdown(summary: dict[str, Any]) -> str:
         f"of the data {summary['data_crc32']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _backbone_rows(backbones: dict[str, list[dict[str, Any]]]) -> Iterator[list[str]]:
+    for norm, rows in backbones.items():
+        for number, (row, of_bn) in enumerate(zip_strict(rows, backbones["BN"]), 1):
+            accuracy, bns = (by_seed(r["seeds"], r["accuracy"]) for r in (row, of_bn))
+            more = "" if norm == "BN" else paired(accuracy, bns)
+            yield [norm, str(number), _number(row["accuracy"]), more, _number(row["collapsed"])]
 
 
 def _listed(settings: dict[str, Any], but: list[str]) -> str:

@@ -141,8 +141,11 @@ def test_plan_names_every_command_and_the_gpu_hours(tmp_path):
     tested = [line for line in lines if "dist_test.sh" in line]
     assert len(trained) == len(tested) == 7 and len([x for x in lines if "compare_ap" in x]) == 1
     arms = ["bn_500", "psbn_500", "bn_800", "psbn_800"]  # every arm has a seed before one has two
-    for line, run in zip_strict(trained, [f"{arm}_s{s}" for s in (0, 1) for arm in arms][1:]):
-        assert f"{tmp_path}/{run} --resume" in line
+    runs = [(arm, f"{tmp_path}/{arm}_s{seed}") for seed in (0, 1) for arm in arms]
+    for line, (_, folder) in zip_strict(trained, runs[1:]):
+        assert f"{folder} --resume" in line
+    (compared,) = (line for line in lines if "compare_ap" in line)
+    assert compared.split()[-8:] == [f"{arm}={folder}" for arm, folder in runs]
     assert "retinanet_psbn_800.py 4" in trained[-1]
     for override in ("randomness.seed=1", "train_dataloader.batch_size=4", "a.b=x\\ y"):
         assert override in trained[-1]  # 16 images per step on 4 GPUs

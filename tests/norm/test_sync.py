@@ -8,24 +8,7 @@ from torch.testing import assert_close
 
 from psbn_mmdet import psBN2d, psSyncBN
 from tests.helpers.distributed import run
-from tests.helpers.layers import randomize
-
-
-def one_step(layer, x, weights):
-    """Output, gradients and statistics of two training steps on the same batch."""
-    x = x.clone().requires_grad_()
-    layer(x)
-    y = layer(x)
-    (y * weights).sum().backward()
-    return {
-        "y": y.detach(),
-        "x.grad": x.grad,
-        "weight.grad": layer.weight.grad,
-        "beta.grad": layer.beta.grad,
-        "running_mean": layer.running_mean.clone(),
-        "running_var": layer.running_var.clone(),
-        "num_batches_tracked": layer.num_batches_tracked.clone(),
-    }
+from tests.helpers.layers import assert_together_one_step, one_step, randomize
 
 
 def sync_step(rank, state_dict, batches, weights, momentum):
@@ -57,14 +40,7 @@ def test_equals_psbn_on_the_concatenated_batch(shape, sizes, momentum, offset, t
     )
     # An offset of 100 standard deviations costs float32 two digits.
     close = {"rtol": 1e-4, "atol": 1e-4} if offset else {"rtol": 1e-5, "atol": 1e-5}
-    for name in ("y", "x.grad"):
-        assert_close(torch.cat([r[name] for r in results]), expected[name], **close)
-    for name in ("weight.grad", "beta.grad"):
-        total = sum(torch.zeros(6) if r[name] is None else r[name] for r in results)
-        assert_close(total, expected[name], **close)
-    for name in ("running_mean", "running_var", "num_batches_tracked"):
-        for result in results:
-            assert_close(result[name], expected[name], **close)
+    assert_together_one_step(results, expected, **close)
 
 
 def refusals_and_modes(rank):

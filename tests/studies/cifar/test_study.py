@@ -216,12 +216,12 @@ def test_post_shifted_arms_are_compared_with_their_plain_twins_by_seed():
         "psBN, decay 1": arm("psBN", [1], [59.0], load_bn="shift"),
     }
     # By hand: differences 1, 2, 3; t of 2 degrees of freedom is 4.303; 4.303 * 1 / sqrt(3) = 2.48.
-    assert summary_module._twins_table(arms)[-2:] == [
+    assert summary_module._twins_table({"arms": arms})[-2:] == [
         "| psBN, decay 2 | BN, decay 2 | +2.00 (-0.48 to +4.48) |",
         "| psBN, decay 1 | BN, decay 1 | -1.00 (one seed) |",
     ]
     del arms["BN, decay 1"], arms["BN, decay 2"]
-    assert summary_module._twins_table(arms) == []
+    assert summary_module._twins_table({"arms": arms}) == []
 
 
 def test_norms_near_zero_are_told_from_the_large_ones():

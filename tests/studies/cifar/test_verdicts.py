@@ -8,7 +8,7 @@ from scipy import stats
 
 from studies.cifar import verdicts
 from studies.cifar.verdicts import BEGIN, END, Claim, judge
-from studies.runs import RunError, interval
+from studies.runs import RunError, interval, minus
 
 DIFFERENCES = {0: 1.0, 1: 4.4, 2: 2.6}
 
@@ -76,9 +76,7 @@ def test_seeds_are_paired_by_their_number():
         "experiment": "x",
         "arms": {"a": {**entry, "seeds": [0, 1]}, "b": {**entry, "seeds": [1, 2]}},
     }
-    difference = verdicts.minus(
-        verdicts.at(summary, "a", "accuracy"), verdicts.at(summary, "b", "accuracy")
-    )
+    difference = minus(verdicts.at(summary, "a", "accuracy"), verdicts.at(summary, "b", "accuracy"))
     assert difference == {1: 10.0}
     with pytest.raises(RunError, match=r"x\.json: has no arm 'c'; there are a, b"):
         verdicts.at(summary, "c", "accuracy")
