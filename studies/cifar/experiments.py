@@ -497,3 +497,24 @@ def _alpha(base: Settings, seeds: int, paper: bool) -> Experiment:
         tuple(runs),
         ("The paper names 0.1 alone, as stable on all its tasks; the values are ours.",),
     )
+
+
+# Cheap, and 45% of BN's filters collapse in it.
+@_experiment("bfloat16", seeds=5, image_size=16, width=0.5, rounds=3)
+def _bfloat16(base: Settings, seeds: int, paper: bool) -> Experiment:
+    base = replace(base, rounds=3 if paper else base.rounds)
+    arms = {
+        f"{norm}, {name}": dict(norm=norm, amp=amp)
+        for norm in ("BN", "psBN")
+        for name, amp in (("float32", False), ("bfloat16", True))
+    }
+    return Experiment(
+        "bfloat16",
+        "Collapse under autocast to bfloat16 and in float32, ResNet-20",
+        "rounds",
+        tuple(_runs(base, seeds, arms)),
+        (
+            "Not in the paper: whether mixed precision changes what collapses.",
+            "Weights, statistics, gradients and the optimizer are in float32 in both.",
+        ),
+    )

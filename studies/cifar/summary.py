@@ -123,7 +123,7 @@ def markdown(summary: dict[str, Any]) -> str:
                 cells += ["-"] * (count - len(cells))
                 cells += [f"{printed['ensemble']:g}"] if ensemble else []
                 lines.append(f"| {arm}, the paper (ResNet-110) | {' | '.join(cells)} |")
-    lines += _twins_table(summary)
+    lines += _twins_tables(summary)
     for arm, printed in paper.items():
         if isinstance(printed, str):
             lines += ["", f"The paper on {arm}: {printed}."]
@@ -164,28 +164,47 @@ def _differing(arms: dict[str, Any]) -> list[str]:
     return [k for k in all_settings[0] if any(s[k] != all_settings[0][k] for s in all_settings)]
 
 
-def _twin(arm: str, arms: dict[str, Any]) -> str | None:
-    """The arm that has the plain norm where this has the post-shifted one, and nothing else."""
+def _twin(arm: str, arms: dict[str, Any], fields: tuple[str, ...], wanted: dict[str, Any]) -> str:
+    """The arm with the ``wanted`` settings that differs in ``fields`` alone; '' if none."""
 
     def rest(entry: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in entry["settings"].items() if k not in ("norm", "alpha", "load_bn")}
+        return {k: v for k, v in entry["settings"].items() if k not in fields}
 
-    norm = arms[arm]["settings"]["norm"]
     for name, entry in arms.items():
-        if norm == "ps" + entry["settings"]["norm"] and rest(entry) == rest(arms[arm]):
+        settings = entry["settings"]
+        if wanted == {k: settings[k] for k in wanted} and rest(entry) == rest(arms[arm]):
             return name
-    return None
+    return ""
 
 
-def _twins_table(summary: dict[str, Any]) -> list[str]:
-    """Each post-shifted arm minus its plain twin after the last round, paired by seed."""
+def _twins_tables(summary: dict[str, Any]) -> list[str]:
+    """Arms minus their twins after the last round, paired by seed.
+
+    The twin of a post-shifted arm has the plain norm, that of one in bfloat16 has float32, and all
+    else alike.
+    """
     arms = summary["arms"]
-    pairs = [(arm, twin) for arm in arms if (twin := _twin(arm, arms))]
+    plain, single = [], []
+    for arm, entry in arms.items():
+        settings = entry["settings"]
+        if settings["norm"].startswith("ps"):
+            wanted = dict(norm=settings["norm"][2:])
+            plain.append((arm, _twin(arm, arms, ("norm", "alpha", "load_bn"), wanted)))
+        if settings.get("amp"):  # older results know no such setting
+            single.append((arm, _twin(arm, arms, ("amp",), dict(amp=False))))
+    return [
+        *_differences(summary, "minus the plain norm", plain),
+        *_differences(summary, "minus float32", single),
+    ]
+
+
+def _differences(summary: dict[str, Any], title: str, pairs: list[tuple[str, str]]) -> list[str]:
+    pairs = [(arm, twin) for arm, twin in pairs if twin]
     if not pairs:
         return []
-    last = arms[pairs[0][0]]["rounds"][-1]
+    last = summary["arms"][pairs[0][0]]["rounds"][-1]
     shown = [metric for metric in ("collapsed", "accuracy", "train_loss") if metric in last]
-    lines = ["", "## After the last round, minus the plain norm", ""]
+    lines = ["", f"## After the last round, {title}", ""]
     lines += ["Mean (Student's 95% interval of it) of the seeds' differences.", ""]
     lines.append(f"| | minus | {' | '.join(METRICS[metric] for metric in shown)} |")
     lines.append("|---|---|" + "---|" * len(shown))

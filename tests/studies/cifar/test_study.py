@@ -202,12 +202,14 @@ def test_mean_and_deviation_are_over_seeds(tmp_path):
         summarise(other, tmp_path)
 
 
-def test_post_shifted_arms_are_compared_with_their_plain_twins_by_seed():
-    def arm(norm, seeds, accuracies, **settings):
-        rounds = [{"accuracy": spread([50.0])}, {"accuracy": spread(accuracies)}]
-        settings = {"norm": norm, "alpha": 0.1, "load_bn": "preserve", "decay": 1, **settings}
-        return {"seeds": seeds, "settings": settings, "rounds": rounds}
+def arm(norm, seeds, accuracies, **settings):
+    """An arm of a summary with two rounds."""
+    rounds = [{"accuracy": spread([50.0])}, {"accuracy": spread(accuracies)}]
+    settings = {"norm": norm, "alpha": 0.1, "load_bn": "preserve", "decay": 1, **settings}
+    return {"seeds": seeds, "settings": settings, "rounds": rounds}
 
+
+def test_post_shifted_arms_are_compared_with_their_plain_twins_by_seed():
     arms = {
         "BN, decay 1": arm("BN", [0, 1, 2], [50.0, 60.0, 70.0]),
         "BN, decay 2": arm("BN", [0, 1, 2], [10.0, 20.0, 30.0], decay=2),
@@ -216,12 +218,29 @@ def test_post_shifted_arms_are_compared_with_their_plain_twins_by_seed():
         "psBN, decay 1": arm("psBN", [1], [59.0], load_bn="shift"),
     }
     # By hand: differences 1, 2, 3; t of 2 degrees of freedom is 4.303; 4.303 * 1 / sqrt(3) = 2.48.
-    assert summary_module._twins_table({"arms": arms})[-2:] == [
+    assert summary_module._twins_tables({"arms": arms})[-2:] == [
         "| psBN, decay 2 | BN, decay 2 | +2.00 (-0.48 to +4.48) |",
         "| psBN, decay 1 | BN, decay 1 | -1.00 (one seed) |",
     ]
     del arms["BN, decay 1"], arms["BN, decay 2"]
-    assert summary_module._twins_table({"arms": arms}) == []
+    assert summary_module._twins_tables({"arms": arms}) == []
+
+
+def test_arms_in_bfloat16_are_compared_with_float32_by_seed():
+    arms = {
+        "BN": arm("BN", [0, 1], [50.0, 60.0], amp=False),
+        "BN, bfloat16": arm("BN", [0, 1], [51.0, 63.0], amp=True),
+        "psBN, bfloat16": arm("psBN", [0, 1], [52.0, 66.0], amp=True),
+    }
+    # By hand: t of one degree of freedom is 12.71; differences 1, 3: 12.71 * 1.414 / 1.414 = 12.7.
+    tables = summary_module._twins_tables({"arms": arms})
+    plain, single = (tables.index(line) for line in tables if line.startswith("## "))
+    assert tables[plain] == "## After the last round, minus the plain norm"
+    assert tables[plain + 6 : single - 1] == [
+        "| psBN, bfloat16 | BN, bfloat16 | +2.00 (-10.7 to +14.7) |"
+    ]
+    assert tables[single] == "## After the last round, minus float32"
+    assert tables[single + 6 :] == ["| BN, bfloat16 | BN | +2.00 (-10.7 to +14.7) |"]
 
 
 def test_norms_near_zero_are_told_from_the_large_ones():
