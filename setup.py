@@ -22,7 +22,7 @@ class BuildWithConfigs(build_py):
             shutil.copytree(
                 ROOT / folder,
                 mim / folder,
-                ignore=shutil.ignore_patterns("__pycache__", "setup.sh"),
+                ignore=shutil.ignore_patterns("__pycache__", "setup.sh", "mmcv_on_*"),
                 dirs_exist_ok=True,
             )
         shutil.copy(ROOT / "model-index.yml", mim)

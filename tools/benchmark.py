@@ -2,6 +2,7 @@
 
 layers      the 53 normalization layers of a ResNet-50: psBN beside BN
 step        a training step of RetinaNet-R50: psBN beside BN
+amp         a training step of it under autocast to bfloat16 beside float32
 hook        a training step with SparsityLoggerHook at every iteration beside without
 anchored    a training step with AnchoredBiasDecay beside without
 measure     one measurement of a model's filters beside the usual loop of .item() per layer
@@ -40,6 +41,7 @@ from psbn_mmdet.collapse import (
     strip,
 )
 from psbn_mmdet.launch import load_config
+from psbn_mmdet.launch.amp import cpu_has_bfloat16
 from psbn_mmdet.python38 import zip_strict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,8 +126,10 @@ def retinanet(norm: str) -> nn.Module:
     return model
 
 
-def training_step(model: Any) -> tuple[Callable[[], None], torch.optim.Optimizer]:
-    """A step of SGD on random images with random boxes."""
+def training_step(
+    model: Any, amp: bool = False
+) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """A step of SGD on random images with random boxes; ``amp``: its forward pass in bfloat16."""
     from mmdet.testing import demo_mm_inputs
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
@@ -133,7 +137,8 @@ def training_step(model: Any) -> tuple[Callable[[], None], torch.optim.Optimizer
     data = model.data_preprocessor(data, training=True)
 
     def step() -> None:
-        loss, _ = model.parse_losses(model(**data, mode="loss"))
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss, _ = model.parse_losses(model(**data, mode="loss"))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10)  # or random weights run away to NaN
         optimizer.step()
@@ -178,6 +183,17 @@ def bench_step(rounds: int = 20) -> str:
             module.__class__ = UsualPSBN
     models = {"BN": retinanet("bn"), "psBN": retinanet("psbn"), "BN(x) + alpha": usual}
     return timed({name: training_step(model)[0] for name, model in models.items()}, rounds)
+
+
+def bench_amp(rounds: int = 20) -> str:
+    if not cpu_has_bfloat16():
+        return "not timed: this processor does not compute in bfloat16"
+    variants = {
+        f"{norm}, {name}": training_step(retinanet(norm.lower()), amp)[0]
+        for norm in ("psBN", "BN")
+        for name, amp in (("float32", False), ("bfloat16", True))
+    }
+    return timed(variants, rounds)
 
 
 def bench_hook(rounds: int = 30) -> str:
@@ -328,6 +344,7 @@ def bench_strip(rounds: int = 30) -> str:
 BENCHMARKS: dict[str, Callable[..., str]] = {
     "layers": bench_layers,
     "step": bench_step,
+    "amp": bench_amp,
     "hook": bench_hook,
     "anchored": bench_anchored,
     "measure": bench_measure,

@@ -43,10 +43,11 @@ for path in [*include_paths(), sysconfig.get_path("include")]:
 }
 
 install_mmcv() {
-    local flags=(-O2 -DNDEBUG -fwrapv -g0 -w) pip compiled
+    local flags=(-O2 -DNDEBUG -fwrapv -g0 -w) pip compiled tag
+    tag=$("$py" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
     if "$py" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         flags=()  # nvcc takes part: the plain build
-    elif [ $# -eq 0 ] && "$py" -m pip cache list mmcv 2>/dev/null | grep -q "^ - mmcv-"; then
+    elif [ $# -eq 0 ] && "$py" -m pip cache list mmcv 2>/dev/null | grep -q "^ - mmcv-.*-$tag-"; then
         :  # a wheel that pip has kept: nothing to compile
     else
         say "precompiling torch's headers for mmcv"
@@ -59,7 +60,8 @@ install_mmcv() {
     say "$MMCV: compiling its operators, unless pip has kept them"
     mkdir -p "$work/tmp"
     # Empty CFLAGS would take Python's own away, optimisation with them.
-    env ${flags[@]+CFLAGS="${flags[*]}"} MAX_JOBS="$(nproc)" TMPDIR="$work/tmp" "$py" -m pip install \
+    env ${flags[@]+CFLAGS="${flags[*]}"} MAX_JOBS="$(nproc)" TMPDIR="$work/tmp" \
+        PYTHONPATH="$PWD/tools/mmcv_on_python313${PYTHONPATH:+:$PYTHONPATH}" "$py" -m pip install \
         --no-build-isolation --no-binary mmcv "$@" $MMCV >"$work/mmcv.log" 2>&1 &
     pip=$!
     while sleep 5; kill -0 $pip 2>/dev/null; do
