@@ -9,7 +9,7 @@ difference of two arms, or of two rounds), and judged by the 95% interval of its
   size with 80% power, given the deviation over the seeds that there are;
 - *not run*: the experiment is not published.
 
-Only the JSON files of ``results`` are read.
+Only the JSON files of ``results`` are read, here and of the detection study.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Claim:
     """A sentence of the paper as a number that is positive where it holds.
 
     Args:
-        results: Name of the JSON file, without its ending.
+        results: The JSON file, without its ending, seen from the folder of results.
         section: Of the paper, or the figure or table.
         text: What is claimed, as measured.
         paper: What the paper prints, as text.
@@ -245,6 +245,22 @@ def _table1() -> list[Claim]:
     return claims
 
 
+_DETECTION = "../../detection/results/transfer"
+
+
+def _detection() -> list[Claim]:
+    pretraining = Claim(_DETECTION, "5.3", "a detector is better if its backbone was pretrained "
+                        "with psBN", "no experiment", "AP",
+                        _arms("BN, 6 rounds of psBN", "BN, 6 rounds", "AP"))  # fmt: skip
+    claims = [pretraining]
+    for degree, start in (("1 round", "a healthy"), ("6 rounds", "a collapsed")):
+        for method in ("preserve", "shift"):
+            text = f"a detector is better finetuned as psBN by `{method}`, from {start} backbone"
+            of = _arms(f"psBN {method}, {degree}", f"BN, {degree}", "AP")
+            claims.append(Claim(_DETECTION, "5.3, Table 2", text, "+0.6 to +0.7", "AP", of, 0.65))
+    return claims
+
+
 CLAIMS: tuple[Claim, ...] = (
     *_fig3("fig3", ""),
     *_fig3("fig3-medium", " (all images)"),
@@ -287,6 +303,7 @@ CLAIMS: tuple[Claim, ...] = (
           "points", _arms("psBN, preserve", "BN", "accuracy"), TABLE1_GAIN),
     Claim("finetune", "5.3", "finetuned as psBN by `shift` it is more accurate than as BN",
           "no number", "points", _arms("psBN, shift", "BN", "accuracy"), TABLE1_GAIN),
+    *_detection(),
     Claim("alpha", "5", "psBN with alpha 0.1 loses less than one point against BN",
           "“works stably”", "points", _alpha(0.1)),
 )  # fmt: skip
@@ -354,11 +371,10 @@ def markdown(rows: list[dict[str, Any]], link: str = "") -> str:
         "|---|---|---|---|",
     ]
     for row in rows:
-        name = f"[`{row['results']}`]({link}{row['results']}.md)"
+        name = f"`{Path(row['results']).name}`"
         ours, verdict = "-", f"**{row['verdict']}**"
-        if row["verdict"] == "not run":
-            name = f"`{row['results']}`"
-        else:
+        if row["verdict"] != "not run":
+            name = f"[{name}]({link}{row['results']}.md)"
             shown = with_interval(row["mean"], row["interval"])
             ours = f"{shown} {row['unit']}, {row['seeds']}"
         if row["verdict"] == "not shown" and row["paper_effect"] and row["interval"]:
