@@ -40,6 +40,11 @@ TOY = dict(base_channels=8, width=64, height=48, batch_size=2, epochs=4, warmup=
 PRETRAINING = dict(width=8 / 64, images=40, test_images=20, batch_size=20, epochs=1)
 
 
+def toy_rounds(seeds=2, **changes):
+    changes = dict(TOY, pretraining=dict(PRETRAINING, rounds=1), **changes)
+    return experiments.build("rounds", changes, seeds)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return write_smears(tmp_path_factory.mktemp("smears") / "data")
@@ -51,11 +56,11 @@ def cifar(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def rounds(root, tmp_path_factory):
+def rounds(root, cifar, tmp_path_factory):
     """The experiment ``rounds``, done at toy size: the experiment and where it is."""
     out = tmp_path_factory.mktemp("study")
-    experiment = experiments.build("rounds", dict(TOY, rounds=2), seeds=2)
-    engine.execute(experiment, out, root, "no-cifar", lambda line: None)
+    experiment = toy_rounds(rounds=2)
+    engine.execute(experiment, out, root, cifar, lambda line: None)
     return experiment, out
 
 
@@ -241,13 +246,13 @@ def test_finished_runs_are_skipped_and_other_settings_refused(rounds, root):
     engine.execute(experiment, out, root, "no-cifar", said.append)
     assert said == ["rounds: 6 of 6 runs finished"]
     assert before.stat().st_mtime_ns == stamp
-    other = experiments.build("rounds", dict(TOY, rounds=2, lr=0.5), seeds=2)
-    with pytest.raises(RunError, match=r"holds a run with other settings \(1 differ, as lr"):
+    other = toy_rounds(rounds=2, weight_decay=0.5)
+    with pytest.raises(RunError, match=r"holds a run with other settings \(1 differ, as weight_decay"):
         engine.execute(other, out, root, "no-cifar", said.append)
 
 
 def test_two_processes_share_an_experiment(root, tmp_path):
-    experiment = experiments.build("rounds", dict(TOY, rounds=1), seeds=1)
+    experiment = toy_rounds(seeds=1)
     engine.prepare(experiment, tmp_path, root)
     first = folder_of(experiment, experiment.runs[0], tmp_path)
     with engine._lock(first) as mine:
