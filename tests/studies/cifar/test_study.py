@@ -123,6 +123,8 @@ def test_wrong_experiment_preset_and_setting_are_one_line():
         build("fig6")
     with pytest.raises(RunError, match="one of paper, reduced, medium"):
         build("fig3", "huge")
+    arms = {run.arm for run in build("fig3", "medium").runs}
+    assert arms == {"resnet20, BN + ReLU", "resnet20, psBN + ReLU"}
     with pytest.raises(RunError, match="fig2 has no preset medium; fig3 has"):
         build("fig2", "medium")
     with pytest.raises(RunError, match="no setting 'learning_rate'; there are network"):
