@@ -397,7 +397,7 @@ def _table1(base: Settings, seeds: int, paper: bool) -> Experiment:
         f"Table 1: snapshot ensemble, {base.network}",
         "snapshots",
         tuple(_runs(base, seeds, arms)),
-        ("Batch and decay as everywhere in the paper: 128 and 5e-4.",),
+        ("At the paper's size, batch and decay as everywhere in it: 128 and 5e-4.",),
         {
             arm: {"accuracy": v[:5], "ensemble": v[5], "sparsity": v[6:]}
             for arm, v in _TABLE1.items()

@@ -133,9 +133,10 @@ def _draw_snapshots(figure: Figure, summary: dict[str, Any]) -> None:
                 x = np.arange(1, len(printed[metric]) + 1)
                 panel.plot(x, printed[metric], "x:", color=color, lw=0.8)
             panel.set(xlabel="snapshot", ylabel=METRICS[metric])
+            panel.xaxis.get_major_locator().set_params(integer=True)
         axes[0].axhline(entry["ensemble"]["mean"], color=color, ls="--", lw=0.8)
     axes[0].set_title("crosses: the paper; dashed: our ensembles", fontsize=9)
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8)  # where there is room
 
 
 def _draw_histograms(figure: Figure, summary: dict[str, Any]) -> None:
