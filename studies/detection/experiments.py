@@ -185,7 +185,7 @@ def _rounds(base: Settings, seeds: int) -> Experiment:
         tuple(runs),
         tuple((arm, BN) for arm in arms if arm != BN),
         (
-            "The paper's figure is of classification, from random weights; alpha 0.01 is not in it.",
+            "The paper's figure is of classification, from random weights, without alpha 0.01.",
             "The backbones are those of transfer after 1 round. From scratch, with 8 channels, "
             "batch 2, lr 0.05 and 12 epochs a round, the seed decided when learning took off "
             "(tried): given up for this.",
