@@ -29,9 +29,15 @@ noise is what Theorem 1 says drives filters out.
 """
 
 MEDIUM = Settings(
-    images=50_000, image_size=16, batch_size=64, weight_decay=1.25e-3, rounds=5, epochs=6
+    images=50_000,
+    image_size=16,
+    batch_size=64,
+    weight_decay=1.25e-3,
+    rounds=5,
+    epochs=6,
+    amp=True,
 )
-"""Nearer to the paper: all images, but at 16x16; half an hour a run on one core.
+"""Nearer to the paper: all images, at 16x16 and in bfloat16; a quarter of an hour a run on a core.
 
 4,686 steps a round and 2.5 times the paper's decay, so that s is 2.9.
 """

@@ -382,7 +382,7 @@ def check_amp(device: str) -> None:
     if device == "cpu" and not cpu_has_bfloat16():
         raise RunError(
             "amp: this processor does not compute in bfloat16 (no avx512_bf16 or amx_bf16 in "
-            "/proc/cpuinfo) and would take several times as long; leave amp=True out"
+            "/proc/cpuinfo) and would take several times as long; say --set amp=False"
         )
 
 

@@ -150,7 +150,7 @@ def test_amp_computes_in_bfloat16_and_keeps_everything_else_in_float32(root, tmp
 def test_amp_without_bfloat16_is_refused(root, tmp_path, monkeypatch):
     monkeypatch.setattr("psbn_mmdet.launch.amp.cpu_has_bfloat16", lambda: False)
     settings = replace(TOY, amp=True)
-    with pytest.raises(RunError, match=r"does not compute in bfloat16 .* leave amp=True out"):
+    with pytest.raises(RunError, match=r"does not compute in bfloat16 .* say --set amp=False"):
         train_run(settings, tmp_path, root)
 
 
