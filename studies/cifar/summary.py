@@ -139,14 +139,14 @@ def markdown(summary: dict[str, Any]) -> str:
         lines += ["", *_cuts_table(summary)]
     if "recovery" in summary:
         lines += ["", *_recovery_table(summary["recovery"])]
-    lines += ["", "## Settings", "", "| | " + " | ".join(_differing(arms)) + " |"]
-    lines.append("|---|" + "---|" * len(_differing(arms)))
-    for arm, entry in arms.items():
-        lines.append(
-            f"| {arm} | " + " | ".join(str(entry["settings"][k]) for k in _differing(arms)) + " |"
-        )
+    lines += ["", "## Settings"]
+    if differing := _differing(arms):
+        lines += ["", f"| | {' | '.join(differing)} |", f"|---|{'---|' * len(differing)}"]
+        for arm, entry in arms.items():
+            shown = " | ".join(str(entry["settings"][k]) for k in differing)
+            lines.append(f"| {arm} | {shown} |")
     first = next(iter(arms.values()))["settings"]
-    same = ", ".join(f"{k} {v}" for k, v in first.items() if k not in _differing(arms))
+    same = ", ".join(f"{k} {v}" for k, v in first.items() if k not in differing)
     lines += ["", f"All: {same}.", ""]
     lines += [f"- {choice}" for choice in summary["choices"]]
     lines += [
