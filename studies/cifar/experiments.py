@@ -509,7 +509,7 @@ def _alpha(base: Settings, seeds: int, paper: bool) -> Experiment:
     )
 
 
-# Cheap, and 45% of BN's filters collapse in it.
+# Cheap, and a third of BN's filters collapse in it.
 @_experiment("bfloat16", seeds=5, image_size=16, width=0.5, rounds=3)
 def _bfloat16(base: Settings, seeds: int, paper: bool) -> Experiment:
     base = replace(base, rounds=3 if paper else base.rounds)

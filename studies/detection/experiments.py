@@ -118,8 +118,9 @@ def _slug(text: str) -> str:
     return "_".join(text.lower().replace("%", "").replace(",", " ").split())
 
 
-def backbone_name(norm: str, seed: int) -> str:
-    return f"{_slug(norm)}-seed{seed}"
+def backbone(norm: str, seed: int) -> tuple[str, CifarSettings]:
+    """The name of a backbone and how it is pretrained."""
+    return f"{_slug(norm)}-seed{seed}", replace(PRETRAINING, norm=norm, seed=seed)
 
 
 @_experiment("transfer", Settings(), seeds=5)
@@ -134,8 +135,7 @@ def _transfer(base: Settings, seeds: int) -> Experiment:
     runs, backbones = [], {}
     for seed in range(seeds):
         for arm, degree, method, norm, number in starts:
-            name = backbone_name(norm, seed)
-            backbones[name] = replace(PRETRAINING, norm=norm, seed=seed)
+            name, backbones[name] = backbone(norm, seed)
             settings = replace(base, method=method, seed=seed, backbone=name, backbone_round=number)
             runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, method, degree))
     healthy, *collapsed = DEGREES
@@ -164,8 +164,8 @@ def _psbn(alpha: float) -> str:
     return f"psBN, alpha {alpha:g}"
 
 
-# Decay as in transfer's pretraining rather than its finetuning: within a round a filter without a
-# gradient shrinks by a factor of 0.2, at transfer's decay by one of 0.67, and few collapse.
+# Four times transfer's decay: in a round a filter without a gradient shrinks by a factor of 0.2;
+# at transfer's by one of 0.67, with which few collapse in five rounds.
 @_experiment("rounds", Settings(rounds=5, weight_decay=2e-2), seeds=5)
 def _rounds(base: Settings, seeds: int) -> Experiment:
     arms: dict[str, dict[str, Any]] = {
@@ -174,8 +174,7 @@ def _rounds(base: Settings, seeds: int) -> Experiment:
     }
     runs, backbones = [], {}
     for seed in range(seeds):
-        name = backbone_name("BN", seed)
-        backbones[name] = replace(PRETRAINING, norm="BN", seed=seed)
+        name, backbones[name] = backbone("BN", seed)
         shared = replace(base, seed=seed, backbone=name, backbone_round=min(DEGREES.values()))
         for arm, changes in arms.items():
             runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, replace(shared, **changes), arm))
@@ -205,8 +204,7 @@ def _alpha(base: Settings, seeds: int) -> Experiment:
     for degree, _ in degrees:
         pairs += [(f"{_psbn(a)}, {degree}", f"{BN}, {degree}") for a in ALPHAS]
     for seed in range(seeds):
-        name = backbone_name("BN", seed)
-        backbones[name] = replace(PRETRAINING, norm="BN", seed=seed)
+        name, backbones[name] = backbone("BN", seed)
         for degree, number in degrees:
             arms: list[tuple[str, float | None, dict]] = [(BN, None, dict(method=BN))]
             arms += [(_psbn(a), a, dict(method=SHIFT, alpha=a)) for a in ALPHAS]
