@@ -6,12 +6,19 @@ import pytest
 import torch
 
 from psbn_mmdet.python38 import removeprefix
+from tests.helpers.devices import CUDA
 from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> str:
+    """The CPU too, so that what a GPU must show is itself tried where there is none."""
+    return request.param
 
 
 @pytest.fixture

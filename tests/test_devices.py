@@ -1,7 +1,4 @@
-"""The layers, training and measures on each device: on the CPU everywhere, on a GPU by ``-m cuda``.
-
-The CPU is one of the devices so that the tests themselves are tried where there is no GPU.
-"""
+"""Training and measures on each device, with the shapes, precision and memory of real networks."""
 
 import copy
 
@@ -16,25 +13,14 @@ from psbn_mmdet.collapse import measure
 from psbn_mmdet.decay import anchor_bias_decay
 from psbn_mmdet.launch import load_config
 from tests.helpers.anchored import small_net
+from tests.helpers.devices import CUDA
 from tests.helpers.distributed import run
 from tests.helpers.layers import assert_together_one_step, one_step, randomize
 from tests.helpers.paths import ROOT
 
-CUDA = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.cuda,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    ],
-)
 HALF = {"cpu": torch.bfloat16, "cuda": torch.float16}
 # Those of ResNet-50's stages at 192 x 320: channels, height and width.
 SHAPES = [(64, 96, 160), (256, 48, 80), (512, 24, 40), (1024, 12, 20), (2048, 6, 10)]
-
-
-@pytest.fixture(params=["cpu", CUDA])
-def device(request):
-    return request.param
 
 
 @pytest.fixture
@@ -44,23 +30,6 @@ def _exact():
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_eq_6(device, training, memory_format):
-    layer = randomize(psBN2d(64, alpha=0.3)).train(training)
-    x = torch.randn(4, 64, 9, 7)
-    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-    if not training:
-        mean, var = layer.running_mean, layer.running_var
-    gamma, beta, mean, var = (
-        t.detach().double().view(1, 64, 1, 1) for t in (layer.weight, layer.beta, mean, var)
-    )
-    expected = gamma * (x - mean) / (var + 1e-5).sqrt() + beta + 0.3
-    y = layer.to(device)(x.to(device, memory_format=memory_format))
-    assert y.device.type == device and y.is_contiguous(memory_format=memory_format)
-    assert_close(y.detach().cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

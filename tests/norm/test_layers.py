@@ -27,9 +27,10 @@ TWINS = [
 ]
 
 
-def test_eq_6_in_training_and_evaluation():
-    layer = randomize(psBN(3, alpha=0.25, eps=1e-3, momentum=0.3))
-    x = torch.randn(4, 3, 5, 6)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_eq_6_in_training_and_evaluation(device, memory_format):
+    layer = randomize(psBN(3, alpha=0.25, eps=1e-3, momentum=0.3)).to(device)
+    x = torch.randn(4, 3, 5, 6).to(device, memory_format=memory_format)
     mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
     old_mean, old_var = layer.running_mean.clone(), layer.running_var.clone()
 
@@ -38,7 +39,9 @@ def test_eq_6_in_training_and_evaluation():
         mean, var, gamma, beta = per_channel
         return gamma * (x - mean) / (var + 1e-3).sqrt() + beta + 0.25
 
-    assert_close(layer(x), expected(mean, var))
+    y = layer(x)
+    assert y.device.type == device and y.is_contiguous(memory_format=memory_format)
+    assert_close(y, expected(mean, var))
     assert_close(layer.running_mean, 0.7 * old_mean + 0.3 * mean)
     assert_close(layer.running_var, 0.7 * old_var + 0.3 * x.var((0, 2, 3), unbiased=True))
     layer.eval()
