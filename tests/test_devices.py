@@ -125,13 +125,14 @@ def test_a_step_and_the_boxes_of_retinanet_are_those_with_bn(device, autocast):
     assert_close(results[1].scores, results[0].scores, **close)
 
 
-def test_a_step_of_anchored_bias_decay_is_that_on_the_cpu(device):
+@pytest.mark.parametrize("max_ratio", [None, 0.05])
+def test_a_step_of_anchored_bias_decay_is_that_on_the_cpu(device, max_ratio):
     steps = []
     for place in ("cpu", device):
         torch.manual_seed(0)
         model = small_net().to(place)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-        anchor_bias_decay(model, optimizer, 0.1, log=None)
+        anchor_bias_decay(model, optimizer, 0.1, max_ratio=max_ratio, log=None)
         for _ in range(3):
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, 0.01)

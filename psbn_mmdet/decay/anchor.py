@@ -22,6 +22,15 @@ nothing happens.
 lost to the larger number, and the run is psBN's to the bit. Where the bias is no longer the one
 that the last step left (a checkpoint was loaded), `beta` is taken from it again. A bias that the
 optimizer leaves alone (frozen, no gradient, a skipped step) keeps its bits.
+
+**Where gamma is small, alpha may be too large.** What decay adds to `b / |gamma|` in a step, and so
+to the probability that a filter fires, is `eta lambda alpha / |gamma|`: a gamma that decay has made
+a hundredth of alpha turns ReLU into the identity. With `max_ratio` a layer's alpha is
+
+    alpha_t = min(alpha, max_ratio * rms(gamma_t)),    rms over the channels of the layer,
+
+of the gamma before each step. Where gamma is large it is psBN's constant, and the run psBN's to
+rounding; this has no counterpart in the paper.
 """
 
 from __future__ import annotations
@@ -62,6 +71,7 @@ def anchor_bias_decay(
     *,
     layers: str | Sequence[str] = "relu",
     init: str = "auto",
+    max_ratio: float | None = None,
     any_optimizer: bool = False,
     log: Callable[[str], Any] | None = print,
 ) -> AnchoredBiases:
@@ -83,6 +93,9 @@ def anchor_bias_decay(
             biases, as in `model.named_parameters()`.
         init: 'keep' the biases as they are; set them to 'alpha', where psBN starts; or 'auto':
             alpha for layers as constructed (all biases 0, no batch seen), the others as loaded.
+        max_ratio: alpha of a layer is at most this many times the root mean square of its gamma;
+            with 1, a unit at rest fires with probability Phi(1) = 0.84. None: alpha everywhere, as
+            psBN has it.
         any_optimizer: take also an optimizer that is not known here. It is right if its `step`
             reads and writes the parameters in place and has neither a copy nor an average of them.
         log: gets a text that says what was taken; None for silence.
@@ -96,7 +109,7 @@ def anchor_bias_decay(
         ValueError: a wrong argument; no norm layer with a trained bias, or none of them in the
             optimizer; no weight decay on any of them; biases that are anchored already.
     """
-    alpha = _check_alpha(alpha)
+    alpha, max_ratio = check_limits(alpha, max_ratio)
     if init not in INIT:
         raise ValueError(f"init is {init!r}: wanted one of {INIT}")
     _check_optimizer(optimizer, any_optimizer)
@@ -121,12 +134,14 @@ def anchor_bias_decay(
         if isinstance(other, AnchoredBiases) and set(other.ids) & {id(p) for p in taken.values()}:
             raise ValueError("biases are anchored already: remove() the first handle before")
 
-    started = _set_to_alpha(inner, taken, alpha, init)
-    handle = AnchoredBiases(model, optimizer, taken, alpha)
+    gammas = None if max_ratio is None else _gammas(inner, taken)
+    handle = AnchoredBiases(model, optimizer, taken, alpha, gammas, max_ratio)
+    started = handle._set_to_alpha(_to_start(inner, taken, init))
     if log is not None:
         frozen = sum(not p.requires_grad for p in taken.values())
+        limit = f", or {max_ratio:g} times gamma's RMS if that is less" if max_ratio else ""
         facts = [
-            f"biases of {len(taken)} norm layers decay toward {alpha:g}",
+            f"biases of {len(taken)} norm layers decay toward {alpha:g}{limit}",
             f"{len(started)} of them start there",
             f"{frozen} frozen" if frozen else "",
             f"without weight decay and so without effect: {', '.join(without)}" if without else "",
@@ -138,12 +153,24 @@ def anchor_bias_decay(
     return handle
 
 
-def _check_alpha(alpha: Any) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, Real):
-        raise TypeError(f"alpha is {alpha!r}: wanted a number")
-    value = float(alpha)
+def check_limits(alpha: Any, max_ratio: Any) -> tuple[float, float | None]:
+    """Both as numbers.
+
+    Raises:
+        TypeError, ValueError: one is none, or not finite and above 0.
+    """
+    alpha = _positive("alpha", alpha, "the paper uses 0.1")
+    if max_ratio is not None:
+        max_ratio = _positive("max_ratio", max_ratio, "1 is a good start")
+    return alpha, max_ratio
+
+
+def _positive(name: str, given: Any, hint: str) -> float:
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(f"{name} is {given!r}: wanted a number")
+    value = float(given)
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"alpha is {alpha}: wanted a finite number above 0 (the paper uses 0.1)")
+        raise ValueError(f"{name} is {given}: wanted a finite number above 0 ({hint})")
     return value
 
 
@@ -212,21 +239,29 @@ def _unwrapped(model: Any) -> Iterator[nn.Module]:
         yield from _unwrapped(model.module)
 
 
-def _set_to_alpha(
-    model: nn.Module, taken: dict[str, nn.Parameter], alpha: float, init: str
-) -> list[str]:
+def _gammas(model: nn.Module, taken: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The weight beside each bias, under the name of the bias."""
+    params = dict(model.named_parameters())
+    gammas = {name: params.get(name[: -len("bias")] + "weight") for name in taken}
+    wrong = [n for n, p in taken.items() if getattr(gammas[n], "shape", None) != p.shape]
+    if wrong:
+        raise ValueError(f"max_ratio needs a gamma beside each bias: none at {', '.join(wrong)}")
+    return gammas  # type: ignore[return-value]
+
+
+def _to_start(model: nn.Module, taken: dict[str, nn.Parameter], init: str) -> list[str]:
+    """The names of the biases that are to be set to alpha."""
     used = set()  # layers that have seen a batch
     for module in model.modules():
         count = getattr(module, "num_batches_tracked", None)
         if count is not None and count > 0 and getattr(module, "bias", None) is not None:
             used.add(id(module.bias))
-    started = []
-    for name, bias in taken.items():
-        fresh = id(bias) not in used and not bias.any()
-        if bias.requires_grad and (init == "alpha" or (init == "auto" and fresh)):
-            nn.init.constant_(bias, alpha)
-            started.append(name)
-    return started
+    return [
+        name
+        for name, bias in taken.items()
+        if bias.requires_grad
+        and (init == "alpha" or (init == "auto" and id(bias) not in used and not bias.any()))
+    ]
 
 
 class AnchoredBiases:
@@ -238,14 +273,16 @@ class AnchoredBiases:
         optimizer: Optimizer,
         biases: dict[str, nn.Parameter],
         alpha: float,
+        gammas: dict[str, nn.Parameter] | None = None,
+        max_ratio: float | None = None,
     ) -> None:
-        self.alpha = alpha
+        self.alpha, self.max_ratio = alpha, max_ratio
         self.names = list(biases)
         self.ids = [id(p) for p in biases.values()]
         kinds: dict[tuple, dict[str, nn.Parameter]] = {}
         for name, p in biases.items():
             kinds.setdefault((p.device, p.dtype), {})[name] = p
-        self._packs = [_Pack(group, alpha) for group in kinds.values()]
+        self._packs = [_Pack(group, alpha, gammas, max_ratio) for group in kinds.values()]
         self._stepping = False
         _let_hooks_run(type(optimizer))
         self._hooks = [
@@ -265,6 +302,14 @@ class AnchoredBiases:
                 module._register_load_state_dict_pre_hook,  # below torch 2.5
             )
             self._hooks.append(register(_Settle(self)))
+
+    @torch.no_grad()
+    def _set_to_alpha(self, names: list[str]) -> list[str]:
+        for pack in self._packs:
+            for (name, p), value in zip_strict(pack.params.items(), pack.split(pack.alphas())):
+                if name in names:
+                    p.copy_(value.view_as(p))
+        return names
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple | None:
         self.settle()
@@ -331,46 +376,71 @@ class AnchoredBiases:
 class _Pack:
     """Biases of one device and dtype as one flat tensor, so that a step costs a few kernels."""
 
-    def __init__(self, params: dict[str, nn.Parameter], alpha: float) -> None:
+    def __init__(
+        self,
+        params: dict[str, nn.Parameter],
+        alpha: float,
+        gammas: dict[str, nn.Parameter] | None,
+        max_ratio: float | None,
+    ) -> None:
         self.params = params
         self.alpha = torch.tensor(alpha, dtype=next(iter(params.values())).dtype)  # as psBN has it
+        self.gammas = None if gammas is None else [gammas[name] for name in params]
+        self.max_ratio = max_ratio
+        self.sizes = [p.numel() for p in params.values()]
+        self.roots = torch.tensor(self.sizes).sqrt()
+        self.layer = torch.arange(len(params)).repeat_interleave(torch.tensor(self.sizes))
         self.beta: Tensor | None = None
-        self.bias: Tensor | None = None  # during a step: what they were before
+        self.during: tuple[Tensor, Tensor] | None = None  # a step: the biases before it, alphas
+
+    def alphas(self) -> Tensor:
+        """One for all, or with `max_ratio` one of each channel, by the gammas as they are."""
+        if self.gammas is None or self.max_ratio is None:
+            return self.alpha
+        norms = torch.stack(torch._foreach_norm(self.gammas))
+        self.roots, self.layer = self.roots.to(norms.device), self.layer.to(norms.device)
+        most = (self.max_ratio * norms / self.roots).to(norms.dtype)
+        return most.clamp(max=self.alpha.item())[self.layer]
 
     def to_beta(self) -> None:
-        bias = self._read()
-        beta = bias - self.alpha
+        bias, alphas = self._read(), self.alphas()
+        beta = bias - alphas
         if self.beta is not None:
             kept = self.beta.to(bias)  # the model may have moved
-            beta = torch.where(kept + self.alpha == bias, kept, beta)
-        self.bias, self.beta = bias, beta
+            beta = torch.where(kept + alphas == bias, kept, beta)
+        self.during, self.beta = (bias, alphas), beta
         self._write(beta)
 
     def to_bias(self) -> None:
-        assert self.bias is not None and self.beta is not None  # after to_beta()
+        assert self.during is not None and self.beta is not None  # after to_beta()
+        bias, alphas = self.during
         stepped = self._read()
-        bias = torch.where(stepped == self.beta, self.bias, stepped + self.alpha)
-        self.bias, self.beta = None, stepped
+        bias = torch.where(stepped == self.beta, bias, stepped + alphas)
+        self.during, self.beta = None, stepped
         self._write(bias)
+
+    def split(self, flat: Tensor) -> Sequence[Tensor]:
+        return flat.expand(sum(self.sizes)).split(self.sizes)
 
     def _read(self) -> Tensor:
         return torch.cat([p.detach().reshape(-1) for p in self.params.values()])
 
     def _write(self, flat: Tensor) -> None:
         params: list[Tensor] = list(self.params.values())
-        pieces = flat.split([p.numel() for p in params])
+        pieces = self.split(flat)
         torch._foreach_copy_(params, [v.view_as(p) for v, p in zip_strict(pieces, params)])
 
     def betas(self) -> Iterator[tuple[str, Tensor]]:
         if self.beta is not None:
-            pieces = self.beta.split([p.numel() for p in self.params.values()])
-            for (name, p), value in zip_strict(self.params.items(), pieces):
+            for (name, p), value in zip_strict(self.params.items(), self.split(self.beta)):
                 yield name, value.view_as(p).clone()
 
     def load(self, betas: dict[str, Tensor]) -> None:
         pieces = []
-        for name, p in self.params.items():
-            value = betas.get(name, p.detach() - self.alpha)
+        for (name, p), here in zip_strict(
+            self.params.items(), self.split(self._read() - self.alphas())
+        ):
+            value = betas.get(name, here.view_as(p))
             if value.shape != p.shape:
                 raise ValueError(
                     f"the saved beta of {name} has shape {tuple(value.shape)}: wanted"

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.hooks import Hook
 
-from .anchor import AnchoredBiases, _check_alpha, anchor_bias_decay
+from .anchor import AnchoredBiases, anchor_bias_decay, check_limits
 
 
 class AnchoredBiasDecay(Hook):
@@ -18,8 +18,8 @@ class AnchoredBiasDecay(Hook):
     the weights they hold the betas (`anchored_bias_decay`), so that a resumed run is exact.
 
     Args:
-        alpha, layers, init, any_optimizer: see `anchor_bias_decay`. A resumed run keeps its biases
-            whatever `init` says.
+        alpha, layers, init, max_ratio, any_optimizer: see `anchor_bias_decay`. A resumed run keeps
+            its biases whatever `init` says.
     """
 
     key = "anchored_bias_decay"
@@ -29,9 +29,10 @@ class AnchoredBiasDecay(Hook):
         alpha: float = 0.1,
         layers: str | Sequence[str] = "relu",
         init: str = "auto",
+        max_ratio: float | None = None,
         any_optimizer: bool = False,
     ) -> None:
-        self.alpha = _check_alpha(alpha)
+        self.alpha, self.max_ratio = check_limits(alpha, max_ratio)
         self.layers, self.any_optimizer = layers, any_optimizer
         self.init = init
         self.anchored: list[AnchoredBiases] = []
@@ -51,6 +52,7 @@ class AnchoredBiasDecay(Hook):
                 self.alpha,
                 layers=self.layers,
                 init=init,
+                max_ratio=self.max_ratio,
                 any_optimizer=self.any_optimizer,
                 log=runner.logger.info,
             )

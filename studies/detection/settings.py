@@ -29,6 +29,8 @@ class Settings:
     Args:
         method: One of :data:`METHODS`.
         alpha: Of psBN and of the anchored decay; the paper's 0.1 by default.
+        max_ratio: Of the anchored decay: alpha is at most this many times the RMS of the layer's
+            gamma; None for alpha everywhere.
         backbone: Name of the run of the CIFAR-10 study that pretrained the backbone; None to
             train from scratch.
         backbone_round: After which round of that run.
@@ -51,6 +53,7 @@ class Settings:
 
     method: str = BN
     alpha: float = 0.1
+    max_ratio: float | None = None
     backbone: str | None = None
     backbone_round: int = 0
     base_channels: int = 16
@@ -77,6 +80,8 @@ class Settings:
                 raise RunError(f"{name} must be a number, got {getattr(self, name)!r}")
             if not getattr(self, name) > 0:
                 raise RunError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.max_ratio is not None and self.method != ANCHORED:
+            raise RunError(f"max_ratio is of {ANCHORED}, and method is {self.method!r}")
         if self.backbone and self.backbone_round < 1:
             raise RunError(f"backbone_round must be at least 1, got {self.backbone_round}")
 

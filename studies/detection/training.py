@@ -233,7 +233,8 @@ def train_run(
     hook = RoundsHook(settings, per_epoch, test, annotations)
     hooks: list[Any] = [hook]
     if settings.method == ANCHORED:
-        hooks.append(dict(type="AnchoredBiasDecay", alpha=settings.alpha))
+        limits = dict(alpha=settings.alpha, max_ratio=settings.max_ratio)
+        hooks.append(dict(type="AnchoredBiasDecay", **limits))
     resume_from = latest_checkpoint(folder)
     runner = Runner(
         build_model(settings, len(train.categories), pretrained),

@@ -258,13 +258,69 @@ class TestIsBnPulledTowardAlpha:
             assert_close(a, b, rtol=0, atol=self.atol)
 
 
+class TestMaxRatio:
+    """alpha of a layer is min(alpha, max_ratio * rms(gamma))."""
+
+    def layers(self):
+        model = nn.Sequential(nn.BatchNorm1d(2), nn.ReLU(), nn.BatchNorm1d(2), nn.ReLU())
+        for layer, gamma in ((model[0], (0.03, -0.04)), (model[2], (1.0, 2.0))):
+            layer.weight.data = torch.tensor(gamma)
+            nn.init.constant_(layer.bias, 0.2)
+        return model
+
+    def test_by_hand(self):
+        """lr * decay = 0.5 and no gradient: gamma halves, and so does bias - alpha."""
+        model = self.layers()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.5)
+        anchor_bias_decay(model, optimizer, 0.1, max_ratio=2, log=None)
+        rms = math.sqrt((0.03**2 + 0.04**2) / 2)
+        small = large = 0.2
+        for gamma_left in (1, 0.5, 0.25):  # 2 rms = 0.071, 0.035, 0.018
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            small = (small + 2 * rms * gamma_left) / 2
+            large = (large + 0.1) / 2  # 2 rms = 3.2, 1.6, 0.8
+            assert_close(model[0].bias.detach(), torch.full((2,), small))
+            assert_close(model[2].bias.detach(), torch.full((2,), large))
+
+    def test_starts_there(self):
+        model = self.layers()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.5)
+        anchor_bias_decay(model, optimizer, 0.1, max_ratio=2, init="alpha", log=None)
+        rms = math.sqrt((0.03**2 + 0.04**2) / 2)
+        assert_close(model[0].bias.detach(), torch.full((2,), 2 * rms))
+        assert torch.equal(model[2].bias.detach(), torch.full((2,), 0.1))
+
+    def test_is_psbn_to_the_bit_where_gamma_is_large(self):
+        bn, psbn = pair()
+        limited = copy.deepcopy(bn)
+        for model in (bn, psbn, limited):
+            for i in (1, 4):
+                model[i].weight.data.abs_().add_(0.5)
+        runs = [train(psbn, OPTIMIZERS["momentum"](psbn.parameters()))]
+        for model, max_ratio in ((bn, 1), (limited, 0.01)):
+            optimizer = OPTIMIZERS["momentum"](model.parameters())
+            anchor_bias_decay(model, optimizer, ALPHA, max_ratio=max_ratio, log=None)
+            runs.append(train(model, optimizer))
+        assert runs[0][0] == runs[1][0]
+        assert runs[0][0] != runs[2][0]
+
+    def test_says_what_it_is(self):
+        said = []
+        model = self.layers()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.5)
+        anchor_bias_decay(model, optimizer, 0.1, max_ratio=2, log=said.append)
+        assert "decay toward 0.1, or 2 times gamma's RMS if that is less; " in said[0]
+
+
 class TestState:
-    def run(self, steps, resume_at=None, keep_beta=True):
+    def run(self, steps, resume_at=None, keep_beta=True, max_ratio=None):
         torch.manual_seed(0)
         data = list(batches(steps))
         model = randomize(small_net())
         optimizer = OPTIMIZERS["momentum"](model.parameters())
-        anchored = anchor_bias_decay(model, optimizer, ALPHA, log=None)
+        anchored = anchor_bias_decay(model, optimizer, ALPHA, max_ratio=max_ratio, log=None)
         first = data[:resume_at]
         losses, _ = train(model, optimizer, data=first)
         if resume_at:
@@ -276,15 +332,17 @@ class TestState:
             optimizer = OPTIMIZERS["momentum"](model.parameters())
             model.load_state_dict(states[0])
             optimizer.load_state_dict(states[1])
-            anchored = anchor_bias_decay(model, optimizer, ALPHA, log=None)
+            anchored = anchor_bias_decay(model, optimizer, ALPHA, max_ratio=max_ratio, log=None)
             if keep_beta:
                 anchored.load_state_dict(states[2])
             losses += train(model, optimizer, data=data[resume_at:])[0]
         return losses, norm_biases(model)
 
-    def test_resumes_to_the_bit(self):
-        losses, biases = self.run(30)
-        resumed, resumed_biases = self.run(30, resume_at=17)
+    # The RMS of these gammas is near 1, so that 0.05 of it is less than alpha.
+    @pytest.mark.parametrize("max_ratio", [None, 0.05])
+    def test_resumes_to_the_bit(self, max_ratio):
+        losses, biases = self.run(30, max_ratio=max_ratio)
+        resumed, resumed_biases = self.run(30, resume_at=17, max_ratio=max_ratio)
         assert resumed == losses
         assert all(map(torch.equal, biases, resumed_biases))
 

@@ -233,13 +233,20 @@ class TestBadInput:
         for key, value in model.state_dict().items():
             assert torch.equal(value, before[key])
 
-    @pytest.mark.parametrize("alpha", [0, -0.1, math.nan, math.inf])
-    def test_alpha(self, alpha):
-        self.refuses(ValueError, "wanted a finite number above 0", alpha=alpha)
+    @pytest.mark.parametrize("name", ["alpha", "max_ratio"])
+    @pytest.mark.parametrize("value", [0, -0.1, math.nan, math.inf])
+    def test_alpha_and_max_ratio(self, name, value):
+        message = f"{name} is {value}: wanted a finite number above 0"
+        self.refuses(ValueError, message, **{name: value})
 
-    def test_types_of_alpha(self):
-        self.refuses(TypeError, "alpha is '0.1': wanted a number", alpha="0.1")
-        self.refuses(TypeError, "alpha is True", alpha=True)
+    @pytest.mark.parametrize("name", ["alpha", "max_ratio"])
+    def test_types_of_alpha_and_max_ratio(self, name):
+        self.refuses(TypeError, f"{name} is '0.1': wanted a number", **{name: "0.1"})
+        self.refuses(TypeError, f"{name} is True", **{name: True})
+
+    def test_max_ratio_needs_gamma(self):
+        message = "max_ratio needs a gamma beside each bias: none at 0.bias, 7.bias"
+        self.refuses(ValueError, message, layers=["0.bias", "1.bias", "7.bias"], max_ratio=1)
 
     def test_options(self):
         self.refuses(ValueError, "init is 'zero': wanted one of", init="zero")
