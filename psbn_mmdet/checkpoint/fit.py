@@ -22,10 +22,11 @@ def mismatch(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool) -
     """Why loading would leave the model computing something else, or None.
 
     The model's own modules load the state dict, into tensors without data in the place of theirs,
-    so the answer is theirs: with ``strict``, ``model.load_state_dict(state_dict)`` succeeds if and
-    only if this is None, but for tensors beside those of the model that mean nothing to it
-    (``num_batches_tracked``, the ``ema_*`` buffers of MMDetection 2, constants such as
-    ``data_preprocessor.mean`` where they equal the model's).
+    and run their hooks for loading, so the answer is theirs: with ``strict``,
+    ``model.load_state_dict(state_dict)`` succeeds if and only if this is None, but for tensors
+    beside those of the model that mean nothing to it (``num_batches_tracked``, the ``ema_*``
+    buffers of MMDetection 2, constants such as ``data_preprocessor.mean`` where they equal the
+    model's).
 
     Args:
         model: The model that is to be loaded into; it is not changed. Wrappers for distributed
@@ -183,8 +184,11 @@ def _without_data(module: nn.Module) -> Iterator[None]:
     """Tensors on the meta device in the place of a module's own."""
 
     def meta(tensor: Tensor | None) -> Any:
-        if tensor is None or nn.parameter.is_lazy(tensor):
-            return tensor
+        if tensor is None:
+            return None
+        if nn.parameter.is_lazy(tensor):  # loading gives it a shape
+            kind: Any = type(tensor)
+            return kind(requires_grad=tensor.requires_grad, device="meta")
         twin = torch.empty_like(tensor, device="meta")
         return (
             nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin

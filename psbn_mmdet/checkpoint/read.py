@@ -28,6 +28,10 @@ _LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of storage
 _CUT_OFF = "is cut off or damaged; copy or download it again"
 
 
+class RefusedError(CheckpointError):
+    """A checkpoint holds what could run code."""
+
+
 def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
     """Read a checkpoint of any PyTorch project, running nothing that it carries.
 
@@ -55,7 +59,9 @@ def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
             checkpoint = torch_load(path, map_location)
     except Exception as error:  # a damaged file can raise anything
         name = text if str(path) == text else f"{text} (kept at {path})"
-        raise CheckpointError(f"{name}: {_reason(path, error)}") from None
+        reason = _reason(path, error)
+        kind = RefusedError if reason.startswith("refused") else CheckpointError
+        raise kind(f"{name}: {reason}") from None
     if split(text)[0] == "mmcls":  # classifiers, of which mmengine takes the backbone
         tensors = state_dict_of(checkpoint, text)
         start = "backbone."
@@ -125,8 +131,10 @@ def is_whole(path: str | os.PathLike) -> bool:
             return False
     try:
         load(path)  # not on the meta device, where its tensors would not be read
-    except CheckpointError as error:
-        return "refused" in str(error)  # for what it holds
+    except RefusedError:  # for what it holds
+        return True
+    except CheckpointError:
+        return False
     return True
 
 

@@ -65,7 +65,9 @@ def filters_of(module: nn.Module) -> int:
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         return module.out_features
-    if isinstance(weight, Tensor) and weight.dim() >= 3 and hasattr(module, "kernel_size"):
+    if not isinstance(weight, Tensor) or nn.parameter.is_lazy(weight):
+        return 0
+    if weight.dim() >= 3 and hasattr(module, "kernel_size"):
         return getattr(module, "out_channels", 0)
     return 0
 

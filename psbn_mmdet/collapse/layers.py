@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..norm import PostShift, followed_by, norm_kinds, norm_layers
+from ..norm import added_bias, followed_by, is_post_shifted, norm_kinds, norm_layers
 from ..python38 import zip_strict
 from .criteria import MeasureError, collapsed, filter_l1
 from .flops import filters_of
@@ -83,7 +83,7 @@ def gather(modules: Iterable[Any]) -> tuple[Tensor, Tensor]:
     device = modules[0].weight.device
     gammas = [m.weight.detach() for m in modules]
     biases = [
-        torch.zeros_like(g) if m.bias is None else m.bias.detach()
+        torch.zeros_like(g) if (bias := added_bias(m)) is None else bias
         for m, g in zip_strict(modules, gammas)
     ]
     joined = torch.cat([t.to(device, torch.float32) for t in gammas + biases]).cpu()
@@ -131,7 +131,7 @@ def layers_of_model(model: nn.Module) -> list[Layer]:
             pairs.get(name),
             l1.get(name),
             followers[name],
-            float(module.alpha) if isinstance(module, PostShift) else None,
+            float(module.alpha) if is_post_shifted(module) else None,
         )
         for (name, module), g, b in zip_strict(norms.items(), gamma.split(sizes), bias.split(sizes))
     ]

@@ -64,6 +64,10 @@ if hasattr(torch.optim, "Adafactor"):  # from torch 2.5 on
     _KNOWN.append(torch.optim.Adafactor)
 
 
+class NothingToAnchor(ValueError):
+    """No bias of an optimizer can be anchored: it has none of them, or no decay on any."""
+
+
 def anchor_bias_decay(
     model: nn.Module,
     optimizer: Optimizer,
@@ -106,8 +110,10 @@ def anchor_bias_decay(
 
     Raises:
         TypeError: not an optimizer, or one that cannot be anchored or is not known to.
-        ValueError: a wrong argument; no norm layer with a trained bias, or none of them in the
-            optimizer; no weight decay on any of them; biases that are anchored already.
+        ValueError: a wrong argument; no norm layer with a trained bias; biases that are anchored
+            already.
+        NothingToAnchor: none of these biases is in the optimizer, or it has no weight decay on any;
+            a ValueError, too.
     """
     alpha, max_ratio = check_limits(alpha, max_ratio)
     if init not in INIT:
@@ -119,13 +125,13 @@ def anchor_bias_decay(
     decay = {id(p): g.get("weight_decay", 0.0) for g in optimizer.param_groups for p in g["params"]}
     taken = {name: p for name, p in biases.items() if id(p) in decay}
     if not taken:
-        raise ValueError(
+        raise NothingToAnchor(
             f"none of the {len(biases)} biases of norm layers is in this optimizer: make it from"
             " the parameters of this model, after the model is wrapped or moved"
         )
     without = [name for name, p in taken.items() if not decay[id(p)]]
     if len(without) == len(taken):
-        raise ValueError(
+        raise NothingToAnchor(
             f"the weight decay of all {len(taken)} biases is 0 in this {type(optimizer).__name__}:"
             " nothing to anchor (in mmengine, look at norm_decay_mult and bias_decay_mult)"
         )
@@ -241,7 +247,7 @@ def _unwrapped(model: Any) -> Iterator[nn.Module]:
 
 def _gammas(model: nn.Module, taken: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """The weight beside each bias, under the name of the bias."""
-    params = dict(model.named_parameters())
+    params = dict(model.named_parameters(remove_duplicate=False))
     gammas = {name: params.get(name[: -len("bias")] + "weight") for name in taken}
     wrong = [n for n, p in taken.items() if getattr(gammas[n], "shape", None) != p.shape]
     if wrong:
@@ -352,6 +358,7 @@ class AnchoredBiases:
         self.settle()
         return {name: beta for pack in self._packs for name, beta in pack.betas()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from saved betas. Load the model's own state dict, too, in either order.
 
@@ -385,7 +392,7 @@ class _Pack:
     ) -> None:
         self.params = params
         self.alpha = torch.tensor(alpha, dtype=next(iter(params.values())).dtype)  # as psBN has it
-        self.gammas = None if gammas is None else [gammas[name] for name in params]
+        self.gammas: list[Tensor] = [gammas[name] for name in params] if gammas else []
         self.max_ratio = max_ratio
         self.sizes = [p.numel() for p in params.values()]
         self.roots = torch.tensor(self.sizes).sqrt()
@@ -395,7 +402,7 @@ class _Pack:
 
     def alphas(self) -> Tensor:
         """One for all, or with `max_ratio` one of each channel, by the gammas as they are."""
-        if self.gammas is None or self.max_ratio is None:
+        if not self.gammas or self.max_ratio is None:
             return self.alpha
         norms = torch.stack(torch._foreach_norm(self.gammas))
         self.roots, self.layer = self.roots.to(norms.device), self.layer.to(norms.device)
@@ -413,11 +420,11 @@ class _Pack:
 
     def to_bias(self) -> None:
         assert self.during is not None and self.beta is not None  # after to_beta()
-        bias, alphas = self.during
-        stepped = self._read()
-        bias = torch.where(stepped == self.beta, bias, stepped + alphas)
-        self.during, self.beta = None, stepped
-        self._write(bias)
+        bias, before = self.during
+        stepped, alphas = self._read(), self.alphas()
+        beta = stepped + (before - alphas) if self.gammas else stepped
+        self._write(torch.where(stepped == self.beta, bias, beta + alphas))
+        self.during, self.beta = None, beta
 
     def split(self, flat: Tensor) -> Sequence[Tensor]:
         return flat.expand(sum(self.sizes)).split(self.sizes)

@@ -22,13 +22,15 @@ from .layers import (
     psIN3d,
     rebase,
 )
-from .recognize import is_norm_layer, norm_kinds, norm_layers
+from .recognize import added_bias, is_norm_layer, is_post_shifted, norm_kinds, norm_layers
 from .sync import psSyncBN
 
 __all__ = [
     "PostShift",
+    "added_bias",
     "followed_by",
     "is_norm_layer",
+    "is_post_shifted",
     "norm_kinds",
     "norm_layers",
     "psBN",

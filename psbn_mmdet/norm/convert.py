@@ -73,8 +73,9 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> 
 
     Raises:
         TypeError: A layer is a subclass whose own behaviour would be lost, a
-            lazy layer, or the model is scripted or wrapped for distributed
-            training. Nothing has been changed then.
+            lazy layer, one whose bias is pruned or parametrized, or shares its beta
+            with one of another alpha; or the model is scripted or wrapped for
+            distributed training. Nothing has been changed then.
         ValueError: A wrong ``alpha`` or ``load_bn``, or no layer to convert.
     """
     alpha, load_bn = check_alpha(alpha), check_load_bn(load_bn)
@@ -83,8 +84,14 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> 
     for name, module in norm_layers(model).items():
         if isinstance(module, PostShift) or _post_shifted(type(module)):
             if module.weight is not None and module.bias is not None:
+                if "beta" not in module._parameters and "bias" not in module._parameters:
+                    raise TypeError(
+                        f"the bias of {name or 'the model'} is pruned or parametrized: make that "
+                        "permanent before to_psbn"
+                    )
                 layers[name] = module
-        elif isinstance(module.bias, nn.Parameter):  # in a frozen layer it is a buffer
+        # In a frozen layer it is a buffer.
+        elif isinstance(getattr(module, "bias", None), nn.Parameter):
             raise TypeError(
                 f"{name or 'the model'} is a {type(module).__name__}, a kind of normalization that "
                 "has no post-shifted twin; replace it by torch's own layer (materialised, if lazy) "
@@ -98,6 +105,7 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> 
             "filter can collapse there, and nothing is known of what psBN does for such a network",
             stacklevel=2,
         )
+    _refuse_tied(layers)
     betas: dict[nn.Parameter, nn.Parameter] = {}  # tied biases become tied betas
     for module in layers.values():
         old: torch.Tensor | float
@@ -128,8 +136,8 @@ def to_bn(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: A layer is a subclass whose own behaviour would be lost, or
-            the model is scripted or wrapped for distributed training. Nothing
-            has been changed then.
+            shares its beta with one of another alpha; or the model is scripted or
+            wrapped for distributed training. Nothing has been changed then.
     """
     _refuse_wrapped(model)
     shifted = [(name, m) for name, m in model.named_modules() if isinstance(m, PostShift)]
@@ -139,6 +147,7 @@ def to_bn(model: nn.Module) -> nn.Module:
                 f"{name or 'the model'} is a {type(module).__name__}, a subclass of a post-shifted "
                 "layer that has no plain twin; replace it by hand before to_bn"
             )
+    _refuse_tied(dict(shifted))
     biases: dict[nn.Parameter, nn.Parameter] = {}
     layer: Any
     for _, layer in shifted:
@@ -152,6 +161,19 @@ def to_bn(model: nn.Module) -> nn.Module:
         layer.__class__ = _TO_PLAIN[type(layer)]
         layer.bias = biases[beta]
     return model
+
+
+def _refuse_tied(layers: dict[str, Any]) -> None:
+    """One bias cannot be what several layers of one beta and different alphas add."""
+    alphas: dict[nn.Parameter, float] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, PostShift):
+            alpha = float(layer.alpha)
+            if alphas.setdefault(layer.beta, alpha) != alpha:
+                raise TypeError(
+                    f"{name} shares its beta with a layer of another alpha: give each a beta of "
+                    "its own, or both the same alpha"
+                )
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from numbers import Real
-from typing import Literal, Optional, Set, Tuple
+from typing import Any, Literal, Optional, Set, Tuple
 
 import torch
 from torch import fx, nn
@@ -28,6 +28,7 @@ _OTHER = {
     *("silu", "gelu", "elu", "selu", "celu", "mish", "glu", "sigmoid", "logsigmoid", "tanh"),
     *("hardswish", "hardsigmoid", "softplus", "softsign", "hardshrink", "softshrink"),
     *("tanhshrink", "softmax", "log_softmax", "hardtanh", "clamp", "clamp_min", "clip"),
+    *("threshold", "_threshold"),
 }
 # A channel that is never positive in front of these is never positive behind them.
 _PASS = {
@@ -218,12 +219,14 @@ def _layer_of(node: fx.Node, root: nn.Module) -> tuple[nn.Module, nn.Parameter |
         return None
     # torch.nn.functional hands it on as a keyword; aten.batch_norm(x, weight, bias, mean, var, ...)
     source = node.kwargs.get("bias", node.args[2] if len(node.args) > 2 else None)
+    if isinstance(source, fx.Node) and _name(source) == "add":  # beta + alpha
+        source = source.args[0]
     if not isinstance(source, fx.Node) or source.op != "get_attr":
         return None
     path, _, name = str(source.target).rpartition(".")
     owner = root.get_submodule(path)
     bias = getattr(owner, name)
-    return owner, bias if isinstance(bias, nn.Parameter) else None
+    return owner, bias if isinstance(bias, nn.Parameter) and name == "bias" else None
 
 
 def _name(node: fx.Node) -> str:
@@ -308,14 +311,27 @@ class _Scope:
         if graph is None:
             return {"unknown"}
         arguments = [node for node in graph.nodes if node.op == "placeholder"]
-        if not user.kwargs:
-            arguments = [a for a, value in zip(arguments, user.args) if value is source]
+        starred = any(str(node.target).startswith("*") for node in arguments)
+        if not user.kwargs and not starred:
+            arguments = [a for a, value in zip(arguments, user.args) if _holds(value, source)]
+        if not arguments:
+            return {"unknown"}
         scope = _Scope(module, at_output=lambda: self.uses(user))
         return set().union(*(scope.uses(argument) for argument in arguments))
 
 
+def _holds(value: Any, source: fx.Node) -> bool:
+    """Whether an argument is a node, or a list, tuple or dict with it in it."""
+    nodes: list[fx.Node] = []
+    fx.node.map_arg(value, nodes.append)
+    return source in nodes
+
+
 def _cuts_at_0(node: fx.Node) -> bool:
-    """Whether hardtanh or a clamp is at 0 from below: as ReLU6 is exported."""
+    """Whether hardtanh or a clamp is at 0 from below, as ReLU6 is exported, or a threshold is 0."""
+    if _name(node) in ("threshold", "_threshold"):
+        given = [*node.args[1:], *node.kwargs.values()]
+        return len(given) >= 2 and all(isinstance(g, Real) and g == 0 for g in given[:2])
     if _name(node) not in ("hardtanh", "clamp", "clamp_min", "clip"):
         return False
     low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", node.kwargs.get("min_val"))
@@ -329,6 +345,8 @@ def _module_kind(module: nn.Module) -> Follower | Literal["pass"] | None:
     if isinstance(module, (nn.LeakyReLU, nn.PReLU, nn.RReLU)):
         return "leaky"
     if isinstance(module, nn.Hardtanh) and module.min_val == 0:
+        return "relu"
+    if isinstance(module, nn.Threshold) and module.threshold == module.value == 0:
         return "relu"
     homes = [cls.__module__ for cls in type(module).__mro__ if cls is not nn.Module]
     home = next((home for home in homes if home.startswith("torch.nn")), None)

@@ -160,13 +160,14 @@ class PostShift(nn.Module):
         alpha = self.initial_alpha if self.alpha.is_meta else round(float(self.alpha), 7)
         return f"{super().extra_repr()}, alpha={alpha}, load_bn={self.load_bn}"
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         """Take over a psBN or a plain BN state dict.
 
         From BN, ``beta = bias - alpha`` (``load_bn='preserve'``: the network
         computes what it computed) or ``beta = bias`` (``'shift'``: every unit
         is lifted by alpha). From psBN with another alpha, beta is rebased so
-        that ``beta + alpha`` stays. The layer's own alpha always stays.
+        that ``beta + alpha`` stays. The layer's own alpha always stays, with ``assign`` in
+        the dtype and on the device of the checkpoint, as all other tensors.
         """
         name = prefix.rstrip(".") or type(self).__name__
         bias = state_dict.get(prefix + "bias")
@@ -182,22 +183,25 @@ class PostShift(nn.Module):
                 f"{name}: the checkpoint holds only one of beta and alpha, so what it computed is "
                 "unknown; save it with state_dict(), which holds both"
             )
-        alpha = self.alpha
+        alpha, dtype = self.alpha, self.beta.dtype
         if alpha.is_meta:
             alpha = torch.tensor(self.initial_alpha, dtype=alpha.dtype)
+        loaded = beta if bias is None else bias
+        if loaded is not None and local_metadata.get("assign_to_params_buffers", False):
+            alpha, dtype = alpha.to(loaded.device, loaded.dtype), loaded.dtype
         if bias is not None:
             del state_dict[prefix + "bias"]
-            beta = bias if self.load_bn == "shift" else rebase(bias, 0, alpha, self.beta.dtype)
+            beta = bias if self.load_bn == "shift" else rebase(bias, 0, alpha, dtype)
         elif beta is not None:
             if saved.numel() != 1 or not torch.isfinite(saved).all():
                 raise RuntimeError(
                     f"{name}: the checkpoint's alpha is {saved.tolist()}, not a finite number"
                 )
-            beta = rebase(beta, saved, alpha, self.beta.dtype)
+            beta = rebase(beta, saved, alpha, dtype)
         if beta is not None:
             state_dict[prefix + "beta"] = beta
             state_dict[prefix + "alpha"] = alpha
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 # Where the layers' own forward stands: it reads a plain sum and pays nothing for others' writes.

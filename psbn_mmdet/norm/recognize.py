@@ -31,7 +31,8 @@ def is_norm_layer(module: nn.Module) -> bool:
     These are: torch's own layers, synchronised, lazy and post-shifted ones and all other
     subclasses; their scripted forms; and whatever holds ``weight``, ``bias``, ``running_mean`` and
     ``running_var`` as one-dimensional tensors, such as the FrozenBatchNorm2d of mmdet and
-    torchvision, mmcv's SyncBatchNorm or a layer of an exported program.
+    torchvision, mmcv's SyncBatchNorm or a layer of an exported program. Of an exported post-shifted
+    layer, ``weight``, ``beta`` and ``alpha`` are what there is.
     """
     if isinstance(module, (_BatchNorm, _InstanceNorm)):
         return True
@@ -39,8 +40,29 @@ def is_norm_layer(module: nn.Module) -> bool:
         module.original_name.rstrip("123d") in _SCRIPTED
     ):
         return True
-    own = (getattr(module, name, None) for name in _BN)
-    return all(isinstance(tensor, Tensor) and tensor.dim() == 1 for tensor in own)
+    if all(_has_dim(module, name, 1) for name in _BN):
+        return True
+    return is_post_shifted(module) and _has_dim(module, "weight", 1)
+
+
+def is_post_shifted(module: nn.Module) -> bool:
+    """Whether a module adds ``beta + alpha``: a psBN layer, also scripted, traced or exported."""
+    return _has_dim(module, "beta", 1) and _has_dim(module, "alpha", 0)
+
+
+def _has_dim(module: nn.Module, name: str, dim: int) -> bool:
+    tensor = getattr(module, name, None)
+    if not isinstance(tensor, Tensor) or nn.parameter.is_lazy(tensor):
+        return False
+    return tensor.dim() == dim
+
+
+def added_bias(module: nn.Module) -> Tensor | None:
+    """What a normalization layer adds, detached; None if it adds nothing."""
+    if is_post_shifted(module):
+        return (module.beta + module.alpha).detach()  # type: ignore[operator]
+    bias = getattr(module, "bias", None)
+    return bias.detach() if isinstance(bias, Tensor) else None
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -138,6 +138,14 @@ def test_a_shared_layer_and_a_wrapped_model():
     assert mismatch(nn.DataParallel(shared), shared.state_dict(), strict=True) is None
 
 
+def test_a_lazy_model_stays_lazy():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    built = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert mismatch(model, built.state_dict(), strict=True) is None
+    assert all(map(nn.parameter.is_lazy, model.parameters()))
+    assert nn.parameter.is_lazy(model[1].running_mean)
+
+
 def test_what_a_models_own_hooks_allow_is_allowed():
     model = network()
 

@@ -114,6 +114,9 @@ def test_what_is_refused_for_its_content_is_whole(tmp_path):
         path = tmp_path / "a.pth"
         torch.save(Malicious(tmp_path / "ran"), path, _use_new_zipfile_serialization=zipped)
         assert is_whole(path)
+    cut = tmp_path / "refused.pth"
+    cut.write_bytes(path.read_bytes()[:-1])
+    assert not is_whole(cut)
     assert not is_whole(tmp_path / "none.pth")
     assert not is_whole(tmp_path)
     assert not (tmp_path / "ran").exists()

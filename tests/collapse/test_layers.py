@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from psbn_mmdet import norm
 from psbn_mmdet.collapse import measure
@@ -26,6 +27,33 @@ def test_a_psbn_layer_counts_with_what_it_adds():
         layer.beta[0] = -0.1
     row = measure(layer).rows[0]
     assert (row["dead"], row["constant"]) == (1, 1)
+
+
+@pytest.mark.parametrize("form", ["scripted", "traced", "exported"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_psbn_is_measured_in_every_form_of_a_model(form):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), norm.psBN2d(4, alpha=0.1)).eval()
+    with torch.no_grad():
+        model[2].weight[:2] = 0
+        model[2].beta[:3] = torch.tensor([-0.2, 0.1, -0.1])
+    x = torch.randn(1, 3, 4, 4)
+    if form == "scripted":
+        other = torch.jit.script(model)
+    elif form == "traced":
+        other = torch.jit.trace(model, x)
+    else:
+        other = torch.export.export(model, (x,)).module()
+    report = measure(other)
+    assert report.totals["filters"] == 7
+    layer = report.layers[1]
+    assert layer.gamma.tolist() == [0, 0, 1, 1]
+    assert_close(layer.bias, torch.tensor([-0.1, 0.2, 0.0, 0.1]))  # beta + 0.1
+    assert layer.alpha == pytest.approx(0.1)
+
+
+def test_a_lazy_convolution_is_of_no_size_yet():
+    model = nn.Sequential(nn.LazyConv2d(4, 1), nn.BatchNorm2d(4))
+    assert measure(model).rows[0]["conv"] is None
 
 
 def test_frozen_batch_norm_is_measured():

@@ -306,6 +306,40 @@ class TestMaxRatio:
         assert runs[0][0] == runs[1][0]
         assert runs[0][0] != runs[2][0]
 
+    @pytest.mark.parametrize("lr", [1e-6, 1e-5])
+    def test_small_steps_are_not_lost_while_alpha_changes(self, lr):
+        """2000 steps of lr * 1e-3, at 1e-6 less than half a unit in the last place of the bias.
+
+        What the layer adds is beta + rms(gamma), gamma 0.05 and shrinking; float64 loses nothing.
+        """
+        ends = []
+        for dtype in (torch.float32, torch.float64):
+            model = nn.Sequential(nn.BatchNorm1d(2, dtype=dtype), nn.ReLU())
+            nn.init.constant_(model[0].weight, 0.05)
+            optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=0.1)
+            anchored = anchor_bias_decay(model, optimizer, 0.1, max_ratio=1, log=None)
+            for _ in range(2000):
+                model[0].weight.grad = torch.zeros(2, dtype=dtype)
+                model[0].bias.grad = torch.full((2,), 1e-3, dtype=dtype)
+                optimizer.step()
+            beta = anchored.state_dict()["0.bias"]
+            ends.append(beta.double() + model[0].weight.detach().double())
+        assert_close(ends[1], torch.full((2,), 0.05 - 2000 * lr * 1e-3).double(), atol=2e-7, rtol=0)
+        assert_close(ends[0], ends[1], rtol=0, atol=1e-8)
+
+    def test_of_layers_that_share_a_gamma(self):
+        model = self.layers()
+        model[2].weight = model[0].weight
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.5)
+        anchored = anchor_bias_decay(model, optimizer, 0.1, max_ratio=1, log=None)
+        anchored.load_state_dict({})
+        state = anchored.state_dict()
+        assert list(state) == ["0.bias", "2.bias"]
+        rms = math.sqrt((0.03**2 + 0.04**2) / 2)
+        for beta in state.values():
+            assert not beta.requires_grad
+            assert_close(beta, torch.full((2,), 0.2 - rms))
+
     def test_says_what_it_is(self):
         said = []
         model = self.layers()

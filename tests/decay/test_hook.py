@@ -1,6 +1,8 @@
 """The hook in mmengine's Runner, and a RetinaNet trained both ways."""
 
 import itertools
+import logging
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -11,12 +13,15 @@ from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from psbn_mmdet import to_psbn
+from psbn_mmdet.decay.anchor import NothingToAnchor
 from psbn_mmdet.decay.hook import AnchoredBiasDecay
 from psbn_mmdet.python38 import zip_strict
 from tests.helpers.anchored import (
@@ -87,6 +92,51 @@ class TestHook:
             assert torch.equal(a, b)
         saved = torch.load(tmp_path / "whole" / "iter_16.pth", weights_only=False)["state_dict"]
         assert list(saved) == list(Toy(post_shifted=False).state_dict())
+
+    def test_several_optimizers(self):
+        """One has no norm layer; another without decay; the hook goes on, and saves by position."""
+        parts = nn.ModuleDict({"a": small_net(), "b": nn.Linear(2, 2), "c": small_net()})
+        wrappers = {
+            name: OptimWrapper(torch.optim.SGD(part.parameters(), lr=0.1, weight_decay=decay))
+            for (name, part), decay in zip_strict(parts.items(), (0.1, 0.1, 0.0))
+        }
+        logger = logging.getLogger("several")
+        runner = SimpleNamespace(
+            iter=0, model=parts, optim_wrapper=OptimWrapperDict(**wrappers), logger=logger
+        )
+        hook = AnchoredBiasDecay(ALPHA)
+        hook.before_train(runner)
+        names = [anchored and anchored.names for anchored in hook.anchored]
+        assert names == [["a.1.bias", "a.4.bias"], None, None]
+        for p in parts.a.parameters():
+            p.grad = torch.zeros_like(p)
+        wrappers["a"].optimizer.step()
+        checkpoint: dict = {}
+        hook.before_save_checkpoint(runner, checkpoint)
+        assert [list(state) for state in checkpoint[hook.key]] == [names[0], [], []]
+        hook.after_train(runner)
+        assert not wrappers["a"].optimizer._optimizer_step_pre_hooks
+        resumed = AnchoredBiasDecay(ALPHA)
+        resumed.after_load_checkpoint(runner, checkpoint)
+        resumed.before_train(runner)
+        assert list(resumed.anchored[0].state_dict()) == names[0]
+        resumed.after_train(runner)
+        for name in "bc":  # what is left then is nothing
+            runner.optim_wrapper = wrappers[name]
+            with pytest.raises(NothingToAnchor):
+                hook.before_train(runner)
+
+    def test_an_optimizer_that_is_refused_leaves_the_others_as_they_were(self):
+        parts = nn.ModuleDict({"a": small_net(), "b": small_net()})
+        good = torch.optim.SGD(parts.a.parameters(), lr=0.1, weight_decay=0.1)
+        bad = torch.optim.ASGD(parts.b.parameters(), lr=0.1, weight_decay=0.1)
+        wrappers = OptimWrapperDict(a=OptimWrapper(good), b=OptimWrapper(bad))
+        runner = SimpleNamespace(
+            iter=0, model=parts, optim_wrapper=wrappers, logger=logging.getLogger("refused")
+        )
+        with pytest.raises(TypeError, match="ASGD keeps an average"):
+            AnchoredBiasDecay(ALPHA).before_train(runner)
+        assert not good._optimizer_step_pre_hooks
 
     def test_from_scratch_and_its_end(self, tmp_path):
         runner = self.run(tmp_path, 1, hook=dict(self.hook, init="alpha"))

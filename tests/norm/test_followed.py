@@ -142,6 +142,17 @@ class Own(nn.Module):
         return self.function(x)
 
 
+class Several(nn.Module):
+    """Takes its arguments in a list, or one by one."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *values):
+        return self.function(*values)
+
+
 class Undecidable(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else x.relu()
@@ -157,6 +168,11 @@ USES = {
     "ReLU6": (lambda m, y: F.relu6(y), "relu"),
     "a clamp at 0": (lambda m, y: y.clamp(min=0), "relu"),
     "a clamp at 0 and 6": (lambda m, y: torch.clamp(y, 0, 6), "relu"),
+    "a threshold at 0": (lambda m, y: F.threshold(y, 0.0, 0.0), "relu"),
+    "a threshold at 1": (lambda m, y: F.threshold(y, 1.0, 0.0), "other"),
+    "an argument in a list": (lambda m, y: m.listed([m.conv(y), y]).relu(), "none"),
+    "an argument in a list alone": (lambda m, y: m.listed([m.conv.weight, y]).relu(), "relu"),
+    "one of many arguments": (lambda m, y: m.starred(m.conv.weight, y).relu(), "relu"),
     "a clamp below 0": (lambda m, y: y.clamp(-1, 1), "other"),
     "Hardtanh": (lambda m, y: F.hardtanh(y), "other"),
     "LeakyReLU": (lambda m, y: F.leaky_relu(y, 0.1), "leaky"),
@@ -186,6 +202,8 @@ MODULES = {
     "torch's ReLU6": (nn.ReLU6(), "relu"),
     "Hardtanh from 0": (nn.Hardtanh(0, 6), "relu"),
     "Hardtanh": (nn.Hardtanh(), "other"),
+    "Threshold from 0": (nn.Threshold(0, 0), "relu"),
+    "Threshold": (nn.Threshold(0, 1), "other"),
     "PReLU": (nn.PReLU(), "leaky"),
     "attention": (nn.MultiheadAttention(4, 1), "none"),
     "another norm": (nn.BatchNorm2d(4), "none"),
@@ -203,7 +221,8 @@ class TestFollowedBy:
     @pytest.mark.parametrize("use", USES)
     def test_by_use(self, use):
         rest, expected = USES[use]
-        assert followed_by(Model(rest)) == {"bn": expected}
+        listed, starred = Own(lambda values: torch.cat(values, 1)), Several(torch.add)
+        assert followed_by(Model(rest, listed=listed, starred=starred)) == {"bn": expected}
 
     @pytest.mark.parametrize("name", MODULES)
     def test_by_module(self, name):
@@ -269,8 +288,9 @@ class TestFollowedBy:
 
         assert followed_by(Auxiliary()) == {"main.0": "relu", "aux.0": "other", "aux.3": "unknown"}
 
-    def test_exported(self):
-        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU6()).eval()
+    @pytest.mark.parametrize("layer", [nn.BatchNorm2d, psBN2d])
+    def test_exported(self, layer):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), layer(4), nn.ReLU6()).eval()
         exported = torch.export.export(model, (torch.randn(2, 3, 4, 4),)).module()
         assert followed_by(exported) == {"1": "relu"}
 

@@ -195,6 +195,19 @@ def test_loading_with_assign_into_meta():
     assert_close(layer(x), bn(x))
 
 
+@pytest.mark.parametrize("saved", [nn.BatchNorm2d, psBN])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_loading_with_assign_takes_the_checkpoints_dtype(saved, device):
+    source = randomize(saved(5)).to(torch.bfloat16).eval()
+    layer = psBN(5, device=device).eval()
+    layer.load_state_dict(source.state_dict(), assign=True)
+    kinds = {tensor.dtype for tensor in layer.state_dict().values() if tensor.is_floating_point()}
+    assert kinds == {torch.bfloat16}
+    x = torch.randn(2, 5, 4, 4, dtype=torch.bfloat16)
+    # beta = bias - alpha is rounded: half a unit of 2^-8 in numbers below 4.
+    assert_close(layer(x), source(x), rtol=0, atol=4 * 2.0**-8)
+
+
 def test_ambiguous_checkpoints_are_refused():
     state_dict = psBN(3).state_dict()
     with pytest.raises(RuntimeError, match="only one of beta and alpha"):
@@ -325,9 +338,24 @@ class CustomPS(psBN2d):
     pass
 
 
+def pruned():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
+    torch.nn.utils.prune.random_unstructured(model[2], "bias", 0.5)
+    return model
+
+
+def tied():
+    model = nn.Sequential(psBN(3, alpha=0.1), nn.ReLU(), psBN(3, alpha=0.3))
+    model[2].beta = model[0].beta
+    return model
+
+
 @pytest.mark.parametrize(
     ("convert", "make", "error", "message"),
     [
+        (to_psbn, pruned, TypeError, "the bias of 2 is pruned or parametrized"),
+        (to_psbn, tied, TypeError, "2 shares its beta with a layer of another alpha"),
+        (to_bn, tied, TypeError, "2 shares its beta with a layer of another alpha"),
         (to_psbn, lambda: nn.Sequential(nn.BatchNorm2d(3), Custom(3)), TypeError, "1 is a Custom"),
         (to_psbn, lambda: nn.LazyBatchNorm2d(), TypeError, "LazyBatchNorm2d"),
         (to_psbn, lambda: torch.jit.script(nn.BatchNorm2d(3)), TypeError, "before scripting"),
@@ -338,9 +366,11 @@ class CustomPS(psBN2d):
 def test_what_cannot_be_converted_is_refused_and_left_alone(convert, make, error, message):
     model = make()
     kinds = [type(m) for m in model.modules()]
+    keys = list(model.state_dict())
     with pytest.raises(error, match=message):
         convert(model)
     assert [type(m) for m in model.modules()] == kinds
+    assert list(model.state_dict()) == keys
 
 
 @pytest.mark.parametrize("kwargs", [{"alpha": -1}, {"alpha": "x"}, {"load_bn": ""}])
