@@ -218,15 +218,16 @@ def _layer_of(node: fx.Node, root: nn.Module) -> tuple[nn.Module, nn.Parameter |
     if node.op != "call_function" or _name(node) not in _NORMALIZE:
         return None
     # torch.nn.functional hands it on as a keyword; aten.batch_norm(x, weight, bias, mean, var, ...)
-    source = node.kwargs.get("bias", node.args[2] if len(node.args) > 2 else None)
-    if isinstance(source, fx.Node) and _name(source) == "add":  # beta + alpha
+    source: Any = node.kwargs.get("bias", node.args[2] if len(node.args) > 2 else None)
+    shifted = isinstance(source, fx.Node) and _name(source) == "add"  # beta + alpha
+    if shifted:
         source = source.args[0]
     if not isinstance(source, fx.Node) or source.op != "get_attr":
         return None
     path, _, name = str(source.target).rpartition(".")
     owner = root.get_submodule(path)
     bias = getattr(owner, name)
-    return owner, bias if isinstance(bias, nn.Parameter) and name == "bias" else None
+    return owner, bias if isinstance(bias, nn.Parameter) and not shifted else None
 
 
 def _name(node: fx.Node) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 from torch import nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import psbn_mmdet
@@ -340,7 +341,7 @@ class CustomPS(psBN2d):
 
 def pruned():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
-    torch.nn.utils.prune.random_unstructured(model[2], "bias", 0.5)
+    prune.random_unstructured(model[2], "bias", 0.5)
     return model
 
 
