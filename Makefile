@@ -15,7 +15,7 @@ lint: setup
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
 
-benchmark: setup  ## the ratios that stand in README.md
+benchmark: setup  ## the ratios of docs/measured.md
 	.venv/bin/python tools/benchmark.py
 	.venv/bin/python tools/benchmark_ap.py speed
 

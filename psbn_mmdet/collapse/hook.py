@@ -218,7 +218,8 @@ class SparsityLoggerHook(Hook):
                 f"at iteration {iteration} {len(report.nearly_linear)} psBN layers (as "
                 f"{report.nearly_linear[0]}) have an alpha so large against gamma that their ReLU "
                 f"passes nearly everything (mean P(active) > {NEARLY_LINEAR_ABOVE:g}): the network "
-                "turns linear there; a smaller alpha or less weight decay keeps it from that",
+                "turns linear there; a smaller alpha, less weight decay or AnchoredBiasDecay with "
+                "max_ratio=1 in the place of psBN keeps it from that",
             )
 
     def _warn_once(self, runner: Runner, subject: str, text: str) -> None:

@@ -134,7 +134,7 @@ def markdown(summary: dict[str, Any]) -> str:
         lines += [f"| {arm} | {_cell(spread(values))} |" for arm, values in near_zero]
     if "collapsed_in_round_2" in summary:
         counts = "/".join(map(str, summary["collapsed_in_round_2"]))
-        lines += ["", f"Filters of the layer that collapsed in round 2, by seed: {counts}."]
+        lines += ["", f"Collapsed in round 2 in the layer that lost most, by seed: {counts}."]
     if "cuts" in summary:
         lines += ["", *_cuts_table(summary)]
     if "recovery" in summary:

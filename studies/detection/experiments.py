@@ -190,9 +190,9 @@ def _rounds(base: Settings, seeds: int) -> Experiment:
         (*((arm, BN) for arm in arms if arm != BN), (LIMITED, ANCHORED)),
         (
             "The paper's figure is of classification, from random weights, without alpha 0.01.",
-            "The backbones are those of transfer after 1 round. From scratch, with 8 channels, "
-            "batch 2, lr 0.05 and 12 epochs a round, the seed decided when learning took off "
-            "(tried): given up for this.",
+            "The backbones are pretrained as those of transfer, 1 round. From scratch, with 8 "
+            "channels, batch 2, lr 0.05 and 12 epochs a round, the seed decided when learning took "
+            "off (tried): given up for this.",
             "shift: beta = bias, so that alpha lifts every unit at once. AnchoredBiasDecay keeps "
             "the pretrained biases and lets them decay toward 0.1; with max_ratio 1 toward 0.1 or "
             "the root mean square of the layer's gamma, whichever is less.",
