@@ -244,7 +244,7 @@ def test_finished_runs_are_skipped_and_other_settings_refused(rounds, root):
     before = folder_of(experiment, experiment.runs[0], out) / "result.json"
     stamp = before.stat().st_mtime_ns
     engine.execute(experiment, out, root, "no-cifar", said.append)
-    assert said == ["rounds: 6 of 6 runs finished"]
+    assert said == ["rounds: 10 of 10 runs finished"]
     assert before.stat().st_mtime_ns == stamp
     other = toy_rounds(rounds=2, weight_decay=0.5)
     with pytest.raises(RunError, match=r"other settings \(1 differ, as weight_decay"):
@@ -269,7 +269,7 @@ def test_two_processes_share_an_experiment(root, tmp_path):
 def test_summary_has_ap_of_the_result_files_and_verdicts(rounds):
     experiment, out = rounds
     content = summary.summarise(experiment, out, "command", resamples=100)
-    assert content["runs_finished"] == content["runs_planned"] == 6
+    assert content["runs_finished"] == content["runs_planned"] == 10
     truth = read_annotations(engine.annotations_of(experiment, out))
     for arm, entry in content["arms"].items():
         members = [run for run in experiment.runs if run.arm == arm]
@@ -287,7 +287,7 @@ def test_summary_has_ap_of_the_result_files_and_verdicts(rounds):
             if judged is content["differences"][0]:
                 assert d["AP"] == pytest.approx(ap[0] - ap[1])
     text = summary.markdown(json.loads(json.dumps(content)))
-    assert "6 of 6 runs finished, 2 seeds an arm" in text
+    assert "10 of 10 runs finished, 2 seeds an arm" in text
     assert text.count("| psBN, alpha 0.1 | BN |") == 2
 
 
