@@ -33,7 +33,7 @@ def shared_data() -> Path:
 # What may be skipped where CI is set, each with the reason why it cannot run on every machine.
 MAY_BE_SKIPPED = {
     r"no CUDA device": "GPUs are not on every machine",
-    r"^no Slurm cluster": "needs root, Debian's slurm-wlm and the script of ../shared/slurm",
+    r"^no Slurm cluster": "needs root and Debian's slurm-wlm",
     r"may mount a file system": "containers may forbid it",
     r"needs torch [<>=]": "the environment has one version of torch",
     r"^could not import '(wandb|mlflow|mmseg|mmpose|mmaction|mmdet3d|mmyolo)'": "optional peers",
