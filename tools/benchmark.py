@@ -252,14 +252,19 @@ def bench_anchored(rounds: int = 30) -> str:
             handles.append(anchor_bias_decay(model, optimizer, init="keep", log=None))
 
     seconds = alternate({"without": step, "with": step}, rounds, put_on_or_off)
-    put_on_or_off("with")
+    put_on_or_off("without")
+    hooks: dict[str, Callable[[], Any]] = {}
+    for name, ratio in (("by itself", None), ("by itself, max_ratio=1", 1)):
+        handle = anchor_bias_decay(model, optimizer, init="keep", max_ratio=ratio, log=None)
+        handle.remove()  # called by hand below
 
-    def hook() -> None:
-        handles[0]._before_step(optimizer, (optimizer,), {})
-        handles[0]._after_step(optimizer, (optimizer,), {})
+        def hook(handle: Any = handle) -> None:
+            handle._before_step(optimizer, (optimizer,), {})
+            handle._after_step(optimizer, (optimizer,), {})
 
-    alone = alternate({"alone": hook}, 300)["alone"]
-    return f"{table(seconds)}\n{share(alone, seconds['without'])}"
+        hooks[name] = hook
+    alone = alternate(hooks, 300)
+    return f"{table(seconds)}\n{table(alone)}\n{share(alone['by itself'], seconds['without'])}"
 
 
 def bench_measure(rounds: int = 200) -> str:
