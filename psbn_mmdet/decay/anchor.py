@@ -406,7 +406,7 @@ class _Pack:
             return self.alpha
         norms = torch.stack(torch._foreach_norm(self.gammas))
         self.roots, self.layer = self.roots.to(norms.device), self.layer.to(norms.device)
-        most = (self.max_ratio * norms / self.roots).to(norms.dtype)
+        most = (self.max_ratio * norms / self.roots).to(self.alpha.dtype)
         return most.clamp(max=self.alpha.item())[self.layer]
 
     def to_beta(self) -> None:
