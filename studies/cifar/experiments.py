@@ -87,7 +87,7 @@ _MEDIUM = {"fig3": (BN, PSBN)}
 """Experiments that have the medium preset -> ends of the arms that it does, to save a third."""
 
 
-def _experiment(name: str, seeds: int = 2, **reduced: Any) -> Callable[[Builder], Builder]:
+def _experiment(name: str, seeds: int = 3, **reduced: Any) -> Callable[[Builder], Builder]:
     """Register a builder with what its reduced preset has beside :data:`REDUCED`."""
 
     def register(builder: Builder) -> Builder:
@@ -173,7 +173,7 @@ def _slug(arm: str) -> str:
 
 
 # At lr 0.2 this narrow network stays at chance.
-@_experiment("fig1a", seeds=3, width=0.5, rounds=3, lr=0.1)
+@_experiment("fig1a", width=0.5, rounds=3, lr=0.1)
 def _fig1a(base: Settings, seeds: int, paper: bool) -> Experiment:
     base = replace(base, network="vgg11", rounds=3 if paper else base.rounds)
     arms = {"VGG11 with BN": {}, "VGG11 without BN": dict(norm="none", lr=base.lr / 10)}
@@ -190,7 +190,7 @@ def _fig1a(base: Settings, seeds: int, paper: bool) -> Experiment:
     )
 
 
-@_experiment("fig1b", seeds=3, rounds=2)
+@_experiment("fig1b", rounds=2)
 def _fig1b(base: Settings, seeds: int, paper: bool) -> Experiment:
     base = replace(base, rounds=2 if paper else base.rounds)
     base = replace(base, trace_interval=max(1, base.iterations_per_round // 250))
@@ -252,7 +252,7 @@ def _capacity(base: Settings, seeds: int, paper: bool) -> Experiment:
     )
 
 
-@_experiment("fig3", seeds=3)
+@_experiment("fig3")
 def _fig3(base: Settings, seeds: int, paper: bool) -> Experiment:
     networks = ("resnet20", "resnet56", "vgg16") if base.images is None else (base.network,)
     runs = []
@@ -269,7 +269,7 @@ def _fig3(base: Settings, seeds: int, paper: bool) -> Experiment:
     )
 
 
-@_experiment("instance_norm", seeds=3, image_size=16, rounds=3)
+@_experiment("instance_norm", image_size=16, rounds=3)
 def _instance_norm(base: Settings, seeds: int, paper: bool) -> Experiment:
     base = replace(base, rounds=3 if paper else base.rounds)
     arms = {"IN + ReLU": dict(norm="IN"), "psIN + ReLU": dict(norm="psIN")}
@@ -282,7 +282,7 @@ def _instance_norm(base: Settings, seeds: int, paper: bool) -> Experiment:
     )
 
 
-@_experiment("linear", seeds=3, width=0.5, rounds=2, lr=0.1)
+@_experiment("linear", width=0.5, rounds=2, lr=0.1)
 def _linear(base: Settings, seeds: int, paper: bool) -> Experiment:
     base = replace(base, network="vgg11", rounds=2 if paper else base.rounds)
     arms = {BN: ARMS[BN], "BN, no activation": dict(act="none")}
@@ -296,7 +296,7 @@ def _linear(base: Settings, seeds: int, paper: bool) -> Experiment:
     )
 
 
-@_experiment("shuffled", seeds=3, image_size=16, rounds=2)
+@_experiment("shuffled", image_size=16, rounds=2)
 def _shuffled(base: Settings, seeds: int, paper: bool) -> Experiment:
     base = replace(base, rounds=2 if paper else base.rounds)
     arms = {"continued": {}, "shuffled before round 2": dict(shuffle_before=2)}
@@ -312,7 +312,7 @@ def _shuffled(base: Settings, seeds: int, paper: bool) -> Experiment:
     )
 
 
-@_experiment("fig4", seeds=3, image_size=16, rounds=4)
+@_experiment("fig4", image_size=16, rounds=4)
 def _fig4(base: Settings, seeds: int, paper: bool) -> Experiment:
     base = replace(base, evaluate_pruned=True)
     once = replace(base, rounds=1)
@@ -346,7 +346,7 @@ def _fig4(base: Settings, seeds: int, paper: bool) -> Experiment:
 
 
 # Half the decay: lr 1 would otherwise have 40 times the paper's lr * decay.
-@_experiment("fig5a", seeds=3, rounds=2, weight_decay=1e-3)
+@_experiment("fig5a", rounds=2, weight_decay=1e-3)
 def _fig5a(base: Settings, seeds: int, paper: bool) -> Experiment:
     base = replace(base, rounds=2 if paper else base.rounds)
     runs = []
@@ -361,7 +361,7 @@ def _fig5a(base: Settings, seeds: int, paper: bool) -> Experiment:
     )
 
 
-@_experiment("fig5b", seeds=3, rounds=1)
+@_experiment("fig5b", rounds=1)
 def _fig5b(base: Settings, seeds: int, paper: bool) -> Experiment:
     base = replace(base, rounds=1 if paper else base.rounds)
     networks = ("resnet20", "resnet56", "vgg16") if base.images is None else (base.network,)
@@ -388,7 +388,7 @@ _TABLE1 = {
 
 
 # ResNet-110 would take 6 times as long as ResNet-20.
-@_experiment("table1", seeds=3, image_size=16, rounds=5, network="resnet20")
+@_experiment("table1", image_size=16, rounds=5, network="resnet20")
 def _table1(base: Settings, seeds: int, paper: bool) -> Experiment:
     if paper:
         base = replace(base, network="resnet110", rounds=5)
@@ -411,7 +411,7 @@ def _table1(base: Settings, seeds: int, paper: bool) -> Experiment:
     )
 
 
-@_experiment("strip", seeds=3, image_size=16, width=0.5, rounds=4)
+@_experiment("strip", image_size=16, width=0.5, rounds=4)
 def _strip(base: Settings, seeds: int, paper: bool) -> Experiment:
     once = replace(base, rounds=1)
     runs = _runs(base, seeds, {"collapsed": {}}, line="before")
@@ -489,7 +489,7 @@ def _finetune(base: Settings, seeds: int, paper: bool) -> Experiment:
     )
 
 
-@_experiment("alpha", seeds=3, image_size=16, width=0.5, rounds=3)
+@_experiment("alpha", image_size=16, width=0.5, rounds=3)
 def _alpha(base: Settings, seeds: int, paper: bool) -> Experiment:
     base = replace(base, rounds=3 if paper else base.rounds)
     runs = []
