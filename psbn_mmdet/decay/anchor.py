@@ -29,8 +29,8 @@ a hundredth of alpha turns ReLU into the identity. With `max_ratio` a layer's al
 
     alpha_t = min(alpha, max_ratio * rms(gamma_t)),    rms over the channels of the layer,
 
-of the gamma before each step. Where gamma is large it is psBN's constant, and the run psBN's to
-rounding; this has no counterpart in the paper.
+of the gamma before each step. Where gamma is large it is psBN's constant, and the run psBN's to the
+bit; this has no counterpart in the paper.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def anchor_bias_decay(
 
     gammas = None if max_ratio is None else _gammas(inner, taken)
     handle = AnchoredBiases(model, optimizer, taken, alpha, gammas, max_ratio)
-    started = handle._set_to_alpha(_to_start(inner, taken, init))
+    started = _to_start(inner, taken, init)
+    handle._set_to_alpha(started)
     if log is not None:
         frozen = sum(not p.requires_grad for p in taken.values())
         limit = f", or {max_ratio:g} times gamma's RMS if that is less" if max_ratio else ""
@@ -310,12 +311,11 @@ class AnchoredBiases:
             self._hooks.append(register(_Settle(self)))
 
     @torch.no_grad()
-    def _set_to_alpha(self, names: list[str]) -> list[str]:
+    def _set_to_alpha(self, names: list[str]) -> None:
         for pack in self._packs:
             for (name, p), value in zip_strict(pack.params.items(), pack.split(pack.alphas())):
                 if name in names:
                     p.copy_(value.view_as(p))
-        return names
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple | None:
         self.settle()
@@ -402,7 +402,7 @@ class _Pack:
 
     def alphas(self) -> Tensor:
         """One for all, or with `max_ratio` one of each channel, by the gammas as they are."""
-        if not self.gammas or self.max_ratio is None:
+        if self.max_ratio is None:
             return self.alpha
         norms = torch.stack(torch._foreach_norm(self.gammas))
         self.roots, self.layer = self.roots.to(norms.device), self.layer.to(norms.device)
@@ -422,7 +422,7 @@ class _Pack:
         assert self.during is not None and self.beta is not None  # after to_beta()
         bias, before = self.during
         stepped, alphas = self._read(), self.alphas()
-        beta = stepped + (before - alphas) if self.gammas else stepped
+        beta = stepped if self.max_ratio is None else stepped + (before - alphas)
         self._write(torch.where(stepped == self.beta, bias, beta + alphas))
         self.during, self.beta = None, beta
 
