@@ -39,15 +39,44 @@ def refuse_to_overwrite(*paths: str | os.PathLike | None, overwrite: bool = Fals
 
     Raises:
         OutputExistsError: One of them exists.
-        PsbnError: The folder of one does not.
+        PsbnError: The folder of one does not, or two are the same file.
     """
-    for path in [Path(path) for path in paths if path is not None]:
+    wanted = [Path(path) for path in paths if path is not None]
+    for i, path in enumerate(wanted):
+        if os.path.realpath(path) in map(os.path.realpath, wanted[:i]):
+            raise PsbnError(f"{path}: named for two outputs; name two files")
+    for path in wanted:
         if not path.parent.is_dir():
             raise PsbnError(f"{path}: there is no folder {path.parent}")
         if path.exists() and not overwrite:
             raise OutputExistsError(
                 f"{path}: exists already; remove it, name another file or add --overwrite"
             )
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a file whole or not at all: what stands at its path stays until the new one is done.
+
+    Args:
+        path: Where the file is to stand.
+
+    Yields:
+        The path to write it to, beside that one.
+
+    Raises:
+        PsbnError: It cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    try:
+        yield part
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's for a full disk
+        said = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise PsbnError(f"{path}: cannot be written ({said})") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def require_packages(extra: str, *names: str) -> None:

@@ -1,5 +1,10 @@
+from __future__ import annotations
+
 import os
 import re
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,22 @@ def _seed() -> None:
 def device(request: pytest.FixtureRequest) -> str:
     """The CPU too, so that what a GPU must show is itself tried where there is none."""
     return request.param
+
+
+@pytest.fixture
+def full_disk() -> Callable[[], AbstractContextManager[None]]:
+    """Within ``with full_disk():`` no file of this process grows beyond 100 bytes."""
+
+    @contextmanager
+    def limited() -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture

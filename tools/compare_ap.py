@@ -17,7 +17,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psbn_mmdet.errors import (
@@ -26,6 +25,7 @@ from psbn_mmdet.errors import (
     errors_in_one_line,
     refuse_to_overwrite,
     require_packages,
+    written_whole,
 )
 from psbn_mmdet.python38 import zip_strict
 
@@ -146,7 +146,9 @@ def _run(args: argparse.Namespace) -> bool:
         texts[args.html] = page.page(report, weights)
     print(tables.markdown(report))
     for file, text in texts.items():
-        _write(file, text)
+        with written_whole(file) as part:
+            part.write_text(text, encoding="utf-8")
+        print(f"wrote {file}", file=sys.stderr)
     for _, sentence in checked:
         print(sentence, file=sys.stderr)
     return all(holds for holds, _ in checked)
@@ -180,21 +182,7 @@ def _check(args: argparse.Namespace, files: Sequence[RunFiles], arms: dict[str, 
         raise PsbnError(f"--threads {args.threads}: wanted 1 or more")
     if args.seed < 0:
         raise PsbnError(f"--seed {args.seed}: wanted 0 or more")
-    if args.json and args.html and os.path.realpath(args.json) == os.path.realpath(args.html):
-        raise PsbnError(f"{args.json}: named by both --json and --html; name two files")
     refuse_to_overwrite(args.json, args.html, overwrite=args.overwrite)
-
-
-def _write(file: str, text: str) -> None:
-    """Write the file whole or not at all."""
-    part = Path(f"{file}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise PsbnError(f"{file}: cannot be written ({e.strerror})") from None
-    print(f"wrote {file}", file=sys.stderr)
 
 
 if __name__ == "__main__":

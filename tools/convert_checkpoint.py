@@ -14,7 +14,6 @@ statistics cannot be recognised in a checkpoint and stays as it is: convert the 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,12 @@ from psbn_mmdet.checkpoint import (
     psbn_state_dict,
     state_dict_of,
 )
-from psbn_mmdet.errors import PsbnError, errors_in_one_line, refuse_to_overwrite
+from psbn_mmdet.errors import (
+    PsbnError,
+    errors_in_one_line,
+    refuse_to_overwrite,
+    written_whole,
+)
 from psbn_mmdet.norm.layers import check_alpha
 from psbn_mmdet.norm.recognize import Kind, norm_kinds
 
@@ -110,24 +114,18 @@ def _added(state_dict: Mapping[str, Tensor], layer: str) -> Tensor:
 
 def save(content: dict[str, Any], path: Path) -> list[str]:
     """Write a file, as safetensors or as torch.save does; returns what to tell the user."""
-    notes = []
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")  # what stands at path stays until done
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
-
-            tensors = state_dict_of(content)
-            save_file({k: v.clone().contiguous() for k, v in tensors.items()}, part)
-            if tensors.keys() != content.keys():
-                notes.append("safetensors holds the model's tensors alone: all else was left out")
-        else:
+    if path.suffix != ".safetensors":
+        with written_whole(path) as part:
             torch.save(content, part)
-        os.replace(part, path)
-    except OSError as error:
-        raise PsbnError(f"{path}: cannot be written: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return notes
+        return []
+    from safetensors.torch import save as to_bytes  # save_file has an error of its own
+
+    tensors = state_dict_of(content)
+    with written_whole(path) as part:
+        part.write_bytes(to_bytes({k: v.clone().contiguous() for k, v in tensors.items()}))
+    if tensors.keys() == content.keys():
+        return []
+    return ["safetensors holds the model's tensors alone: all else was left out"]
 
 
 def run(args: argparse.Namespace) -> None:

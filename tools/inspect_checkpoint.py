@@ -29,6 +29,7 @@ from psbn_mmdet.errors import (
     errors_in_one_line,
     refuse_to_overwrite,
     require_packages,
+    written_whole,
 )
 from psbn_mmdet.python38 import zip_strict
 
@@ -110,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
             {"checkpoint": name, **json.loads(report.to_json())}
             for name, report in zip_strict(args.checkpoints, reports)
         ]
-        args.json.write_text(json.dumps({"checkpoints": content}, indent=1) + "\n")
+        with written_whole(args.json) as part:
+            part.write_text(json.dumps({"checkpoints": content}, indent=1) + "\n")
     limit = args.layers or None
     if len(reports) == 1:
         print(reports[0].table(limit))

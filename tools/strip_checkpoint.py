@@ -11,11 +11,15 @@ original on your images, or on random ones; if the outputs differ by more than t
 tolerance, nothing is written. psBN becomes BN, which computes the same.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import shutil
 import statistics
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,7 @@ from psbn_mmdet.errors import (
     PsbnError,
     errors_in_one_line,
     require_packages,
+    written_whole,
 )
 from psbn_mmdet.launch import load_config
 
@@ -49,7 +54,7 @@ _base_ = {base!r}
 model = dict(
     type="psbn_mmdet.Stripped",
     original={original!r},
-    record="{{{{ fileDirname }}}}/record.json",
+    record={records!r},
 )
 load_from = "{{{{ fileDirname }}}}/model.pth"
 '''
@@ -82,20 +87,46 @@ def read_images(cfg: Config, model: nn.Module, folder: Path, count: int) -> Tens
     return preprocessor(batch, False)["inputs"]
 
 
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that becomes ``out`` if all goes well, and else is gone."""
+    with ExitStack() as on_failure:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+            on_failure.callback(shutil.rmtree, folder)
+            yield folder
+            folder.chmod(0o755)
+            folder.rename(out)
+        except OSError as error:
+            raise PsbnError(f"{out}: cannot be written ({error.strerror})") from error
+        on_failure.pop_all()
+
+
 def write(folder: Path, cfg: Config, args: argparse.Namespace, stripped: Any, old: Any) -> None:
     """Weights, record and config."""
     meta = {k: v for k, v in (old.get("meta") or {}).items() if k != "cfg"} if old else {}
-    torch.save({"meta": meta, "state_dict": stripped.model.state_dict()}, folder / "model.pth")
+    with written_whole(folder / "model.pth") as part:
+        torch.save({"meta": meta, "state_dict": stripped.model.state_dict()}, part)
     (folder / "record.json").write_text(json.dumps(stripped.record, indent=1) + "\n")
     base = args.config if "::" in args.config else str(Path(args.config).resolve())
     name = Path(args.config.rpartition("::")[2]).name
-    text = CONFIG.format(name=name, base=base, original=cfg.model.type)
+    original, records = cfg.model.type, ["{{ fileDirname }}/record.json"]
+    if original in ("Stripped", "psbn_mmdet.Stripped"):  # again
+        before = cfg.model.record
+        records = [*([before] if isinstance(before, str) else before), *records]
+        original = cfg.model.original
+    text = CONFIG.format(name=name, base=base, original=original, records=records)
     (folder / "config.py").write_text(text)
 
 
 def run(args: argparse.Namespace) -> None:
     if args.out.exists():
         raise OutputExistsError(f"{args.out}: exists already; remove it or name another folder")
+    if args.rounds < 0:
+        raise PsbnError(f"--rounds {args.rounds}: wanted 0 or more")
+    if args.images < 2:
+        raise PsbnError(f"--images {args.images}: at least two are needed")
     cfg = load_config(args.config)
     checkpoint = load(args.checkpoint)
     model = build(cfg, checkpoint, args.checkpoint)
@@ -123,9 +154,7 @@ def run(args: argparse.Namespace) -> None:
             "after": statistics.median(b for _, b in pairs) / images,
             "speedup": statistics.median(a / b for a, b in pairs),
         }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=args.out.parent, prefix=f".{args.out.name}-"))
-    try:
+    with new_folder(args.out) as folder:
         write(folder, cfg, args, stripped, checkpoint)
         # What a user will build from these files is what was proved.
         new = build(
@@ -133,11 +162,6 @@ def run(args: argparse.Namespace) -> None:
         )
         if difference(stripped.model, new, call).relative != 0:
             raise StripError("the model built from the files written computes something else")
-        folder.chmod(0o755)
-        folder.rename(args.out)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
     print(f"{summary(record)}\nwritten to {args.out}: model.pth, config.py, record.json")
 
 

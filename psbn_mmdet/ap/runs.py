@@ -126,8 +126,8 @@ def read_shared_annotations(runs: Sequence[RunFiles], path: str | None) -> Annot
         InputError: No file is known, or two runs name files with different images, classes or
             objects, or chose different parts of the test set.
     """
-    for a, b in pairwise(runs):
-        if a.config and b.config and a.indices != b.indices:
+    for a, b in pairwise([run for run in runs if run.config]):
+        if a.indices != b.indices:
             raise InputError(
                 f"evaluated on different images: {a.config} takes indices={a.indices} of the test "
                 f"set, {b.config} {b.indices}; test all models on the same images"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..errors import written_whole
 from .course import (
     COLORS,
     evenly,
@@ -60,6 +61,7 @@ def write_page(
     Raises:
         ValueError: There is no run.
         TraceError: A file is no trace.
+        PsbnError: The page cannot be written.
     """
     from plotly.offline import get_plotlyjs
 
@@ -75,7 +77,8 @@ def write_page(
     )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    with written_whole(out) as part:
+        part.write_text(page, encoding="utf-8")
     return out
 
 

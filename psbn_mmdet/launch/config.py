@@ -121,7 +121,10 @@ def _move_paths(node: Any, old: str, new: str, key: str = "") -> Any:
     if path != root and not path.startswith(os.path.join(root, "")):
         return node
     ending = "/" if node.endswith("/") else ""
-    return os.path.normpath(os.path.join(new, os.path.relpath(path, root))) + ending
+    below = os.path.relpath(path, root)
+    moved = new.rstrip("/") if below == "." else os.path.join(new, below)
+    # normalised, s3://bucket would lose a slash
+    return (moved if "://" in new else os.path.normpath(moved)) + ending
 
 
 def check_processes(processes: int, cfg: Config) -> None:

@@ -43,6 +43,9 @@ TIMEOUT = 1800
 """Seconds. The longest legitimate wait is for rank 0, which alone evaluates COCO (minutes) or
 writes to a slow disk; what takes longer than half an hour is dead."""
 
+MAX_TIMEOUT = 365 * 24 * 3600
+"""Seconds. More is a slip of the pen, and the clocks that torch waits by overflow."""
+
 
 class Place(NamedTuple):
     """Where a process stands in its job."""
@@ -61,15 +64,15 @@ def timeout(cfg: Config) -> timedelta:
             The environment variable ``PSBN_DIST_TIMEOUT`` takes precedence.
 
     Raises:
-        UsageError: It is no positive number.
+        UsageError: It is no positive number, or more than :data:`MAX_TIMEOUT`.
     """
     given = os.environ.get("PSBN_DIST_TIMEOUT") or _dist_cfg(cfg).get("timeout", TIMEOUT)
     try:
         seconds = float(given)
     except (TypeError, ValueError):
         seconds = 0.0
-    if not seconds > 0:
-        raise UsageError(f"timeout {given!r}: wanted a positive number of seconds")
+    if not 0 < seconds < MAX_TIMEOUT:
+        raise UsageError(f"timeout {given!r}: wanted a positive number of seconds, a year at most")
     return timedelta(seconds=seconds)
 
 

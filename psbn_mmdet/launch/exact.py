@@ -261,17 +261,29 @@ class ExactResume(Hook):
 
     def __init__(self) -> None:
         self._skip = 0  # batches of the epoch that the run goes on in
-        self._first_iteration = 0  # of the current epoch
+        self._first_iteration: int | None = None  # of the current epoch; None between epochs
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Learn how many batches of its epoch a checkpoint has seen.
 
         Raises:
-            CheckpointError: They are not known, or the epoch is divided in another way now.
+            CheckpointError: They are not known, or the epoch is divided in another way now, or the
+                checkpoint has weights alone.
         """
-        if not runner._resume or not isinstance(runner.train_loop, EpochBasedTrainLoop):
+        if not runner._resume:
             return
         meta, name = checkpoint["meta"], runner._load_from
+        wanted = {"optimizer": "optimizer", "param_schedulers": "learning-rate schedule"}
+        if not runner.param_schedulers:
+            del wanted["param_schedulers"]
+        if lacking := [what for key, what in wanted.items() if key not in checkpoint]:
+            raise CheckpointError(
+                f"{name}: holds no state of the {' or '.join(lacking)} to go on with, as no "
+                "best_*.pth does; resume from an epoch_N.pth or iter_N.pth, or begin a new "
+                "training with it by --cfg-options load_from="
+            )
+        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+            return
         length = len(runner.train_dataloader)
         position = meta.get(POSITION)
         if position is None:  # mmengine's own; its iter_N.pth are of the middle
@@ -311,6 +323,10 @@ class ExactResume(Hook):
                 "cannot begin there; resume from an epoch_N.pth"
             )
 
+    def after_train_epoch(self, runner: Runner) -> None:
+        """What is saved from here on, as at a validation, is of no epoch's middle."""
+        self._first_iteration = None
+
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Seed what the model draws: dropout, sampled boxes."""
         seed_all(runner.seed or 0, runner.iter, get_rank())
@@ -318,14 +334,14 @@ class ExactResume(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Say in the checkpoint where it stands in its epoch."""
         meta = checkpoint["meta"]
-        inside = meta["epoch"] == runner.epoch and isinstance(
-            runner.train_loop, EpochBasedTrainLoop
-        )
-        batches = meta["iter"] - self._first_iteration if inside else 0
-        position = {"batches": batches, "processes": get_world_size()}
-        if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            position["batches_per_epoch"] = len(runner.train_dataloader)
-            meta.setdefault(POSITION, position)
+        if not isinstance(runner.train_loop, EpochBasedTrainLoop):
+            return
+        inside = self._first_iteration is not None and meta["epoch"] == runner.epoch
+        meta[POSITION] = {
+            "batches": meta["iter"] - self._first_iteration if inside else 0,
+            "processes": get_world_size(),
+            "batches_per_epoch": len(runner.train_dataloader),
+        }
 
 
 class MissedValidation(Hook):

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from mmengine.dist import get_world_size
 from mmengine.hooks import EMAHook, Hook
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import Runner
 
-from .exact import POSITION, gradients_are_pending
+from .exact import gradients_are_pending
 
 PREEMPTED = 75
 """Exit status of a run that was asked to end and saved: ``EX_TEMPFAIL`` of sysexits.h."""
@@ -89,11 +89,7 @@ class Preemption(Hook):
             for hook in runner.hooks:  # it has put the averaged weights into the model
                 if isinstance(hook, EMAHook):
                     hook.after_val_epoch(runner)
-            meta = {"epoch": runner.epoch, "iter": runner.iter}
-            if isinstance(runner.train_loop, EpochBasedTrainLoop):
-                meta[POSITION] = {"batches": 0, "processes": get_world_size()}
-                meta[POSITION]["batches_per_epoch"] = len(runner.train_dataloader)
-            self._save(runner, meta)
+            self._save(runner, {"epoch": runner.epoch, "iter": runner.iter})
 
     def after_train(self, runner: Runner) -> None:
         """Remove what a preempted run left: the training has its end."""

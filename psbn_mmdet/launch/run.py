@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 
 from ..checkpoint import CheckpointError, is_whole, latest_whole, meta_of
 from ..checkpoint.loaders import CheckpointGuard
+from ..errors import written_whole
 from .amp import BFloat16OptimWrapper, cpu_has_bfloat16
 from .config import (
     UsageError,
@@ -248,10 +249,13 @@ def evaluate(cfg: Config) -> dict[str, float]:
     """Evaluate by a config that :func:`configure_test` has seen.
 
     Returns:
-        The metrics, which also go to ``WORK_DIR/metrics.json``.
+        The metrics, which also go to ``WORK_DIR/metrics.json``; there null stands for what has no
+        value, as the AP of a class without objects.
     """
     runner = _make_runner(cfg, strict=True)
     metrics = runner.test()
     if runner.rank == 0:
-        Path(cfg.work_dir, "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        known = {key: None if value != value else value for key, value in metrics.items()}
+        with written_whole(Path(cfg.work_dir, "metrics.json")) as part:
+            part.write_text(json.dumps(known, indent=1, allow_nan=False) + "\n")
     return metrics

@@ -109,9 +109,11 @@ def test_annotation_file_that_is_not_there_or_not_known(tmp_path):
 def test_configs_that_choose_other_parts_of_the_test_set_are_refused(tmp_path):
     more = "test_dataloader = dict(dataset=dict(indices=20))\nrandomness"
     files = changed_config(tmp_path, "randomness", more)
+    bare = runs.RunFiles("other", "a.json")  # of which nothing is known
     for annotations in (None, str(tmp_path / "ann.json")):
-        with pytest.raises(InputError, match=r"takes indices=None of the test set, .* 20"):
-            runs.read_shared_annotations(files, annotations)
+        for between in ([], [bare]):
+            with pytest.raises(InputError, match=r"takes indices=None of the test set, .* 20"):
+                runs.read_shared_annotations([files[0], *between, files[1]], annotations)
 
 
 def test_results_on_fewer_images_are_refused(tmp_path):

@@ -194,6 +194,18 @@ def test_nothing_is_replaced_unless_asked_for(tmp_path, convert):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 
 
+@pytest.mark.parametrize("name", ["b.pth", "b.safetensors"])
+def test_a_full_disk_loses_nothing(name, tmp_path, convert, full_disk):
+    torch.save(copied(network()), tmp_path / "a.pth")
+    out = tmp_path / name
+    out.write_text("old")
+    with full_disk():
+        message = convert.refuses(tmp_path / "a.pth", out, "--to=psbn", "--overwrite")
+    assert f"{out}: cannot be written (" in message
+    assert out.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", name]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -214,6 +214,24 @@ class TestInspectBadInput:
         assert "collapsed" in out.read_text()
         assert "there is no folder" in inspect.refuses(tmp_path / "a.pth", option, out / "a" / "b")
 
+    def test_two_outputs_of_one_name(self, net, tmp_path, inspect):
+        torch.save(net.state_dict(), tmp_path / "a.pth")
+        (tmp_path / "link").symlink_to(tmp_path)
+        out = [tmp_path / "out", tmp_path / "link" / "out"]
+        message = inspect.refuses(tmp_path / "a.pth", "--json", out[0], "--html", out[1])
+        assert "name two files" in message
+
+    @pytest.mark.parametrize("option", ["--json", "--html"])
+    def test_a_full_disk_loses_nothing(self, net, option, tmp_path, inspect, full_disk):
+        torch.save(net.state_dict(), tmp_path / "a.pth")
+        out = tmp_path / "out"
+        out.write_text("old")
+        with full_disk():
+            message = inspect.refuses(tmp_path / "a.pth", option, out, "--overwrite")
+        assert f"{out}: cannot be written (File too large)" in message
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "out"]
+        assert out.read_text() == "old"
+
 
 @pytest.mark.slow
 def test_every_layer_of_resnet152_is_found_with_its_convolution():

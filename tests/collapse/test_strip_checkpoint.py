@@ -135,6 +135,28 @@ def test_the_folder_can_be_moved_and_pretrained_weights_are_not_loaded(stripped,
 
 
 @pytest.mark.slow
+def test_what_is_stripped_can_collapse_further_and_be_stripped_again(stripped, tmp_path):
+    model = loaded(stripped, "model.pth")
+    kill_at_random(model, 0.4)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "further.pth")
+    out = tmp_path / "again"
+    small = ["--size", 64, 64, "--rounds", 0]
+    run_here("strip_checkpoint", stripped / "config.py", tmp_path / "further.pth", out, *small)
+    new = loaded(out, "model.pth")
+    assert sum(p.numel() for p in new.parameters()) < sum(p.numel() for p in model.parameters())
+    x = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        for a, b in zip_strict(model(x), new(x)):
+            for p, q in zip_strict(a, b):
+                assert (p - q).abs().max() <= 1e-5 * p.abs().max()
+    third = tmp_path / "third"
+    kill_at_random(new, 0.3)
+    torch.save({"state_dict": new.state_dict()}, tmp_path / "further.pth")
+    run_here("strip_checkpoint", out / "config.py", tmp_path / "further.pth", third, *small)
+    assert len(launch.load_config(str(third / "config.py")).model.record) == 3
+
+
+@pytest.mark.slow
 def test_onnx_of_a_stripped_detector_computes_the_same(stripped, tmp_path):
     import onnxruntime
 
@@ -224,7 +246,9 @@ def test_images_of_a_folder_are_compared_through_the_test_pipeline(
 
 
 @pytest.mark.slow
-def test_what_cannot_be_done_is_one_line_and_nothing_is_written_or_lost(original, tmp_path, tool):
+def test_what_cannot_be_done_is_one_line_and_nothing_is_written_or_lost(
+    original, tmp_path, tool, full_disk
+):
     config, checkpoint = original / "config.py", original / "checkpoint.pth"
     out = tmp_path / "there"
     out.mkdir()
@@ -243,6 +267,14 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written_or_lost(original
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "holds 0 images" in tool.refuses(config, checkpoint, new, "--data", empty)
+    assert "wanted 0 or more" in tool.refuses(config, checkpoint, new, "--rounds", -1)
+    assert "at least two" in tool.refuses(config, checkpoint, new, "--images", -1)
+    assert "cannot be written (" in tool.refuses(
+        config, checkpoint, out / "mine" / "new", *small, "--rounds", 0
+    )
+    with full_disk():
+        message = tool.refuses(config, checkpoint, new, *small, "--rounds", 0)
+    assert "cannot be written (" in message
     healthy = tmp_path / "healthy.pth"
     torch.save({"state_dict": with_statistics(build(config)).state_dict()}, healthy)
     assert "no filter can go" in tool.refuses(config, healthy, new, *small)

@@ -53,6 +53,19 @@ def test_data_root_moves_what_is_at_or_below_it_and_nothing_else(old, new, tmp_p
     assert cfg.node.tuple == ({"deep": tuple(moved.values())}, 3, None, *kept)
 
 
+@pytest.mark.parametrize("new", ["s3://bucket/coco", "s3://bucket/coco/"])
+def test_data_root_may_be_a_url(new, tmp_path):
+    nested = {"img": "data/coco/train/", "ann": "./data//coco/a.json", "all": "data/coco/"}
+    (tmp_path / "a.py").write_text(f"data_root = 'data/coco'\nnode = {nested!r}\n")
+    cfg = load_config(str(tmp_path / "a.py"), data_root=new)
+    assert cfg.data_root == cfg.node["all"] == "s3://bucket/coco/"
+    assert cfg.node.img == "s3://bucket/coco/train/"
+    assert cfg.node.ann == "s3://bucket/coco/a.json"
+    (tmp_path / "b.py").write_text(cfg.pretty_text)
+    back = load_config(str(tmp_path / "b.py"), data_root="/x")
+    assert back.node.to_dict() == {"img": "/x/train/", "ann": "/x/a.json", "all": "/x/"}
+
+
 def test_a_word_that_sounds_like_the_data_root_is_no_path(tmp_path):
     (tmp_path / "a.py").write_text("data_root = 'coco'\nmetric = 'coco'\nfile = 'coco/a'\n")
     cfg = load_config(str(tmp_path / "a.py"), data_root="/x")

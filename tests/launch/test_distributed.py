@@ -217,7 +217,7 @@ def test_timeout(monkeypatch):
     assert timeout(cfg).total_seconds() == 60
     monkeypatch.setenv("PSBN_DIST_TIMEOUT", "2.5")
     assert timeout(cfg).total_seconds() == 2.5
-    for bad in ("0", "-1", "soon", "nan"):
+    for bad in ("0", "-1", "soon", "nan", "inf", "1e9"):
         monkeypatch.setenv("PSBN_DIST_TIMEOUT", bad)
         with pytest.raises(UsageError, match=f"timeout '{bad}': wanted a positive number"):
             timeout(cfg)

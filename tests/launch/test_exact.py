@@ -75,6 +75,30 @@ def test_within_an_epoch_that_is_divided_otherwise_it_is_refused(change, within_
     assert not (work_dir / "epoch_1.pth").exists()
 
 
+def test_what_holds_weights_alone_is_no_checkpoint_to_resume(tmp_path):
+    """The best checkpoint is one; so is every one of ``CheckpointHook(save_optimizer=False)``."""
+    best = {
+        "default_hooks__checkpoint__save_best": "mean",
+        "default_hooks__checkpoint__rule": "less",
+    }
+    config = make_config(tmp_path / "a.py", epochs=1, validate=True, **best)
+    assert train(config, tmp_path / "w")[0].status == 0
+    (path,) = (tmp_path / "w").glob("best_*.pth")
+    assert load(path)["meta"]["position_in_epoch"]["batches"] == 0
+    config = make_config(tmp_path / "a.py", epochs=2)
+    ended = train(config, tmp_path / "w", "--resume", path)
+    assert ended[0].status == 2 and "Traceback" not in ended[0].text
+    assert f"{path}: holds no state of the optimizer or learning-rate schedule" in ended[0].text
+
+    for loop in ("epoch", "iter"):
+        leave_out = {"default_hooks__checkpoint__save_optimizer": False}
+        config = make_config(tmp_path / "a.py", loop, epochs=1, **leave_out)
+        assert train(config, tmp_path / loop)[0].status == 0
+        ended = train(config, tmp_path / loop, "--resume")
+        assert ended[0].status == 2 and "Traceback" not in ended[0].text
+        assert "holds no state of the optimizer to go on with" in ended[0].text
+
+
 def test_after_an_epoch_the_next_may_be_divided_otherwise(tmp_path):
     config = make_config(tmp_path / "a.py", epochs=1)
     train(config, tmp_path / "w")

@@ -1,5 +1,6 @@
 """The command lines at their edges: what is valid works, what is not ends in a line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,19 @@ def test_metainfo_of_any_shape_resumes(tmp_path):
     (ended,) = train(make_config(tmp_path / "b.py", **config), tmp_path / "w", "--resume")
     assert ended.status == 0, ended.text[-800:]
     assert "resuming from" in ended.text
+
+
+def test_what_has_no_value_is_null_in_the_metrics(trained, tmp_path):
+    """NaN is no JSON."""
+    config = make_config(tmp_path / "a.py", validate=True)
+    cfg = Config.fromfile(config)
+    changed(config, **{f"test_{k}": cfg[f"val_{k}"] for k in ("dataloader", "evaluator")})
+    changed(config, test_cfg={"type": "TestLoop"})
+    process = Process("test", [config, trained, "--work-dir", tmp_path], {}, tmp_path / "log")
+    ended = process.end()
+    assert ended.status == 0, ended.text[-800:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["no_value"] is None and 0 < abs(metrics["mean"]) < 10
 
 
 # -- not valid --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from .coupling import StripError
 from .surgery import Cut, take_out
 
 
-def stripped_model(original: str | type[nn.Module], record: str, **model: Any) -> nn.Module:
+def stripped_model(
+    original: str | type[nn.Module], record: str | Sequence[str], **model: Any
+) -> nn.Module:
     """Build a model of a config as narrow as :func:`strip` left it; registered as ``Stripped``.
 
     The config that tools/strip_checkpoint.py writes inherits the original one and says ::
@@ -26,7 +29,8 @@ def stripped_model(original: str | type[nn.Module], record: str, **model: Any) -
 
     Args:
         original: The type that the model has in the original config.
-        record: The file that was written beside the stripped weights.
+        record: The file that was written beside the stripped weights; of a model that was stripped
+            again, the files of all times in their order.
         **model: The other keys of the model's config.
 
     Raises:
@@ -36,7 +40,9 @@ def stripped_model(original: str | type[nn.Module], record: str, **model: Any) -
     for module in built.modules():
         if hasattr(module, "init_cfg"):
             module.init_cfg = _without_pretrained(module.init_cfg)
-    return take_out(built, read_cut(record))
+    for each in [record] if isinstance(record, str) else record:
+        built = take_out(built, read_cut(each))
+    return built
 
 
 def read_cut(record: str) -> Cut:
