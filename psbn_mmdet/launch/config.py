@@ -28,6 +28,33 @@ class UsageError(PsbnError):
     """A command cannot do what it was asked; the message is one line that says what to do."""
 
 
+class ConfigOptions(DictAction):
+    """mmengine's ``KEY=VALUE ...``; what it cannot read ends in argparse's line, not a traceback.
+
+    It has no syntax for a dict, and would take ``[dict(type='A')]`` as a list of one text.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Read one option's values."""
+        given = " ".join(values)
+        if "dict(" in given:
+            raise argparse.ArgumentError(
+                self, f"{given}: holds a dict; write KEY.INNER=VALUE, or a config file for a list"
+            )
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (AssertionError, ValueError, RecursionError):
+            raise argparse.ArgumentError(
+                self, f"{given}: wanted KEY=VALUE ..., a VALUE as 0.1, text, [a,b] or (a,b)"
+            ) from None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that training and testing share, under mmdet's names."""
     parser.add_argument("--work-dir", help="where to write (default work_dirs/CONFIG)")
@@ -37,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=ConfigOptions,
         metavar="KEY=VALUE",
         help="override the config, as model.backbone.norm_cfg.alpha=0.2 or key=[a,b]",
     )

@@ -19,9 +19,8 @@ import signal
 import sys
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from psbn_mmdet.errors import FAILED, errors_in_one_line
+from psbn_mmdet.launch.config import ConfigOptions
 
 from . import data, engine, experiments, summary, verdicts
 
@@ -53,7 +52,7 @@ def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", help="where JSON, table and figure go (default: by the runs)")
     parser.add_argument("--seeds", type=int, help="number of seeds")
     parser.add_argument(
-        "--set", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="settings"
+        "--set", nargs="+", action=ConfigOptions, default={}, metavar="KEY=VALUE", help="settings"
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--plan", action="store_true", help="only say what is left and how long")

@@ -20,9 +20,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from psbn_mmdet.errors import errors_in_one_line
+from psbn_mmdet.launch.config import ConfigOptions
 from studies.runs import write_json
 
 from . import experiments
@@ -47,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", help="where figures go (default: beside the runs)")
     parser.add_argument("--seeds", type=int, help="number of seeds")
     parser.add_argument(
-        "--set", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="settings"
+        "--set", nargs="+", action=ConfigOptions, default={}, metavar="KEY=VALUE", help="settings"
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--plan", action="store_true", help="only say what is left and how long")

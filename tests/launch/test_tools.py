@@ -1,5 +1,6 @@
 """The command lines at their edges: what is valid works, what is not ends in a line."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from mmengine.config import Config
 
 from psbn_mmdet.checkpoint import load
+from psbn_mmdet.launch import add_arguments
 from tests.helpers.forked import Process, train
 from tests.helpers.noisy_training import equal, last, make_config
 
@@ -121,6 +123,31 @@ def test_what_has_no_value_is_null_in_the_metrics(trained, tmp_path):
 def test_what_training_needs_is_named(key, value, tmp_path):
     config = changed(make_config(tmp_path / "a.py"), **{key: value})
     assert f"a.py: has no {key}" in one_line(train(config, tmp_path / "w")[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["custom_hooks=[dict(type='A',b=1)]"], "holds a dict; write KEY.INNER=VALUE"),
+        (["custom_hooks=[dict(type='A')]"], "holds a dict; write KEY.INNER=VALUE"),
+        (["a=1", "b=[1,2"], "wanted KEY=VALUE"),
+        (["a"], "wanted KEY=VALUE"),
+        (["a=[f(b=1,c)]"], "wanted KEY=VALUE"),
+    ],
+)
+def test_options_that_cannot_be_read(options, message, capsys):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--cfg-options", *options])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_options_that_can():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["--cfg-options", "a.b=0.1", "c=[x,(1,2)]", "d=None"])
+    assert args.cfg_options == {"a.b": 0.1, "c": ["x", (1, 2)], "d": None}
 
 
 @pytest.mark.parametrize("key", ["test_dataloader", "test_evaluator"])
