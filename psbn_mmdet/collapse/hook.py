@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from ..decay.hook import AnchoredBiasDecay
 from ..norm.layers import PostShift
 from .criteria import INACTIVE_BELOW, NEARLY_LINEAR_ABOVE, THRESHOLD, MeasureError, check_thresholds
 from .layers import gather, norm_modules
@@ -28,8 +29,9 @@ class SparsityLoggerHook(Hook):
       backend: ``collapse/collapsed_percent`` and ``collapse/dead_percent``,
       ``collapse/constant_percent``, ``collapse/inactive_percent``, the mean
       ``collapse/activation_probability``, and how many filters have a gamma or bias
-      that is ``collapse/not_finite`` (the percentages leave them out). With psBN also
-      ``collapse/nearly_linear_layers``, those whose ReLU passes nearly everything.
+      that is ``collapse/not_finite`` (the percentages leave them out). With psBN or
+      ``AnchoredBiasDecay`` also ``collapse/nearly_linear_layers``, those whose ReLU
+      passes nearly everything.
     - gamma and bias of every filter go into ``WORK_DIR/collapse.trace``
       (:mod:`psbn_mmdet.collapse.trace`). A resumed run goes on in the same file,
       without a gap or a double. A record takes about 6 bytes per filter: 160 kB for
@@ -51,8 +53,8 @@ class SparsityLoggerHook(Hook):
     It warns of psBN layers whose beta is not decayed, which psBN needs to do
     anything; of layers that start with gamma = 0, as the last one of a residual
     block often does (they read as collapsed until they have moved, but they are
-    not); and, once they appear, of values that are not finite and of psBN layers
-    whose ReLU passes nearly everything (:func:`.criteria.nearly_linear`).
+    not); and, once they appear, of values that are not finite and of layers whose
+    alpha makes ReLU pass nearly everything (:func:`.criteria.nearly_linear`).
 
     Args:
         interval: Iterations (or epochs) from one measurement to the next.
@@ -99,6 +101,7 @@ class SparsityLoggerHook(Hook):
         for warning in [*_decay_warnings(model, runner), *_zero_gamma_warnings(model, runner.iter)]:
             runner.logger.warning(warning)
         start = self._report(runner)
+        self._lifted = {x.name for x in start.layers if x.alpha is not None} | _anchored(runner)
         self._measured = {"": (start, norm_modules(model).values())}
         if (averaged := _averaged(runner)) is not None:
             self._measured["ema_"] = start, norm_modules(averaged).values()
@@ -179,7 +182,8 @@ class SparsityLoggerHook(Hook):
                     self._writer.write(iteration, gamma, bias)
             report = layers.at(gamma, bias)
             self._warn_of(runner, iteration, report)
-            scalars.update({f"collapse/{prefix}{name}": v for name, v in _scalars(report).items()})
+            values = _scalars(report, self._lifted)
+            scalars.update({f"collapse/{prefix}{name}": v for name, v in values.items()})
             lines.append(("averaged weights: " if prefix else "") + _line(report))
         try:
             runner.visualizer.add_scalars(scalars, step=iteration)
@@ -211,15 +215,14 @@ class SparsityLoggerHook(Hook):
                 f"{report.totals['filters']} filters (the first in {name}) have a gamma or bias "
                 "that is not finite: the training has diverged",
             )
-        if report.nearly_linear:
+        if linear := report.nearly_linear_of(self._lifted):
             self._warn_once(
                 runner,
                 "nearly_linear",
-                f"at iteration {iteration} {len(report.nearly_linear)} psBN layers (as "
-                f"{report.nearly_linear[0]}) have an alpha so large against gamma that their ReLU "
-                f"passes nearly everything (mean P(active) > {NEARLY_LINEAR_ABOVE:g}): the network "
-                "turns linear there; a smaller alpha, less weight decay or AnchoredBiasDecay with "
-                "max_ratio=1 in the place of psBN keeps it from that",
+                f"at iteration {iteration} {len(linear)} layers (as {linear[0]}) have an alpha so "
+                "large against gamma that their ReLU passes nearly everything (mean P(active) > "
+                f"{NEARLY_LINEAR_ABOVE:g}): the network turns linear there; a smaller alpha, less "
+                "weight decay or AnchoredBiasDecay with max_ratio=1 keeps it from that",
             )
 
     def _warn_once(self, runner: Runner, subject: str, text: str) -> None:
@@ -242,13 +245,27 @@ class SparsityLoggerHook(Hook):
             runner.logger.info(f"figures of the collapsed filters: {folder}")
 
 
-def _scalars(report: Report) -> dict[str, float]:
-    """What is logged of a report: name -> value."""
+def _anchored(runner: Runner) -> set[str]:
+    """Names of the layers whose bias an ``AnchoredBiasDecay`` of the run pulls toward its alpha."""
+    handles = [
+        handle for hook in runner.hooks if isinstance(hook, AnchoredBiasDecay)
+        for handle in hook.anchored if handle
+    ]  # fmt: skip
+    return {name.rpartition(".")[0] for handle in handles for name in handle.names}
+
+
+def _scalars(report: Report, lifted: Collection[str]) -> dict[str, float]:
+    """What is logged of a report: name -> value.
+
+    Args:
+        report: It.
+        lifted: The layers that have an alpha.
+    """
     totals = report.totals
     names = ["collapsed_percent", "dead_percent", "constant_percent", "inactive_percent"]
     scalars = {name: totals[name] for name in [*names, "activation_probability", "not_finite"]}
-    if any(layer.alpha is not None for layer in report.layers):
-        scalars["nearly_linear_layers"] = len(report.nearly_linear)
+    if lifted:
+        scalars["nearly_linear_layers"] = len(report.nearly_linear_of(lifted))
     return scalars
 
 

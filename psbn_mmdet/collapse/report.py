@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -104,10 +104,14 @@ class Report:
         large for the gammas of the network, which then computes a linear function
         there.
         """
+        return self.nearly_linear_of({x.name for x in self.layers if x.alpha is not None})
+
+    def nearly_linear_of(self, names: Collection[str]) -> list[str]:
+        """The same for layers of other kinds that are lifted by an alpha, given by their names."""
         return [
             layer.name
             for layer in self.layers
-            if layer.alpha is not None
+            if layer.name in names
             and layer.relu.all()
             and nearly_linear(layer.gamma, layer.bias, self.threshold)
         ]

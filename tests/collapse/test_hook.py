@@ -21,11 +21,14 @@ from psbn_mmdet import collapse, norm
 from psbn_mmdet.collapse import hook as hooks
 from psbn_mmdet.collapse import measure, trace
 from psbn_mmdet.collapse.hook import SparsityLoggerHook, responsible_key, undecayed_betas
+from psbn_mmdet.decay.hook import AnchoredBiasDecay
 from psbn_mmdet.python38 import removeprefix
 from tests.helpers import distributed
 from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
 from tests.helpers.paths import ROOT
 from tests.helpers.toy_runner import make_runner, program
+
+STANDSTILL = {"type": "SGD", "lr": 0.0, "weight_decay": 1e-2}
 
 
 def log_of(work_dir):
@@ -266,21 +269,22 @@ class TestLoud:
         assert "at iteration 2 8 of 28 filters (the first in net.bn1)" in warnings[0]
         assert "iteration 3: none of 28 filters has a finite gamma and bias" in text
 
-    def test_an_alpha_that_makes_the_network_linear(self, tmp_path):
+    @pytest.mark.parametrize("how", ["psBN", "AnchoredBiasDecay"])
+    def test_an_alpha_that_makes_the_network_linear(self, how, tmp_path):
         # P(active) = Phi((beta + alpha) / |gamma|)
         # Phi(0.1 / 0.06) = 0.952, Phi(0.1 / 0.061) = 0.949
         found = {}
         for gamma in (0.061, 0.06):
-            net = norm.to_psbn(Net(), load_bn="shift")
-            for parameter in net.parameters():
-                parameter.requires_grad_(parameter is net.fc.bias)
+            net, more = Net(), [AnchoredBiasDecay(0.1)]
+            if how == "psBN":
+                net, more = norm.to_psbn(net, load_bn="shift"), []
             for layer in (net.bn1, net.block.bn1):  # those that a ReLU follows
                 nn.init.constant_(layer.weight, gamma)
-                nn.init.zeros_(layer.beta)
+                nn.init.zeros_(layer.beta if how == "psBN" else layer.bias)
             work_dir = tmp_path / str(gamma)
             make_runner(
-                work_dir, [SparsityLoggerHook(1, figures=False)], net, iterations=2,
-                visualizer=local(work_dir),
+                work_dir, [SparsityLoggerHook(1, figures=False), *more], net, iterations=2,
+                visualizer=local(work_dir), optim_wrapper={"optimizer": STANDSTILL},
             ).train()  # fmt: skip
             lines = log_of(work_dir).splitlines()
             found[gamma] = (
@@ -290,7 +294,7 @@ class TestLoud:
         assert found[0.061] == (0, [])
         layers, (warning,) = found[0.06]  # once, not at each measurement
         assert layers == 2
-        assert "at iteration 0 2 psBN layers (as net.bn1) have an alpha so large" in warning
+        assert "at iteration 0 2 layers (as net.bn1) have an alpha so large" in warning
 
     def test_flops_that_cannot_be_counted_end_no_training(self, tmp_path):
         runner = make_runner(tmp_path, [SparsityLoggerHook(figures=False, input_size=(4, 6, 6))])
