@@ -123,7 +123,7 @@ def backbone(norm: str, seed: int) -> tuple[str, CifarSettings]:
     return f"{_slug(norm)}-seed{seed}", replace(PRETRAINING, norm=norm, seed=seed)
 
 
-@_experiment("transfer", Settings(), seeds=5)
+@_experiment("transfer", Settings(), seeds=6)
 def _transfer(base: Settings, seeds: int) -> Experiment:
     starts = [
         (f"{method}, {degree}", degree, method, "BN", number)
@@ -204,7 +204,7 @@ def _rounds(base: Settings, seeds: int) -> Experiment:
 ALPHAS = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 
-@_experiment("alpha", Settings(), seeds=3)
+@_experiment("alpha", Settings(), seeds=6)
 def _alpha(base: Settings, seeds: int) -> Experiment:
     runs, pairs, backbones = [], [], {}
     degrees = [("1 round", DEGREES["1 round"]), ("3 rounds", DEGREES["3 rounds"])]
