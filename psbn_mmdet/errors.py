@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FAILED = 1
@@ -58,6 +58,8 @@ def refuse_to_overwrite(*paths: str | os.PathLike | None, overwrite: bool = Fals
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file whole or not at all: what stands at its path stays until the new one is done.
 
+    A link stays one, to the new content; a device or pipe is written as it is.
+
     Args:
         path: Where the file is to stand.
 
@@ -67,16 +69,21 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         PsbnError: It cannot be written.
     """
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f"{target.name}.part-{os.getpid()}")
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        part = target
     try:
         yield part
-        part.replace(path)
+        if part != target:
+            part.replace(target)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's for a full disk
         said = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise PsbnError(f"{path}: cannot be written ({said})") from error
     finally:
-        part.unlink(missing_ok=True)
+        if part != target:
+            with suppress(OSError):
+                part.unlink()
 
 
 def require_packages(extra: str, *names: str) -> None:

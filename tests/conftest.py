@@ -27,13 +27,13 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def full_disk() -> Callable[[], AbstractContextManager[None]]:
-    """Within ``with full_disk():`` no file of this process grows beyond 100 bytes."""
+def full_disk() -> Callable[..., AbstractContextManager[None]]:
+    """Within ``with full_disk(size):`` no file of this process grows beyond so many bytes."""
 
     @contextmanager
-    def limited() -> Iterator[None]:
+    def limited(size: int = 100) -> Iterator[None]:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
             yield
         finally:

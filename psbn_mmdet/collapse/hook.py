@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..decay.hook import AnchoredBiasDecay
+from ..errors import PsbnError
 from ..norm.layers import PostShift
 from .criteria import INACTIVE_BELOW, NEARLY_LINEAR_ABOVE, THRESHOLD, MeasureError, check_thresholds
 from .layers import gather, norm_modules
@@ -219,10 +220,11 @@ class SparsityLoggerHook(Hook):
             self._warn_once(
                 runner,
                 "nearly_linear",
-                f"at iteration {iteration} {len(linear)} layers (as {linear[0]}) have an alpha so "
+                f"at iteration {iteration} {len(linear)} layers (as {linear[0]}) have biases so "
                 "large against gamma that their ReLU passes nearly everything (mean P(active) > "
-                f"{NEARLY_LINEAR_ABOVE:g}): the network turns linear there; a smaller alpha, less "
-                "weight decay or AnchoredBiasDecay with max_ratio=1 keeps it from that",
+                f"{NEARLY_LINEAR_ABOVE:g}): the network turns linear there; if alpha is the cause, "
+                "a smaller one, less weight decay or AnchoredBiasDecay with max_ratio=1 keeps it "
+                "from that",
             )
 
     def _warn_once(self, runner: Runner, subject: str, text: str) -> None:
@@ -239,7 +241,7 @@ class SparsityLoggerHook(Hook):
             folder = Path(runner.log_dir, "collapse")
             write_figures(trace, folder)
             write_page({runner.experiment_name: trace}, folder / "collapse.html")
-        except (ImportError, TraceError, OSError) as error:  # nothing to lose a run for
+        except (ImportError, PsbnError, OSError) as error:  # nothing to lose a run for
             runner.logger.warning(f"no figures of the collapsed filters: {error}")
         else:
             runner.logger.info(f"figures of the collapsed filters: {folder}")

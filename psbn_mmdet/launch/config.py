@@ -43,7 +43,7 @@ class ConfigOptions(DictAction):
     ) -> None:
         """Read one option's values."""
         given = " ".join(values)
-        if "dict(" in given:
+        if re.search(r"[=\[(,'\"](dict\(|\{[^{])", given):
             raise argparse.ArgumentError(
                 self, f"{given}: holds a dict; write KEY.INNER=VALUE, or a config file for a list"
             )
@@ -147,11 +147,11 @@ def _move_paths(node: Any, old: str, new: str, key: str = "") -> Any:
         return node
     if path != root and not path.startswith(os.path.join(root, "")):
         return node
-    ending = "/" if node.endswith("/") else ""
     below = os.path.relpath(path, root)
-    moved = new.rstrip("/") if below == "." else os.path.join(new, below)
+    moved = new if below == "." else os.path.join(new, below)
     # normalised, s3://bucket would lose a slash
-    return (moved if "://" in new else os.path.normpath(moved)) + ending
+    moved = moved.rstrip("/") if "://" in new else os.path.normpath(moved)
+    return os.path.join(moved, "") if node.endswith("/") else moved
 
 
 def check_processes(processes: int, cfg: Config) -> None:

@@ -249,13 +249,14 @@ def evaluate(cfg: Config) -> dict[str, float]:
     """Evaluate by a config that :func:`configure_test` has seen.
 
     Returns:
-        The metrics, which also go to ``WORK_DIR/metrics.json``; there null stands for what has no
-        value, as the AP of a class without objects.
+        The metrics, which also go to ``WORK_DIR/metrics.json``; there null stands for what is no
+        finite number, as the AP of a class without objects.
     """
     runner = _make_runner(cfg, strict=True)
     metrics = runner.test()
     if runner.rank == 0:
-        known = {key: None if value != value else value for key, value in metrics.items()}
+        # json writes NaN, which is no JSON, and reads it back as what we say
+        known = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
         with written_whole(Path(cfg.work_dir, "metrics.json")) as part:
             part.write_text(json.dumps(known, indent=1, allow_nan=False) + "\n")
     return metrics

@@ -294,7 +294,7 @@ class TestLoud:
         assert found[0.061] == (0, [])
         layers, (warning,) = found[0.06]  # once, not at each measurement
         assert layers == 2
-        assert "at iteration 0 2 layers (as net.bn1) have an alpha so large" in warning
+        assert "at iteration 0 2 layers (as net.bn1) have biases so large" in warning
 
     def test_flops_that_cannot_be_counted_end_no_training(self, tmp_path):
         runner = make_runner(tmp_path, [SparsityLoggerHook(figures=False, input_size=(4, 6, 6))])
@@ -308,6 +308,14 @@ class TestLoud:
 
 class TestDisk:
     """What the trace itself does is in test_trace.py; here, that the training goes on."""
+
+    def test_a_page_that_does_not_fit_ends_no_training(self, tmp_path, full_disk):
+        runner = make_runner(tmp_path, [SparsityLoggerHook(4)])
+        with full_disk(1_000_000):  # enough for the figures; plotly alone is larger
+            runner.train()
+        assert runner.iter == 12
+        assert "no figures of the collapsed filters: " in log_of(tmp_path)
+        assert "collapse.html: cannot be written (File too large)" in log_of(tmp_path)
 
     def trained(self, work_dir, *hook_list):
         runner = make_runner(work_dir, [SparsityLoggerHook(1, figures=False), *hook_list])

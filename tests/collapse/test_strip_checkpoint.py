@@ -272,7 +272,7 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written_or_lost(
     assert "cannot be written (" in tool.refuses(
         config, checkpoint, out / "mine" / "new", *small, "--rounds", 0
     )
-    with full_disk():
+    with full_disk(20_000):  # enough for the config, not for the weights
         message = tool.refuses(config, checkpoint, new, *small, "--rounds", 0)
     assert "cannot be written (" in message
     healthy = tmp_path / "healthy.pth"

@@ -238,7 +238,15 @@ class TestIsBnPulledTowardAlpha:
         torch.manual_seed(0)
         model = randomize(small_net().double())
         by_hand = copy.deepcopy(model)
-        optimizer = OPTIMIZERS[name](model.parameters())
+
+        def make_optimizer(model):
+            optimizer = OPTIMIZERS[name](model.parameters())
+            for group in optimizer.param_groups:
+                if "eps" in group:  # a gradient near 0, divided by its own size, is all rounding
+                    group["eps"] = 1e-3
+            return optimizer
+
+        optimizer = make_optimizer(model)
         anchor_bias_decay(model, optimizer, ALPHA, log=None)
 
         def step(model, optimizer, i):
@@ -253,7 +261,7 @@ class TestIsBnPulledTowardAlpha:
 
         data = list(batches(dtype=torch.float64))
         _, biases = train(model, optimizer, data=data)
-        _, expected = train(by_hand, OPTIMIZERS[name](by_hand.parameters()), step=step, data=data)
+        _, expected = train(by_hand, make_optimizer(by_hand), step=step, data=data)
         for a, b in zip_strict(biases, expected):
             assert_close(a, b, rtol=0, atol=self.atol)
 

@@ -78,7 +78,7 @@ class MeanScore(BaseMetric):
 
     def compute_metrics(self, results):
         # as COCO's of a class without objects
-        return {"mean": float(np.mean(results)), "no_value": float("nan")}
+        return {"mean": float(np.mean(results)), "no_value": float("nan"), "inf": float("inf")}
 
 
 class At(Hook):

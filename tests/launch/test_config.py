@@ -66,6 +66,12 @@ def test_data_root_may_be_a_url(new, tmp_path):
     assert back.node.to_dict() == {"img": "/x/train/", "ann": "/x/a.json", "all": "/x/"}
 
 
+def test_data_root_may_be_the_root_of_the_disk(tmp_path):
+    (tmp_path / "a.py").write_text("data_root = 'data/coco/'\nnode = ['data/coco/', 'data/coco/a']")
+    cfg = load_config(str(tmp_path / "a.py"), data_root="/")
+    assert (cfg.data_root, cfg.node) == ("/", ["/", "/a"])
+
+
 def test_a_word_that_sounds_like_the_data_root_is_no_path(tmp_path):
     (tmp_path / "a.py").write_text("data_root = 'coco'\nmetric = 'coco'\nfile = 'coco/a'\n")
     cfg = load_config(str(tmp_path / "a.py"), data_root="/x")

@@ -112,7 +112,8 @@ def test_what_has_no_value_is_null_in_the_metrics(trained, tmp_path):
     ended = process.end()
     assert ended.status == 0, ended.text[-800:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["no_value"] is None and 0 < abs(metrics["mean"]) < 10
+    assert metrics["no_value"] is None and metrics["inf"] is None
+    assert 0 < abs(metrics["mean"]) < 10
 
 
 # -- not valid --------------------------------------------------------------------------------
@@ -130,6 +131,8 @@ def test_what_training_needs_is_named(key, value, tmp_path):
     [
         (["custom_hooks=[dict(type='A',b=1)]"], "holds a dict; write KEY.INNER=VALUE"),
         (["custom_hooks=[dict(type='A')]"], "holds a dict; write KEY.INNER=VALUE"),
+        (["a={'type':'A','b':1}"], "holds a dict; write KEY.INNER=VALUE"),
+        (["a=1", "b=[{'type':'A'}]"], "holds a dict; write KEY.INNER=VALUE"),
         (["a=1", "b=[1,2"], "wanted KEY=VALUE"),
         (["a"], "wanted KEY=VALUE"),
         (["a=[f(b=1,c)]"], "wanted KEY=VALUE"),
@@ -146,8 +149,8 @@ def test_options_that_cannot_be_read(options, message, capsys):
 def test_options_that_can():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    args = parser.parse_args(["--cfg-options", "a.b=0.1", "c=[x,(1,2)]", "d=None"])
-    assert args.cfg_options == {"a.b": 0.1, "c": ["x", (1, 2)], "d": None}
+    args = parser.parse_args(["--cfg-options", "a.b=0.1", "c=[x,(1,2)]", "d=/x/dict(1).pth"])
+    assert args.cfg_options == {"a.b": 0.1, "c": ["x", (1, 2)], "d": "/x/dict(1).pth"}
 
 
 @pytest.mark.parametrize("key", ["test_dataloader", "test_evaluator"])
