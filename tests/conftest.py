@@ -1,10 +1,5 @@
-from __future__ import annotations
-
 import os
 import re
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,22 +19,6 @@ def _seed() -> None:
 def device(request: pytest.FixtureRequest) -> str:
     """The CPU too, so that what a GPU must show is itself tried where there is none."""
     return request.param
-
-
-@pytest.fixture
-def full_disk() -> Callable[..., AbstractContextManager[None]]:
-    """Within ``with full_disk(size):`` no file of this process grows beyond so many bytes."""
-
-    @contextmanager
-    def limited(size: int = 100) -> Iterator[None]:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    return limited
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from psbn_mmdet.checkpoint import (
     state_dict_of,
 )
 from psbn_mmdet.norm.recognize import norm_kinds
+from tests.helpers.disk import files_no_larger_than
 from tests.helpers.layers import randomize
 from tests.helpers.tools import Main
 from tests.helpers.wrapped import PREFIXES, WRAPPINGS
@@ -195,11 +196,11 @@ def test_nothing_is_replaced_unless_asked_for(tmp_path, convert):
 
 
 @pytest.mark.parametrize("name", ["b.pth", "b.safetensors"])
-def test_a_full_disk_loses_nothing(name, tmp_path, convert, full_disk):
+def test_a_full_disk_loses_nothing(name, tmp_path, convert):
     torch.save(copied(network()), tmp_path / "a.pth")
     out = tmp_path / name
     out.write_text("old")
-    with full_disk():
+    with files_no_larger_than(100):
         message = convert.refuses(tmp_path / "a.pth", out, "--to=psbn", "--overwrite")
     assert f"{out}: cannot be written (" in message
     assert out.read_text() == "old"

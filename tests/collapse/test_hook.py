@@ -25,6 +25,7 @@ from psbn_mmdet.decay.hook import AnchoredBiasDecay
 from psbn_mmdet.python38 import removeprefix
 from tests.helpers import distributed
 from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
+from tests.helpers.disk import files_no_larger_than
 from tests.helpers.paths import ROOT
 from tests.helpers.toy_runner import make_runner, program
 
@@ -309,9 +310,9 @@ class TestLoud:
 class TestDisk:
     """What the trace itself does is in test_trace.py; here, that the training goes on."""
 
-    def test_a_page_that_does_not_fit_ends_no_training(self, tmp_path, full_disk):
+    def test_a_page_that_does_not_fit_ends_no_training(self, tmp_path):
         runner = make_runner(tmp_path, [SparsityLoggerHook(4)])
-        with full_disk(1_000_000):  # enough for the figures; plotly alone is larger
+        with files_no_larger_than(1_000_000):  # enough for the figures; plotly alone is larger
             runner.train()
         assert runner.iter == 12
         assert "no figures of the collapsed filters: " in log_of(tmp_path)
@@ -324,7 +325,7 @@ class TestDisk:
         lines = log_of(work_dir).splitlines()
         return [x for x in lines if "WARNING" in x and " trac" in x.replace("collapse.", " ")]
 
-    def test_a_full_disk(self, tmp_path, monkeypatch):
+    def test_a_files_no_larger_than(self, tmp_path, monkeypatch):
         class SmallDisk(io.FileIO):
             def write(self, content):
                 if self.tell() >= 1500:

@@ -15,6 +15,7 @@ from psbn_mmdet import norm
 from psbn_mmdet.collapse import measure
 from psbn_mmdet.python38 import zip_strict
 from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
+from tests.helpers.disk import files_no_larger_than
 from tests.helpers.tools import TOOLS, Main
 
 FIRST_LINE = "8 of 28 filters collapsed (28.57%)"
@@ -222,11 +223,11 @@ class TestInspectBadInput:
         assert "name two files" in message
 
     @pytest.mark.parametrize("option", ["--json", "--html"])
-    def test_a_full_disk_loses_nothing(self, net, option, tmp_path, inspect, full_disk):
+    def test_a_full_disk_loses_nothing(self, net, option, tmp_path, inspect):
         torch.save(net.state_dict(), tmp_path / "a.pth")
         out = tmp_path / "out"
         out.write_text("old")
-        with full_disk():
+        with files_no_larger_than(100):
             message = inspect.refuses(tmp_path / "a.pth", option, out, "--overwrite")
         assert f"{out}: cannot be written (File too large)" in message
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "out"]

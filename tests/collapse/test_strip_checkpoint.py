@@ -17,6 +17,7 @@ from psbn_mmdet import launch
 from psbn_mmdet.collapse import StripError
 from psbn_mmdet.collapse.stripping.model import stripped_model
 from psbn_mmdet.python38 import zip_strict
+from tests.helpers.disk import files_no_larger_than
 from tests.helpers.paths import ROOT
 from tests.helpers.strippable import kill_at_random, with_statistics
 from tests.helpers.tools import Main
@@ -246,9 +247,7 @@ def test_images_of_a_folder_are_compared_through_the_test_pipeline(
 
 
 @pytest.mark.slow
-def test_what_cannot_be_done_is_one_line_and_nothing_is_written_or_lost(
-    original, tmp_path, tool, full_disk
-):
+def test_what_cannot_be_done_is_one_line_and_nothing_is_written_or_lost(original, tmp_path, tool):
     config, checkpoint = original / "config.py", original / "checkpoint.pth"
     out = tmp_path / "there"
     out.mkdir()
@@ -272,7 +271,7 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written_or_lost(
     assert "cannot be written (" in tool.refuses(
         config, checkpoint, out / "mine" / "new", *small, "--rounds", 0
     )
-    with full_disk(20_000):  # enough for the config, not for the weights
+    with files_no_larger_than(20_000):  # enough for the config, not for the weights
         message = tool.refuses(config, checkpoint, new, *small, "--rounds", 0)
     assert "cannot be written (" in message
     healthy = tmp_path / "healthy.pth"

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import io
 import os
-import resource
 import signal
 import subprocess
 import time
@@ -18,6 +17,7 @@ from torch import nn
 from psbn_mmdet import norm
 from psbn_mmdet.collapse import measure, trace
 from tests.helpers.collapsed_net import Net, collapse_by_hand
+from tests.helpers.disk import files_no_larger_than
 
 
 def values_of(filters, seed):
@@ -185,17 +185,6 @@ def a_report(filters=FILTERS):
     return measure(nn.BatchNorm2d(filters))
 
 
-@contextlib.contextmanager
-def files_no_larger_than(size):
-    """A real limit, which cuts the write that reaches it short, for any user."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.fixture
 def mounted(tmp_path):
     """Mounts a small real file system; for root only."""
@@ -243,7 +232,7 @@ class TestDisk:
         writer = trace.Writer(tmp_path / "a.trace", a_report(), 0)
         self.check(writer, errno.EFBIG, files_no_larger_than(50_000), lambda: None)
 
-    def test_a_full_disk(self, mounted):
+    def test_a_files_no_larger_than(self, mounted):
         disk = mounted("size=64k")
         filler = disk / "filler"
         filler.write_bytes(bytes(16_384))
