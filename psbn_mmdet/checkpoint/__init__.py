@@ -1,6 +1,6 @@
 """Checkpoints: read without running code, converted, checked against a model, the last whole one.
 
-- :mod:`.allowed`: what a checkpoint may hold, and ``torch.load`` held to it
+- :mod:`.pickles`: the pickles within them, read as data
 - :mod:`.schemes`: which file or URL a name stands for
 - :mod:`.read`: files and URLs of any PyTorch project
 - :mod:`.unwrap`: the one state dict within, by the model's own names

@@ -16,8 +16,7 @@ import os
 import pickle
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -120,8 +119,7 @@ def _reading(print_log: Callable[..., None]) -> Callable[..., dict]:
             checkpoint = read(filename, map_location)
         else:  # s3, petrel, pavi and what others have registered
             try:
-                with _weights_only():
-                    checkpoint = read(filename, map_location)
+                checkpoint = read(filename, map_location)
             except pickle.UnpicklingError as error:
                 raise CheckpointError(
                     f"{filename}: refused, since it carries something other than tensors and plain "
@@ -133,22 +131,6 @@ def _reading(print_log: Callable[..., None]) -> Callable[..., dict]:
         return {**rest, "state_dict": tensors}
 
     return load_checkpoint
-
-
-@contextmanager
-def _weights_only() -> Iterator[None]:
-    """Hold every ``torch.load`` to ``weights_only=True``, whatever its caller says."""
-    old = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
-    os.environ[_FORCE] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(_FORCE)
-        os.environ.update({name: value for name, value in old.items() if value is not None})
-
-
-_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-_FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def _loading(original: Callable[..., None]) -> Callable[..., None]:
