@@ -272,7 +272,7 @@ class _Machine:
     def _binpersid(self, _: None) -> None:
         kind, dtype, key, _device, count, *view = _of(self._stack.pop(), tuple)
         if kind != "storage":
-            raise RefusedPickle(f"a reference to {kind!r}")
+            raise RefusedPickle("a reference to something that is no storage")
         if not isinstance(dtype, _Name) or dtype.name not in _STORAGES:
             raise RefusedPickle(getattr(dtype, "name", "an unknown storage"))
         element = _STORAGES[dtype.name]
@@ -314,7 +314,7 @@ def _of(value: Any, *kinds: type) -> Any:
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r} is no size")
+        raise ValueError(f"a {type(value).__name__} or a negative number in the place of a size")
     return value
 
 
@@ -364,7 +364,7 @@ def _require_plain(value: Any, room: int) -> None:
 def _plain_bytes(machine: _Machine, value: Any = b"", encoding: Any = "latin1") -> bytes:
     """Bytes, which protocol 2 writes as text."""
     if isinstance(value, str):
-        if str(encoding).replace("-", "") != "latin1":
+        if _of(encoding, str).replace("-", "") != "latin1":
             raise RefusedPickle(f"text in {encoding}")
         value = value.encode("latin-1")
     machine.copies(len(_of(value, bytes, bytearray)))
@@ -474,7 +474,7 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     "torch.nn.parameter.Parameter": _parameter,
     "torch._tensor._rebuild_from_type_v2": _with_attributes,
     "torch.Size": lambda machine, size: torch.Size(_shape(size)),
-    "torch.device": lambda machine, *args: torch.device(*args),
+    "torch.device": lambda machine, kind, *index: torch.device(_of(kind, str), *map(_count, index)),
     "numpy.dtype": lambda machine, code, *_: _Unbuilt("dtype", code),
     "numpy._core.multiarray._reconstruct": lambda machine, *_: _Unbuilt("array"),
     "numpy._core.multiarray.scalar": _scalar,

@@ -56,8 +56,9 @@ def load(source: str | os.PathLike, map_location: str | torch.device | None = "c
     try:
         checkpoint = _read(path, torch.device(map_location or "cpu"))
     except RefusedPickle as error:
+        carried = re.sub("[^ -~]", "?", str(error))[:100]  # the file's own words
         raise RefusedError(
-            f"{name}: refused, since it carries {error}, which is neither a tensor nor a plain "
+            f"{name}: refused, since it carries {carried}, which is neither a tensor nor a plain "
             "value (nothing in it was run); save the model's state_dict() instead"
         ) from None
     except CheckpointError as error:
