@@ -20,7 +20,7 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from importlib import import_module
-from typing import IO, Any
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -53,6 +53,14 @@ _RENAMED = {
     **{f"numpy.core.{module}": f"numpy._core.{module}" for module in ("multiarray", "numeric")},
 }
 _SCALARS = (str, int, float, bool, bytes, complex, type(None))
+
+
+class Bytes(Protocol):
+    """A file, or memory that is read as one."""
+
+    def read(self, n: int, /) -> bytes: ...
+    def readline(self) -> bytes: ...
+    def tell(self) -> int: ...
 
 
 class RefusedPickle(Exception):
@@ -96,11 +104,11 @@ class _Unbuilt:
         self.value: Any = None
 
 
-def unpickle(file: IO[bytes], size: int, storage: Callable[[str, int], Tensor]) -> Any:
+def unpickle(file: Bytes, size: int, storage: Callable[[str, int], Tensor]) -> Any:
     """The value of the pickle that begins where ``file`` stands; it is left at the pickle's end.
 
     Args:
-        file: Read by ``read``, ``readline`` and ``tell``.
+        file: Read from where it stands.
         size: Bytes of the whole checkpoint. No tensor may have more elements, and no more bytes
             are copied than twice as many.
         storage: ``storage(key, n)`` gives the n bytes that stand in the checkpoint under a key, as
@@ -128,8 +136,8 @@ class _Machine:
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
 
-    def run(self, file: IO[bytes]) -> Any:
-        for opcode, arg, _ in pickletools.genops(file):
+    def run(self, file: Bytes) -> Any:
+        for opcode, arg, _ in pickletools.genops(cast(IO[bytes], file)):
             if opcode.name in _VALUES:
                 self._stack.append(arg)
             elif opcode.name in _NEW:

@@ -1,4 +1,4 @@
-"""Reading checkpoints from files, URLs and mmengine's tables, without running code."""
+"""Reading checkpoints from files and URLs, without running code."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pickletools
 import re
 import struct
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ import torch
 from torch import Tensor
 
 from .pickles import RefusedPickle, unpickle
-from .schemes import resolve, split
-from .unwrap import CheckpointError, state_dict_of
+from .unwrap import CheckpointError
 
 _LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 """What files of torch < 1.6, and those that are no zip archives, begin with."""
@@ -37,9 +37,8 @@ def load(source: str | os.PathLike, map_location: str | torch.device | None = "c
     """Read a checkpoint of any PyTorch project, running nothing that it carries.
 
     Args:
-        source: A file written by ``torch.save``, a ``.safetensors`` file, the URL of either
-            (see :func:`fetch`), or a name that mmengine knows, such as ``torchvision://resnet50``
-            or ``open-mmlab://detectron2/resnet50_caffe``.
+        source: A file written by ``torch.save``, a ``.safetensors`` file, or the URL of either
+            (see :func:`fetch`).
         map_location: The device that its tensors go to; on ``'meta'`` they are not read.
 
     Raises:
@@ -53,8 +52,9 @@ def load(source: str | os.PathLike, map_location: str | torch.device | None = "c
     if path.suffix == ".safetensors":
         return _load_safetensors(path, map_location)
     name = text if str(path) == text else f"{text} (kept at {path})"
+    device = torch.device(map_location or "cpu")
     try:
-        checkpoint = _read(path, torch.device(map_location or "cpu"))
+        return _read(path, device)
     except RefusedPickle as error:
         carried = re.sub("[^ -~]", "?", str(error))[:100]  # the file's own words
         raise RefusedError(
@@ -65,11 +65,6 @@ def load(source: str | os.PathLike, map_location: str | torch.device | None = "c
         raise CheckpointError(f"{name}: {error}") from None
     except Exception:  # a damaged file can raise anything
         raise CheckpointError(f"{name}: {_CUT_OFF}") from None
-    if split(text)[0] == "mmcls":  # classifiers, of which mmengine takes the backbone
-        tensors = state_dict_of(checkpoint, text)
-        start = "backbone."
-        return {"state_dict": {k[len(start) :]: tensors[k] for k in tensors if k.startswith(start)}}
-    return checkpoint
 
 
 def _read(path: Path, device: torch.device) -> Any:
@@ -105,7 +100,7 @@ def _read_zip(archive: zipfile.ZipFile, size: int, device: torch.device) -> Any:
         tensor = torch.empty(n, dtype=torch.uint8, device="meta" if device.type == "meta" else None)
         if n and device.type != "meta":
             with archive.open(entry) as file:
-                file.readinto(memoryview(tensor.numpy()))  # type: ignore[attr-defined]
+                file.readinto(tensor.numpy())  # type: ignore[attr-defined]
                 if file.read(1):  # which has the checksum compared
                     raise ValueError("a storage that is longer than it says")
         return tensor.to(device)
@@ -197,31 +192,41 @@ def fetch(source: str) -> Path:
 
     Downloads are kept in torch's hub cache. A name with a checksum, as ``resnet50-0676ba61.pth``,
     stands for one content: it is checked and kept where ``torch.hub`` keeps it. All others are kept
-    in a folder per URL, since files of different URLs can have one name.
+    in a folder per URL, since files of different URLs can have one name. What ``torch.hub`` has
+    under such a name is taken where there is no way to download, and a line says so.
 
     Raises:
         CheckpointError: It is missing or cannot be downloaded.
     """
-    url = resolve(source)
-    if not split(url)[0]:
-        path = Path(url)
+    scheme, separator, _ = source.partition("://")
+    if not separator:
+        path = Path(source).expanduser()
         if path.is_dir():
             raise CheckpointError(f"{source}: no such file, but a folder; name one file")
         if not path.is_file():
             raise CheckpointError(f"{source}: no such file")
         return path
-    name = os.path.basename(urlparse(url).path)
+    if scheme not in ("http", "https"):
+        raise CheckpointError(f"{source}: neither a path nor the URL of a file; give one of them")
+    name = os.path.basename(urlparse(source).path)
     folder = Path(torch.hub.get_dir(), "checkpoints")
-    checksum = re.search(r"-([a-f0-9]{8,})\.", name)
-    by_hand = folder / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    checksum = re.search(r"-(?!20\d{6}\.)([a-f0-9]{8,})\.", name)  # and no date
+    by_hand = folder / hashlib.sha256(source.encode()).hexdigest()[:16] / name
     path = folder / name if checksum else by_hand
     for there in (by_hand, path):
         if there.exists():
             return there
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(url, str(path), checksum and checksum[1])
+        torch.hub.download_url_to_file(source, str(path), checksum and checksum[1])
     except (URLError, OSError, RuntimeError, ValueError) as error:
+        if Path(folder, name).exists():
+            warnings.warn(
+                f"{source}: could not be downloaded ({error}); taking {folder / name}, which was "
+                "downloaded from a file of this name",
+                stacklevel=2,
+            )
+            return folder / name
         raise CheckpointError(
             f"{source}: could not be downloaded ({error}); put the file at {by_hand} by hand"
         ) from None
