@@ -44,7 +44,7 @@ def load_weights(
         loaded, missing, unexpected, errors = _load(model, state_dict)
     except (RuntimeError, ValueError) as error:  # a layer refuses
         raise CheckpointError(f"{name}: {str(error).splitlines()[0]}") from error
-    wrong = _lost_bias(unexpected)
+    wrong = _lost_bias(loaded, unexpected)
     if total and len(unexpected) + len(errors) >= total:
         wrong = (
             f"none of its {total} tensors fits the model, as {next(iter(state_dict))}, and "
@@ -58,7 +58,7 @@ def load_weights(
         elif missing:
             wrong = f"{len(missing)} tensors are missing, as {missing[0]}; is it of this config?"
         else:
-            wrong = _of_no_use(model, {key: loaded[key] for key in unexpected})
+            wrong = _of_no_use(model, loaded, unexpected)
     if wrong:
         raise CheckpointError(f"{name}: {wrong}")
     if missing:
@@ -68,27 +68,37 @@ def load_weights(
     return "\n".join(errors)
 
 
-def _lost_bias(unexpected: dict[str, Tensor]) -> str | None:
-    """Files of this package's first format hold beta and alpha without their sum."""
+def _lost_bias(loaded: dict[str, Tensor], unexpected: list[str]) -> str | None:
+    """Files of before 0.2 hold beta and alpha of a psBN layer without their sum."""
     for key in unexpected:
         layer, _, name = key.rpartition(".")
-        if name == "beta" and f"{layer}.alpha".lstrip(".") in unexpected:
+        if (
+            name == "beta"
+            and _beside(key, "alpha") in loaded
+            and _beside(key, "bias") not in loaded
+        ):
             return (
-                f"it is a psBN checkpoint, and the model's {layer} is none, which would lose its "
-                "bias: set norm_cfg's type to psBN, or convert the checkpoint with "
-                "tools/convert_checkpoint.py --to bn"
+                f"it is a psBN checkpoint of an older version, and the model's {layer} is none, "
+                "which would lose its bias: convert it with tools/convert_checkpoint.py --to bn"
             )
     return None
 
 
-def _of_no_use(model: nn.Module, unexpected: dict[str, Tensor]) -> str | None:
+def _beside(key: str, name: str) -> str:
+    """The key of another tensor of the same layer."""
+    return f"{key.rpartition('.')[0]}.{name}".lstrip(".")
+
+
+def _of_no_use(model: nn.Module, loaded: dict[str, Tensor], unexpected: list[str]) -> str | None:
     """What is wrong with tensors that the model does not load, if anything."""
     constants = dict(_tensors(model))
     extra = []
-    for key, value in unexpected.items():
+    for key in unexpected:
         if key.endswith("num_batches_tracked") or key.startswith("ema_"):
             continue
-        own = constants.get(key)
+        if key.endswith(("beta", "alpha")) and _beside(key, "bias") in loaded:
+            continue
+        own, value = constants.get(key), loaded[key]
         if own is None:
             extra.append(key)
         elif not own.is_meta and not value.is_meta and not _same(own, value):
@@ -138,7 +148,7 @@ def _tensors(model: nn.Module, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def _load(
     model: nn.Module, state_dict: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str], dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], list[str], list[str], list[str]]:
     """The state dict by the names that the model gave it, and what is missing, unexpected, wrong.
 
     As mmengine's ``load_state_dict``, which says it to its log alone, and on rank 0.
@@ -162,4 +172,4 @@ def _load(
 
     renamed = dict(state_dict)
     load(model, renamed, "")
-    return renamed, missing, {key: renamed[key] for key in unexpected if key in renamed}, errors
+    return renamed, missing, unexpected, errors
