@@ -8,7 +8,7 @@
 - :mod:`.latest`: the newest checkpoint of a work dir that was written to its end
 """
 
-from .convert import bn_state_dict, convert_all, psbn_state_dict
+from .convert import bn_config, bn_state_dict, convert_all, psbn_state_dict
 from .fit import load_weights
 from .latest import latest_whole
 from .read import is_whole, load, meta_of
@@ -16,6 +16,7 @@ from .unwrap import CheckpointError, locate, state_dict_of
 
 __all__ = [
     "CheckpointError",
+    "bn_config",
     "bn_state_dict",
     "convert_all",
     "is_whole",

@@ -53,7 +53,7 @@ def load_weights(
     elif strict and not wrong:
         missing = [key for key in missing if not key.endswith("num_batches_tracked")]
         if errors:
-            line = errors[0].splitlines()[0]
+            line = errors[0].splitlines()[0].rstrip(".")
             wrong = f"{len(errors)} tensors cannot be loaded, as {line}; is it of this config?"
         elif missing:
             wrong = f"{len(missing)} tensors are missing, as {missing[0]}; is it of this config?"
