@@ -20,7 +20,7 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from importlib import import_module
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ _NEW: dict[str, Callable[[], Any]] = {
     **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False},
     **{"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set},
 }
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _DTYPES = {
     str(dtype): dtype
     for name, dtype in vars(torch).items()
@@ -82,18 +83,11 @@ def _named(name: str) -> Any:
     return _DTYPES.get(name) or _Name(name)
 
 
-class _Storage:
-    """The bytes that tensors are views of.
+class _Storage(NamedTuple):
+    """What tensors are views of: its bytes, flat, and the type of its elements."""
 
-    Args:
-        bytes: Flat, uint8, from the storage's own beginning.
-        dtype: Of its elements.
-        start: Where in it a view begins that older files name, in elements.
-        size: Elements from there on.
-    """
-
-    def __init__(self, bytes: Tensor, dtype: torch.dtype, start: int, size: int) -> None:
-        self.bytes, self.dtype, self.start, self.size = bytes, dtype, start, size
+    bytes: Tensor
+    dtype: torch.dtype
 
 
 class _Unbuilt:
@@ -110,7 +104,7 @@ def unpickle(file: Bytes, size: int, storage: Callable[[str, int], Tensor]) -> A
     Args:
         file: Read from where it stands.
         size: Bytes of the whole checkpoint. No tensor may have more elements, and no more bytes
-            are copied than twice as many.
+            are copied than ten times as many; a log is, three times.
         storage: ``storage(key, n)`` gives the n bytes that stand in the checkpoint under a key, as
             a flat tensor of uint8; raises where there are not so many.
 
@@ -130,7 +124,7 @@ class _Machine:
 
     def __init__(self, size: int, storage: Callable[[str, int], Tensor]) -> None:
         self._size, self._storage = size, storage
-        self._room = 2 * size
+        self._room = 10 * size
         self._storages: dict[str, Tensor] = {}
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
@@ -142,6 +136,9 @@ class _Machine:
                 self._stack.append(arg)
             elif opcode.name in _NEW:
                 self._stack.append(_NEW[opcode.name]())
+            elif opcode.name in _TUPLES:
+                items = [self._stack.pop() for _ in range(_TUPLES[opcode.name])]
+                self._stack.append(tuple(reversed(items)))
             elif opcode.name not in ("PROTO", "FRAME", "STOP"):
                 step = getattr(self, f"_{opcode.name.lower()}", None)
                 if step is None:
@@ -186,22 +183,8 @@ class _Machine:
     # -- containers
 
     def _tuple(self, _: None) -> None:
-        items = self._pop_mark()
-        self._stack.append(tuple(items))
-
-    def _top(self, n: int) -> None:
-        if len(self._stack) < n:
-            raise IndexError("an empty stack")
-        self._stack[-n:] = [tuple(self._stack[-n:])]
-
-    def _tuple1(self, _: None) -> None:
-        self._top(1)
-
-    def _tuple2(self, _: None) -> None:
-        self._top(2)
-
-    def _tuple3(self, _: None) -> None:
-        self._top(3)
+        items = tuple(self._pop_mark())
+        self._stack.append(items)
 
     def _list(self, _: None) -> None:
         items = self._pop_mark()
@@ -220,8 +203,8 @@ class _Machine:
         _of(self._stack[-1], set).update(map(_key, items))
 
     def _frozenset(self, _: None) -> None:
-        items = self._pop_mark()
-        self._stack.append(frozenset(map(_key, items)))
+        items = frozenset(map(_key, self._pop_mark()))
+        self._stack.append(items)
 
     def _dict(self, _: None) -> None:
         items = self._pop_mark()
@@ -283,34 +266,30 @@ class _Machine:
             raise RefusedPickle("a reference to something that is no storage")
         if not isinstance(dtype, _Name) or dtype.name not in _STORAGES:
             raise RefusedPickle(getattr(dtype, "name", "an unknown storage"))
+        if any(item is not None for item in view):
+            raise RefusedPickle("a view of a storage, as torch < 0.4 wrote it")
         element = _STORAGES[dtype.name]
         size = _count(count) * element.itemsize
         if _of(key, str) not in self._storages:
             self._storages[key] = self._storage(key, size)
-        start, length = 0, count
-        if view and view[0] is not None:
-            _, start, length = view[0]
-        if _count(start) + _count(length) > count or size > len(self._storages[key]):
-            raise ValueError("a storage is too small")
-        self._stack.append(_Storage(self._storages[key], element, start, length))
+        if size != len(self._storages[key]):
+            raise ValueError("a storage of two sizes")
+        self._stack.append(_Storage(self._storages[key], element))
 
     def tensor(
         self, storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None = None
     ) -> Tensor:
         """A view of a storage that lies within it."""
-        storage = _of(storage, _Storage)
-        dtype = dtype or storage.dtype
+        content, dtype = _of(storage, _Storage).bytes, dtype or storage.dtype
         shape, steps = _shape(size), _shape(stride)
-        scale = dtype.itemsize // storage.dtype.itemsize or 1  # untyped storages count bytes
-        room = storage.size // scale
+        room = len(content) // dtype.itemsize
         if 0 not in shape:
             reach = sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
             if _count(offset) + reach >= room or math.prod(shape) > self._size:
                 raise ValueError("a tensor reaches beyond its storage")
         elif any(n > self._size for n in (*shape, *steps, _count(offset))):
             raise ValueError("an empty tensor of an absurd shape")
-        flat = storage.bytes[: len(storage.bytes) // dtype.itemsize * dtype.itemsize].view(dtype)
-        return flat.as_strided(shape, steps, offset + storage.start // scale)
+        return content[: room * dtype.itemsize].view(dtype).as_strided(shape, steps, offset)
 
 
 def _of(value: Any, *kinds: type) -> Any:

@@ -60,6 +60,7 @@ VALUES = {
                        np.array(3), np.array(["a", "bc"]), np.array([b"a"]), np.array([True]),
                        np.arange(3, dtype=">i4"), np.float32(2), np.int64(3), np.bool_(True),
                        np.str_("x"), np.ones(2, np.complex64), np.ones(2, np.float16)],
+    "long log": lambda: [HistoryBuffer(np.zeros(9000), np.ones(9000, int)) for _ in range(9)],
     "log": lambda: {"loss": HistoryBuffer([1.0, 2.0], [1, 3])},
     "config": lambda: ConfigDict(a=1, b=[ConfigDict(c=2)]),
     "one-cycle": lambda: {"anneal": OneCycleParamScheduler._annealing_cos},
