@@ -136,10 +136,10 @@ def _read_legacy(content: mmap.mmap, device: torch.device) -> Any:
         return checkpoint
 
     def storage(key: str, n: int) -> Tensor:
+        if not n:
+            return torch.empty(0, dtype=torch.uint8, device=device)
         data = bytearray(content[places[key] : places[key] + n])
-        return (
-            torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        ).to(device)
+        return torch.frombuffer(data, dtype=torch.uint8).to(device)
 
     content.seek(start)
     return unpickle(content, size, storage)
