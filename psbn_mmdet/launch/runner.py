@@ -163,6 +163,9 @@ class Runner(MMEngineRunner):
         place = locate(checkpoint, filename)
         rest = {key: value for key, value in checkpoint.items() if place and key != place[0]}
         checkpoint = {**rest, "state_dict": tensors}
+        if isinstance(meta := checkpoint.get("meta"), dict):
+            # MMDetection 2's config, a program: mmengine runs it in resuming, to count GPUs.
+            checkpoint["meta"] = {key: value for key, value in meta.items() if key != "config"}
         if self._resume:
             _require_a_run(checkpoint, filename)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)

@@ -13,7 +13,7 @@ from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
 
 from psbn_mmdet import psBN2d
-from psbn_mmdet.checkpoint import CheckpointError, load_weights
+from psbn_mmdet.checkpoint import CheckpointError, load, load_weights
 from psbn_mmdet.launch.runner import Runner, load_from_disk_or_web, read, resolve
 from tests.helpers.distributed import run as run_distributed
 from tests.helpers.layers import randomize
@@ -206,6 +206,25 @@ def test_what_a_pretrained_backbone_carries_is_not_run(evil, runners, tmp_path):
     Runner(Tiny("bn"), str(tmp_path), experiment_name=evil)
     with pytest.raises(CheckpointError, match="nothing in it was run"):
         part.init_weights()
+
+
+def test_a_config_within_a_checkpoint_is_not_run(tmp_path):
+    """Stock mmengine runs the text of ``meta["config"]`` when it resumes."""
+    from tests.helpers.toy_runner import make_runner
+
+    make_runner(tmp_path / "a", [], iterations=4).train()
+    (saved, *_) = (tmp_path / "a").glob("iter_*.pth")
+    checkpoint = load(saved)
+    checkpoint["meta"]["config"] = f"x = __import__('os').mkdir({str(tmp_path / 'ran')!r})"
+    torch.save(checkpoint, tmp_path / "evil.pth")
+    runner = make_runner(
+        tmp_path / "b", [], iterations=4, load_from=str(tmp_path / "evil.pth"), resume=True
+    )
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.load_or_resume()
+    assert runner.iter == checkpoint["meta"]["iter"]
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.fixture
