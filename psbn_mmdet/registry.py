@@ -21,13 +21,21 @@ check_environment()  # before anything below fails in a less helpful way
 from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
 from mmengine.registry import HOOKS as MMENGINE_HOOKS  # noqa: E402
 from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
-from mmengine.registry import Registry  # noqa: E402
+from mmengine.registry import RUNNERS as MMENGINE_RUNNERS  # noqa: E402
+from mmengine.registry import Registry, build_runner_from_cfg  # noqa: E402
 
 from . import norm  # noqa: E402
 from .norm.model import to_psbn_model  # noqa: E402
 
 MODELS = Registry("model", scope="psbn_mmdet", parent=MMENGINE_MODELS, locations=["psbn_mmdet"])
 HOOKS = Registry("hook", scope="psbn_mmdet", parent=MMENGINE_HOOKS, locations=["psbn_mmdet"])
+RUNNERS = Registry(
+    "runner",
+    build_func=build_runner_from_cfg,
+    scope="psbn_mmdet",
+    parent=MMENGINE_RUNNERS,
+    locations=["psbn_mmdet.launch.runner"],  # for runner_type="psbn_mmdet.Runner" in a config
+)
 
 
 def _register(own: Registry, root: Registry, name: str, thing: Any) -> None:

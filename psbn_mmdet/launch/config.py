@@ -17,11 +17,11 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dataset import BaseDataset
 from mmengine.hub import get_config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import CheckpointLoader
 from mmengine.utils import is_installed
 
-from ..checkpoint import require_fit
+from ..checkpoint import load_weights
 from ..errors import PsbnError
+from .runner import read
 
 
 class UsageError(PsbnError):
@@ -309,7 +309,7 @@ def check_weights(cfg: Config, strict: bool = False) -> None:
 
     Args:
         cfg: The config.
-        strict: As in :func:`psbn_mmdet.checkpoint.mismatch`: True for testing.
+        strict: As in :func:`psbn_mmdet.checkpoint.load_weights`: True for testing.
 
     Raises:
         CheckpointError: One is missing, not whole, not of this config or could
@@ -317,12 +317,12 @@ def check_weights(cfg: Config, strict: bool = False) -> None:
     """
     for node in _dicts(cfg.get("model")):
         if node.get("type") == "Pretrained":
-            CheckpointLoader.load_checkpoint(node["checkpoint"], map_location="cpu")
+            read(node["checkpoint"])
     if cfg.get("load_from"):
-        checkpoint = CheckpointLoader.load_checkpoint(cfg.load_from, map_location="cpu")
+        checkpoint = read(cfg.load_from)
         init_default_scope(cfg.get("default_scope", "mmengine"))
         strict = strict or bool(cfg.get("resume"))
-        require_fit(MODELS.build(cfg.model), checkpoint, cfg.load_from, strict)
+        load_weights(MODELS.build(cfg.model), checkpoint, cfg.load_from, strict=strict)
 
 
 def _dicts(node: Any) -> Iterator[dict]:

@@ -13,10 +13,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
 
 from ..checkpoint import CheckpointError, is_whole, latest_whole, meta_of
-from ..checkpoint.loaders import CheckpointGuard
 from ..errors import written_whole
 from .amp import BFloat16OptimWrapper, cpu_has_bfloat16
 from .config import (
@@ -33,6 +31,7 @@ from .distributed import agree, from_rank_0, on_all_ranks, rank
 from .exact import ExactResume, MissedValidation, SeededLoaders
 from .preempt import FILE as PREEMPTED_FILE
 from .preempt import PREEMPTED, Preempted, Preemption
+from .runner import Runner
 
 
 def configure_training(
@@ -178,12 +177,11 @@ def _fingerprint(path: str) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def _make_runner(cfg: Config, strict: bool) -> Runner:
-    kind: type[Runner] = RUNNERS.get(cfg.get("runner_type", "Runner"))
-    seeded: Any = type(kind.__name__, (SeededLoaders, kind), {})
-    runner = seeded.from_cfg(cfg)
-    runner.register_hook(CheckpointGuard(strict), priority="VERY_HIGH")
-    return runner
+def _make_runner(cfg: Config) -> Runner:
+    kind = RUNNERS.get(cfg.get("runner_type", "Runner"))
+    bases = (SeededLoaders, kind) if issubclass(kind, Runner) else (SeededLoaders, Runner, kind)
+    made: Any = type(kind.__name__, bases, {})
+    return made.from_cfg(cfg)
 
 
 def train(cfg: Config) -> None:
@@ -194,7 +192,7 @@ def train(cfg: Config) -> None:
     """
     try:
         with Preemption(checkpoint_folder(cfg)) as preemption:
-            runner = _make_runner(cfg, strict=False)
+            runner = _make_runner(cfg)
             exact = ExactResume()
             for hook in (exact, preemption, MissedValidation(exact)):
                 runner.register_hook(hook)
@@ -252,7 +250,7 @@ def evaluate(cfg: Config) -> dict[str, float]:
         The metrics, which also go to ``WORK_DIR/metrics.json``; there null stands for what is no
         finite number, as the AP of a class without objects.
     """
-    runner = _make_runner(cfg, strict=True)
+    runner = _make_runner(cfg)
     metrics = runner.test()
     if runner.rank == 0:
         # json writes NaN, which is no JSON, and reads it back as what we say
