@@ -11,15 +11,16 @@ from psbn_mmdet.ap.compare import Measured
 from psbn_mmdet.python38 import zip_strict
 
 
-def measured(observed, resampled):
-    """Made-up runs: AP alone, no class; observed (M,), resampled (B, M)."""
+def measured(observed, resampled, images=10**9):
+    """Made-up runs: AP alone, no class; observed (M,), resampled (B, M), by default many images."""
     observed, resampled = np.array(observed, float), np.array(resampled, float)
     b, m = resampled.shape
     return Measured(
         names=["AP"],
         overall=1,
+        images=np.array([images]),
         observed=observed[:, None],
-        resampled=resampled[..., None],
+        draws=resampled[..., None],
         curve=np.zeros((m, 3, 101)),
         curve_resampled=np.zeros((b, m, 3, 101)),
     )
