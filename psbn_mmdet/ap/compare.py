@@ -20,6 +20,8 @@ from .matching import SIZES, Matches, match_areas
 BETTER, WORSE, NOT_SHOWN = "better", "worse", "no difference shown"
 METHODS, CHECKPOINTS = "methods", "checkpoints"
 POWER = 0.8
+FEWEST_PAIRS = 3
+"""Of runs: the interval of two differences holds the true one in 90% of cases, not in 95%."""
 
 _SAID_OF_CHECKPOINTS = {
     BETTER: "better checkpoint, method not compared",
@@ -432,7 +434,7 @@ def compare(
             where they are not.
 
     Raises:
-        InputError: Paired arms have different numbers of runs.
+        InputError: Paired arms have different numbers of runs, or fewer than three.
     """
     first, *others = arms
     pairs = [(arm, first) for arm in others] if pairs is None else list(pairs)
@@ -448,8 +450,11 @@ def compare(
         differences = []
         for arm, baseline in pairs:
             n, m = len(arms[arm]), len(arms[baseline])
-            if paired and n != m:
-                raise InputError(f"paired runs: {arm} has {n} and {baseline} {m}; drop the others")
+            if paired and not n == m >= FEWEST_PAIRS:
+                raise InputError(
+                    f"paired runs: {arm} has {n} and {baseline} {m}; wanted as many in both, "
+                    f"{FEWEST_PAIRS} or more"
+                )
             scope = METHODS if min(n, m) > 1 else CHECKPOINTS
             parts = [of[arm], of[baseline]]
             if paired:

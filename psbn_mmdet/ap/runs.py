@@ -49,9 +49,9 @@ class RunFiles:
 def find_run(arm: str, path: str | Path, kind: str = "bbox") -> RunFiles:
     """A run from a result file, or from a work dir of ``tools/train.py`` and ``tools/test.py``.
 
-    A work dir holds ``results.bbox.json`` (or another of KINDS) and ``metrics.json``, the resolved config (whose
-    ``test_evaluator`` names the annotation file) and the checkpoint that ``last_checkpoint``
-    names.
+    A work dir holds ``results.bbox.json`` (or another of KINDS) and ``metrics.json``, the resolved
+    config (whose ``test_evaluator`` names the annotation file) and the checkpoint that
+    ``last_checkpoint`` names.
 
     Raises:
         InputError: The path does not exist, the work dir has no results (with the command that

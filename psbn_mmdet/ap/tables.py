@@ -237,8 +237,9 @@ def _carries(c: Comparison, images: int) -> str:
         paired = ", paired in the differences" if c.paired else ""
         return f"{said}, and from the spread of the runs{paired}."
     return (
-        f"{said}, and for {', '.join(several)} from the spread of the runs. Those of {', '.join(single)}, with "
-        "one run each, and of differences that involve them carry no seeds."
+        f"{said}, and for {', '.join(several)} from the spread of the runs. Those of "
+        f"{', '.join(single)}, with one run each, and of differences that involve them carry no "
+        "seeds."
     )
 
 

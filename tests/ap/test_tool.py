@@ -101,7 +101,7 @@ def test_work_dirs_of_several_seeds(tmp_path, tool):
     (d,) = data["differences"]
     assert d["AP"]["value"] == pytest.approx(mean["psbn"] - mean["bn"])
     assert (d["verdict"], d["scope"], d["further_seeds"]) == ("worse", "methods", 0)
-    assert "and of the runs." in done.stdout
+    assert "and from the spread of the runs." in done.stdout
 
 
 def test_warnings_come_with_the_verdict(tmp_path, tool):
@@ -153,7 +153,11 @@ def test_wrong_use_ends_in_one_line_and_overwrites_nothing(tmp_path, tool):
         ((*ann, *named, "--html", tmp_path / "a", "--json", tmp_path / "a"), "name two files"),
         ((*ann, *named, "--expect", "psbn>1"), "wanted ARM-BASELINE>=AP"),
         ((*ann, *named, "--resamples", "10"), "--resamples 10"),
-        ((*ann, *named, "--confidence", "0.999"), "needs --resamples 2000 or more"),
+        ((*ann, *named, "--max-dets", "0"), "--max-dets 0: wanted more than 0"),
+        ((*ann, *named, "--plan-for", "-1"), "--plan-for -1.0: wanted more than 0"),
+        ((*ann, *named, "--images", tmp_path), "add --html FILE"),
+        ((*ann, *named, "--html", tmp_path / "a", "--images", tmp_path / "no"), "no such folder"),
+        ((*ann, named[0], f"psbn={tmp_path}/./bn_0.bbox.json"), "in bn and in psbn; a run cannot"),
         ((*ann, *named, "--confidence", "95"), "wanted 0.5 to 1"),
         ((*ann, *named, "--threads", "0"), "--threads 0"),
         ((*ann, *named, "--seed", "-1"), "--seed -1"),

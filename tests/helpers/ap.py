@@ -8,7 +8,6 @@ import numpy as np
 
 from psbn_mmdet.ap import compare
 from psbn_mmdet.ap.compare import Measured
-from psbn_mmdet.python38 import zip_strict
 
 
 def measured(observed, resampled, images=10**9):
@@ -38,12 +37,13 @@ def crossed(rng, mean, seed_sd, own_sd, shared_sd, runs, resamples=2000):
     return observed, observed + noise
 
 
-def two_arms(rng, runs, difference, seed_sd, own_sd, shared_sd, resamples=2000):
+def two_arms(rng, runs, difference, seed_sd, own_sd, shared_sd, resamples=2000, whole=False):
     a = crossed(rng, 36.0, seed_sd, own_sd, shared_sd, runs, resamples)
     b = crossed(rng, 36.0 + difference, seed_sd, own_sd, shared_sd, runs, resamples)
     m = measured(np.append(a[0], b[0]), np.hstack([a[1], b[1]]))
     arms = {"bn": list(range(runs)), "psbn": list(range(runs, 2 * runs))}
-    return compare.compare(m, arms).differences[0]
+    c = compare.compare(m, arms)
+    return c if whole else c.differences[0]
 
 
 def dataset(folder, images=40, seed=0, quality=(0.03, 0.12), seeds=1):
@@ -67,7 +67,7 @@ def dataset(folder, images=40, seed=0, quality=(0.03, 0.12), seeds=1):
     )
     (folder / "ann.json").write_text(json.dumps(annotations))
     files = []
-    for arm, noise in zip_strict(("bn", "psbn"), quality):
+    for arm, noise in zip(("bn", "psbn"), quality, strict=True):
         for s in range(seeds):
             boxes = [
                 dict(
