@@ -240,6 +240,83 @@ def test_unequal_runs_give_welchs_interval():
     assert d.high[0] - d.low[0] == pytest.approx(2 * half, rel=0.03)
 
 
+def test_paired_seeds_alone_give_the_paired_t_interval():
+    """Seeds that both arms share, and no image noise: scipy's t-test of the differences."""
+    from scipy.stats import ttest_rel
+
+    a = np.array([30.0, 34.0, 38.0, 33.0])
+    b = np.add(a, [0.9, 1.1, 1.3, 0.8])
+    m = measured(np.append(a, b), np.tile(np.append(a, b), (100, 1)))
+    arms = {"bn": [0, 1, 2, 3], "psbn": [4, 5, 6, 7]}
+    d = compare.compare(m, arms, paired=True).differences[0]
+    test = ttest_rel(b, a)
+    assert (d.low[0], d.high[0]) == pytest.approx(tuple(test.confidence_interval()))
+    assert 2 * (1 - d.positive[0]) == pytest.approx(test.pvalue)
+    assert d.outcome == BETTER and "paired seeds" in d.reason
+    assert compare.compare(m, arms).differences[0].outcome == NOT_SHOWN
+    # the order of the runs is what pairs them
+    arms["psbn"].reverse()
+    assert compare.compare(m, arms, paired=True).differences[0].outcome == NOT_SHOWN
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 4), (1, 1)])
+def test_pairs_that_are_too_few_or_not_there_are_refused(n, m):
+    observed = np.arange(n + m, dtype=float)
+    runs = measured(observed, np.tile(observed, (100, 1)))
+    arms = {"a": list(range(n)), "b": list(range(n, n + m))}
+    with pytest.raises(coco_files.InputError, match=f"b has {m} and a {n}; wanted as many"):
+        compare.compare(runs, arms, paired=True)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.83])
+def test_paired_intervals_hold(correlation):
+    """Of 400 draws the binomial deviation is 1.1%."""
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(400):
+        shared, own = rng.normal(size=(1, 4)), rng.normal(size=(2, 4))
+        ap = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own
+        ap = (ap + rng.normal(0, 0.3, (2, 4)) + [[36], [37]]).ravel()
+        m = measured(ap, ap + rng.normal(0, 0.3, (300, 8)))
+        arms = {"a": [0, 1, 2, 3], "b": [4, 5, 6, 7]}
+        d = compare.compare(m, arms, paired=True).differences[0]
+        held.append(d.low[0] <= 1 <= d.high[0])
+    assert np.mean(held) >= 0.925
+
+
+def test_a_plan_is_the_power_of_the_t_test():
+    """A textbook's: sd 1, difference 1, t-test of 17 per arm has 80% power; 64 for 0.5 sd."""
+    spread = np.array([-1.0, 0, 1])
+    observed = np.append(36 + spread, 37 + spread)
+    m = measured(observed, np.tile(observed, (200, 1)))
+    (d,) = compare.compare(m, {"a": [0, 1, 2], "b": [3, 4, 5]}).differences
+    p = compare.power(d.spread.of(0), 1.0, 0.95, np.array([13, 14]))
+    assert p[0] < 0.8 <= p[1]
+    p = compare.power(d.spread.of(0), 0.5, 0.95, np.array([60, 61]))
+    assert p[0] < 0.8 <= p[1]
+    plan = compare.plan(d, 0.95)
+    assert (plan.difference, plan.further_seeds[0], plan.images) == (1, 0, [1, 2, 4, 8])
+    table = np.array(plan.power)
+    assert (np.diff(table, axis=0) > 0).all()  # in further seeds
+    np.testing.assert_allclose(table, table[:, :1] * np.ones(4))  # images are no part of it
+
+
+def test_a_plan_for_checkpoints_is_of_images_alone():
+    """Normal noise of deviation 1 on the images: 4 times as many halve it."""
+    from scipy.stats import norm
+
+    draws = np.random.default_rng(0).normal([36, 37.4], np.sqrt(0.5), (40000, 2))
+    (d,) = compare.compare(measured([36.0, 37.4], draws), {"a": [0], "b": [1]}).differences
+    plan = compare.plan(d, 0.95)
+    assert plan.further_seeds == [0]
+    want = [1 - norm.cdf(1.96 - 1.4 * np.sqrt(f)) for f in plan.images]
+    np.testing.assert_allclose(plan.power[0], want, atol=0.01)
+    few = measured([36.0, 37.4], draws, images=3)
+    (d,) = compare.compare(few, {"a": [0], "b": [1]}).differences
+    with pytest.raises(coco_files.InputError, match="--plan: 3 images with an object are too few"):
+        compare.plan(d, 0.95)
+
+
 def test_bands_of_the_curves_are_the_quantiles_about_the_observed():
     rng = np.random.default_rng(0)
     m = measured([36.0, 37.0], rng.normal(36, 1, (400, 2)))
