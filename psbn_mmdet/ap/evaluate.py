@@ -23,6 +23,7 @@ from .coco_files import Annotations, Results
 from .matching import IGNORED, MAX_DETS, SIZES, TRUE, Matches, match_areas
 
 RECALL = np.linspace(0.0, 1.0, 101)
+_BLOCK = 8  # resamples that a thread takes at a time
 
 
 @numba.njit(cache=True, nogil=True)
@@ -204,15 +205,21 @@ def resample(
     ap = np.empty((len(numbers), len(runs), classes, 3))
     curve = np.empty((len(numbers), len(runs), 3, len(RECALL)))
 
-    def one(b: int) -> None:
+    def some(part: range) -> range:
         # a generator per resample: the result does not depend on the number of threads
-        weights = draw_images(images, 1, np.random.default_rng([seed, numbers[b]]))
+        weights = np.concatenate(
+            [draw_images(images, 1, np.random.default_rng([seed, numbers[b]])) for b in part]
+        )
         for m, run in enumerate(runs):
-            a, c = weighted_ap(run, weights)
-            ap[b, m], curve[b, m] = a[0], c[0]
+            ap[part.start : part.stop, m], curve[part.start : part.stop, m] = weighted_ap(
+                run, weights
+            )
+        return part
 
+    starts = range(0, len(numbers), _BLOCK)
+    blocks = [range(b, min(b + _BLOCK, len(numbers))) for b in starts]
     with ThreadPoolExecutor(threads) as pool:  # the compiled code releases the GIL
-        for _ in progress(pool.map(one, range(len(numbers)))):
+        for _ in progress(b for part in pool.map(some, blocks) for b in part):
             pass
     return ap, curve
 
