@@ -20,8 +20,6 @@ from .matching import SIZES, Matches, match_areas
 BETTER, WORSE, NOT_SHOWN = "better", "worse", "no difference shown"
 METHODS, CHECKPOINTS = "methods", "checkpoints"
 POWER = 0.8
-FEWEST_PAIRS = 3
-"""Of runs: the interval of two differences holds the true one in 90% of cases, not in 95%."""
 
 _SAID_OF_CHECKPOINTS = {
     BETTER: "better checkpoint, method not compared",
@@ -292,10 +290,10 @@ class Spread:
     between: list[np.ndarray]
     within: list[np.ndarray]
 
-    def variance(
+    def parts(
         self, further: int | np.ndarray = 0, factor: float = 1.0
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Variance of the estimate and its degrees of freedom.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The variance that all runs share, that of single runs, and degrees of freedom of these.
 
         ``further`` runs in each part and ``factor`` times as many images are for planning; by
         default it is what was measured. The docstring of :func:`compare` has the formulas.
@@ -305,23 +303,36 @@ class Spread:
         def over(runs: Sequence, variances: Sequence) -> np.ndarray:
             return sum((v / n for v, n in zip(variances, runs, strict=True)), np.zeros(()))
 
-        shared = np.maximum(self.images - over(self.runs, self.within), 0)
-        images = (shared + over(runs, self.within)) / factor
+        def freedom(between: Sequence) -> np.ndarray:
+            doubt = sum(
+                (b / n) ** 2 / np.maximum(n - 1, 1) for b, n in zip(between, runs, strict=True)
+            )
+            return np.where(doubt > 0, over(runs, between) ** 2 / np.maximum(doubt, 1e-300), np.inf)
 
-        def total_and_freedom(between: Sequence, within: Sequence) -> tuple:
-            seeds = [np.maximum(b - w, 0) for b, w in zip(between, within, strict=True)]
-            total = images + over(runs, seeds)
-            doubt = images**2 / (self.count * factor - 1)
-            for b, n in zip(between, runs, strict=True):
-                doubt = doubt + (b / n) ** 2 / np.maximum(n - 1, 1)
-            return total, np.where(doubt > 0, total**2 / doubt, np.inf)
+        shared = np.maximum(self.images - over(self.runs, self.within), 0) / factor
+        between = [
+            np.maximum(b - w, 0) + np.minimum(b, w) / factor
+            for b, w in zip(self.between, self.within, strict=True)
+        ]
+        free = freedom(between)
+        if (weights := np.array(self.runs) - 1).any():
+            pooled = np.average(between, 0, weights)
+            free = np.minimum(free, freedom([pooled] * len(between)))
+        return shared, over(runs, between), np.clip(free, 1, 1e6)
 
-        total, freedom = total_and_freedom(self.between, self.within)
-        weights = np.array([n - 1.0 for n in self.runs])
-        if weights.any():
-            pooled = [[np.average(x, 0, weights)] * len(x) for x in (self.between, self.within)]
-            freedom = np.minimum(freedom, total_and_freedom(*pooled)[1])
-        return total, np.clip(freedom, 1, 1e6)
+    def half_width(
+        self,
+        quantile: float | np.ndarray,
+        further: int | np.ndarray = 0,
+        factor: float = 1.0,
+    ) -> np.ndarray:
+        """Half of the interval between the quantiles 1 - q and q."""
+        from scipy.special import stdtrit
+
+        shared, seeds, free = self.parts(further, factor)
+        of_images = np.clip(self.count * factor - 1, 1, 1e6)
+        t_images, t_seeds = stdtrit(of_images, quantile), stdtrit(free, quantile)
+        return np.sqrt(t_images**2 * shared + t_seeds**2 * seeds)
 
     def of(self, name: int) -> Spread:
         """The same of one name."""
@@ -362,24 +373,21 @@ def _spread(
 
 def _estimate(spread: Spread, confidence: float, resamples: int, lowest: float) -> Estimate:
     """An estimate of AP from ``lowest`` to 100."""
-    from scipy.special import stdtr, stdtrit
-
-    variance, freedom = spread.variance()
-    error = np.sqrt(variance)
-    factor = stdtrit(freedom, (1 + confidence) / 2)
+    value, half = spread.value, spread.half_width((1 + confidence) / 2)
     # of B draws the standard error of their variance v is v sqrt(2 / B)
-    end_error = factor * spread.images / np.maximum(error, 1e-300) / math.sqrt(2 * resamples)
-    t = np.where(error > 0, spread.value / np.maximum(error, 1e-300), np.sign(spread.value) * 1e300)
-    given = spread.count >= fewest_images(confidence)
-    low, high, positive = (
-        np.where(given & ~np.isnan(spread.value), x, np.nan)
-        for x in (
-            np.maximum(spread.value - factor * error, lowest),
-            np.minimum(spread.value + factor * error, 100),
-            stdtr(freedom, t),
-        )
-    )
-    return Estimate(spread.value, low, high, end_error, positive)
+    z = half / np.sqrt(np.maximum(sum(spread.parts()[:2]), 1e-300))
+    end_error = z**2 * spread.images / np.maximum(half, 1e-300) / math.sqrt(2 * resamples)
+    # the quantile at which the interval ends at 0, by halving
+    low, high = np.full_like(value, 0.5), np.ones_like(value)
+    for _ in range(50):
+        middle = (low + high) / 2
+        inside = spread.half_width(middle) < abs(value)
+        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+    positive = np.where(value > 0, low, 1 - low)
+    given = (spread.count >= fewest_images(confidence)) & ~np.isnan(value)
+    ends = np.maximum(value - half, lowest), np.minimum(value + half, 100)
+    shown = [np.where(given, x, np.nan) for x in (*ends, positive)]
+    return Estimate(value, shown[0], shown[1], end_error, shown[2])
 
 
 def _curves(measured: Measured, runs: list[int], confidence: float) -> Curves:
@@ -405,16 +413,23 @@ def compare(
       all runs, and evaluates every run on them; so the difference of two arms keeps what the
       pairing by image takes out. For classes on few images their spread is mended (``_draws``).
     - The seeds. The variance s2 of AP between the m runs of an arm holds the image noise of
-      single runs, which the images carry already. With v the mean variance of a run's deviation
-      from its arm over resamples, the seeds add max(0, s2 - v)/m.
+      single runs, too. With v the mean variance of a run's deviation from its arm over resamples,
+      v/m is taken off the variance over the images.
 
-    A variance from few images or few runs is itself uncertain. The interval is value ± t sqrt(V),
-    where t has the Welch-Satterthwaite degrees of freedom V^2 / (I^2/(n - 1) + sum (s2/m)^2/(m -
-    1)) of V, the sum of the part I of the images and those of the seeds. With few runs s2 is
-    small by chance in one arm, and the degrees of freedom come out too large, the more so the
-    less equal the numbers of runs; they are held to what they would be if the arms had one
-    variance, the pooled one. Percentiles of the draws, as they are or bias-corrected (BCa), are
-    too narrow where images are few; ``tools/benchmark_ap.py images`` has them side by side.
+    A variance from few images or few runs is itself uncertain. The interval is value ±
+    sqrt(t_I^2 I + t_S^2 S): I is the variance that all runs of an arm share, over the images, and
+    t_I has n - 1 degrees of freedom, n the images with an object. S is the sum of s2/m over the
+    arms, and t_S has its Welch-Satterthwaite degrees of freedom, S^2 / sum((s2/m)^2 / (m - 1)).
+    With few runs s2 is small by chance in one arm, and the degrees of freedom come out too large,
+    the more so the less equal the numbers of runs; they are held to what they would be if the
+    arms had one variance, the pooled one. Percentiles of the draws, as they are or bias-corrected
+    (BCa), are too narrow where images are few; ``tools/benchmark_ap.py images`` has them side by
+    side.
+
+    Why the two are not added up to one variance with its own degrees of freedom: then S, small by
+    chance, would take t with it, and the interval of two or three runs would become narrower by
+    more image noise. P(|x| < c), x normal, is concave in c^2, so in quadrature the interval holds
+    the true value at least as often as those of either part alone would.
 
     One run tells nothing of the spread between seeds, and another arm's need not be the same. So
     where an arm of a pair has a single run, the interval of the difference carries the images
@@ -434,7 +449,7 @@ def compare(
             where they are not.
 
     Raises:
-        InputError: Paired arms have different numbers of runs, or fewer than three.
+        InputError: Paired arms have different numbers of runs or one.
     """
     first, *others = arms
     pairs = [(arm, first) for arm in others] if pairs is None else list(pairs)
@@ -450,10 +465,10 @@ def compare(
         differences = []
         for arm, baseline in pairs:
             n, m = len(arms[arm]), len(arms[baseline])
-            if paired and not n == m >= FEWEST_PAIRS:
+            if paired and not n == m > 1:
                 raise InputError(
-                    f"paired runs: {arm} has {n} and {baseline} {m}; wanted as many in both, "
-                    f"{FEWEST_PAIRS} or more"
+                    f"paired runs: {arm} has {n} and {baseline} {m}; wanted as many in both, two "
+                    "or more"
                 )
             scope = METHODS if min(n, m) > 1 else CHECKPOINTS
             parts = [of[arm], of[baseline]]
@@ -526,13 +541,16 @@ def power(
         further: Runs more in every arm.
         factor: Times as many images.
     """
-    from scipy.special import nctdtr, stdtrit
+    from scipy.special import nctdtr
 
-    variance, freedom = spread.variance(further, factor)
-    wanted = stdtrit(freedom, (1 + confidence) / 2)
-    shift = abs(difference) / np.sqrt(np.maximum(variance, 1e-300))
+    shared, seeds, free = spread.parts(further, factor)
+    variance = np.maximum(shared + seeds, 1e-300)
+    doubt = shared**2 / np.clip(spread.count * factor - 1, 1, 1e6) + seeds**2 / free
+    free = np.clip(variance**2 / np.maximum(doubt, 1e-300), 1, 1e6)
+    shift = abs(difference) / np.sqrt(variance)
+    wanted = spread.half_width((1 + confidence) / 2, further, factor) / np.sqrt(variance)
     # beyond that many standard errors the function is 0, or NaN for its arguments
-    return np.where(shift - wanted > 30, 1.0, 1 - nctdtr(freedom, np.minimum(shift, 1e3), wanted))
+    return np.where(shift - wanted > 30, 1.0, 1 - nctdtr(free, np.minimum(shift, 1e3), wanted))
 
 
 PLANNED_SEEDS = (0, 1, 2, 3, 5, 10, 20)

@@ -259,7 +259,7 @@ def test_paired_seeds_alone_give_the_paired_t_interval():
     assert compare.compare(m, arms, paired=True).differences[0].outcome == NOT_SHOWN
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 4), (1, 1)])
+@pytest.mark.parametrize(("n", "m"), [(3, 4), (1, 1)])
 def test_pairs_that_are_too_few_or_not_there_are_refused(n, m):
     observed = np.arange(n + m, dtype=float)
     runs = measured(observed, np.tile(observed, (100, 1)))
