@@ -1,6 +1,6 @@
 """Benchmarks of comparing AP: the speed against hotcoco, and how often the interval is right.
 
-python tools/benchmark_ap.py speed      # 1,000 paired resamples at the size of COCO val2017
+python tools/benchmark_ap.py speed      # from files to verdict at the size of COCO val2017
 python tools/benchmark_ap.py coverage   # simulated comparisons whose true difference is known
 python tools/benchmark_ap.py images     # two equal detectors on few images, by several methods
 python tools/benchmark_ap.py paired     # runs that share their seeds, by how correlated they are
@@ -136,7 +136,7 @@ def write_results(truth: Annotations, found: Results, path: Path) -> None:
     )
 
 
-def bench_speed(images: int = 5000, classes: int = 80, resamples: int = 1000) -> None:
+def bench_speed(images: int = 5000, classes: int = 80, resamples: int = 500) -> None:
     """From two result files to the verdict, and a paired resample here against hotcoco.compare.
 
     The two take turns in one process; a round is as many of ours as take about as long as one of

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run j of an arm and of another share their seed: compare them run by run",
     )
-    parser.add_argument("--resamples", type=int, default=1000, help="(default: %(default)s)")
+    parser.add_argument("--resamples", type=int, default=500, help="(default: %(default)s)")
     parser.add_argument("--confidence", type=float, default=0.95, help="(default: %(default)s)")
     parser.add_argument("--sizes", action="store_true", help="intervals of APs, APm, APl too")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: 0)")

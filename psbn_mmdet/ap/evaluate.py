@@ -6,9 +6,8 @@ pycocotools' own. :func:`resample` is what a bootstrap over images needs: AP whe
 
 Why a resample is cheap. Drawing images with replacement changes no match between boxes, only how
 often each image counts. A detection that is no true positive changes precision but never recall,
-so the precision-recall curve can only have its corners at true positives. Per class and IoU
-threshold we therefore keep just those, and read the number of detections above each from one
-running sum of weights that all ten thresholds share.
+so the precision-recall curve can only have its corners at true positives. Between those of a class
+only weights are summed up, once for all ten IoU thresholds, and behind the last one nothing is.
 """
 
 from __future__ import annotations
@@ -16,25 +15,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import numpy as np
 
 from .coco_files import Annotations, Results
-from .matching import IGNORED, MAX_DETS, SIZES, TRUE, Matches, match_areas
+from .compiled import compiled
+from .matching import FALSE, IGNORED, MAX_DETS, SIZES, TRUE, Matches, match_areas
 
 RECALL = np.linspace(0.0, 1.0, 101)
 _BLOCK = 8  # resamples that a thread takes at a time
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _weighted_ap(
     weight,
     status,
     image,
-    class_start,
     tied,
+    class_start,
     event,
-    event_kind,
     event_start,
     object_image,
     object_start,
@@ -51,10 +49,11 @@ def _weighted_ap(
     the copies of the image then alternate between them, and are walked one by one.
     """
     eps = np.finfo(np.float64).eps  # pycocotools' guard against 0 / 0
-    n_thr, n_rec = status.shape[0], len(recall)
-    above = np.empty(len(image) + 1, np.int64)  # weight of the detections up to here, per class
+    n_thr, n_rec = status.shape[1], len(recall)
     need = np.empty(n_rec + 1, np.int64)
-    best = np.empty(n_rec)
+    true, ignored = np.empty(n_thr, np.int64), np.empty(n_thr, np.int64)
+    reached = np.empty(n_thr, np.int64)  # the last recall of which there were enough
+    best = np.empty((n_thr, n_rec))
     curve[:] = 0.0
     present = 0
     for k in classes:
@@ -65,10 +64,6 @@ def _weighted_ap(
             ap[k] = np.nan
             continue
         present += 1
-        d0 = class_start[k]
-        above[d0] = 0
-        for d in range(d0, class_start[k + 1]):
-            above[d + 1] = above[d] + weight[image[d]]
         # need[r]: the fewest true positives with need / positives >= recall[r], in floats
         need[n_rec] = np.iinfo(np.int64).max
         for r in range(n_rec):
@@ -78,45 +73,61 @@ def _weighted_ap(
             while n / positives < recall[r]:
                 n += 1
             need[r] = n
+        true[:], ignored[:], reached[:], best[:] = 0, 0, 0, 0.0
+        above = 0  # weight of the detections so far
+        d = class_start[k]
+        for e in range(event_start[k], event_start[k + 1]):
+            while d < event[e]:
+                above += weight[image[d]]
+                d += 1
+            w = weight[image[d]]
+            run = tied[d]
+            if w > 0:
+                for t in range(n_thr):
+                    if run == 1 and status[d, t] == FALSE:
+                        continue
+                    if run > 1 and _mixed(status, d, run, t):
+                        seen = above - ignored[t]
+                        for _ in range(w):
+                            for i in range(d, d + run):
+                                seen += status[i, t] != IGNORED
+                                if status[i, t] == TRUE:
+                                    true[t] += 1
+                                    while true[t] >= need[reached[t] + 1]:
+                                        reached[t] += 1
+                                    precision = true[t] / (seen + eps)
+                                    if precision > best[t, reached[t]]:
+                                        best[t, reached[t]] = precision
+                        ignored[t] = above + w * run - seen
+                        continue
+                    for i in range(run):
+                        if status[d + i, t] == TRUE:
+                            found = true[t] + w
+                            true[t] = found
+                            r = reached[t]
+                            while found >= need[r + 1]:
+                                r += 1
+                            reached[t] = r
+                            precision = found / ((above + (i + 1) * w - ignored[t]) + eps)
+                            best[t, r] = max(best[t, r], precision)
+                        elif status[d + i, t] == IGNORED:
+                            ignored[t] += w
+            above += w * run
+            d += run
         total = 0.0
         for t in range(n_thr):
-            best[:] = 0.0
-            true, ignored, reached = 0, 0, 0
-            for e in range(event_start[k * n_thr + t], event_start[k * n_thr + t + 1]):
-                d = event[e]
-                w = weight[image[d]]
-                if event_kind[e] == TRUE:
-                    true += w
-                    while true >= need[reached + 1]:
-                        reached += 1
-                    precision = true / ((above[d + 1] - ignored) + eps)
-                    if precision > best[reached]:
-                        best[reached] = precision
-                elif event_kind[e] == IGNORED:
-                    ignored += w
-                else:
-                    seen = above[d] - ignored
-                    for _ in range(w):
-                        for i in range(d, d + tied[d]):
-                            seen += status[t, i] != IGNORED
-                            if status[t, i] == TRUE:
-                                true += 1
-                                while true >= need[reached + 1]:
-                                    reached += 1
-                                best[reached] = max(best[reached], true / (seen + eps))
-                    ignored = above[d] + w * tied[d] - seen
             here = 0.0
             for r in range(n_rec - 1, -1, -1):  # precision: the best at this recall or beyond
-                if r < n_rec - 1 and best[r + 1] > best[r]:
-                    best[r] = best[r + 1]
-                here += best[r]
-                curve[0, r] += best[r]
+                if r < n_rec - 1 and best[t, r + 1] > best[t, r]:
+                    best[t, r] = best[t, r + 1]
+                here += best[t, r]
+                curve[0, r] += best[t, r]
             total += here
             if t == 0 or t == 5:
                 which = 1 if t == 0 else 2
                 ap[k, which] = here / n_rec
                 for r in range(n_rec):
-                    curve[which, r] += best[r]
+                    curve[which, r] += best[t, r]
         ap[k, 0] = total / (n_rec * n_thr)
     for r in range(n_rec):
         curve[0, r] /= max(present, 1) * n_thr
@@ -124,7 +135,16 @@ def _weighted_ap(
         curve[2, r] /= max(present, 1)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
+def _mixed(status, first, run, threshold):
+    true, false = False, False
+    for i in range(first, first + run):
+        true |= status[i, threshold] == TRUE
+        false |= status[i, threshold] == FALSE
+    return true and false
+
+
+@compiled
 def _weighted_aps(weights, arrays, recall, ap, curve):
     classes = np.arange(ap.shape[1])
     for b in range(len(weights)):
@@ -136,10 +156,9 @@ def _arrays(m: Matches) -> tuple[np.ndarray, ...]:
     return (
         m.status,
         m.image,
-        m.class_start,
         m.tied,
+        m.class_start,
         m.event,
-        m.event_kind,
         m.event_start,
         m.object_image,
         m.object_start,
@@ -180,7 +199,7 @@ def draw_images(images: int, resamples: int, rng: np.random.Generator) -> np.nda
 
 def resample(
     runs: Sequence[Matches],
-    resamples: int | range = 1000,
+    resamples: int | range = 500,
     seed: int = 0,
     threads: int = 2,
     progress: Callable[[Iterator], Iterator] = iter,
@@ -241,7 +260,7 @@ def leave_one_out(matches: Matches, threads: int = 2) -> np.ndarray:
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _leave_out(first, last, arrays, recall, touched, touched_start, base, out):
     weight = np.ones(len(out), np.int32)
     ap = np.empty((len(base), 3))
@@ -314,7 +333,7 @@ def _recall(m: Matches, dets: int, thresholds: slice = slice(None)) -> float:
     cls = np.repeat(np.arange(classes), np.diff(m.class_start))
     found = [
         np.bincount(cls[(s == TRUE) & (m.rank < dets)], minlength=classes)
-        for s in m.status[thresholds]
+        for s in m.status.T[thresholds]
     ]
     recall = np.mean(found, axis=0) / np.where(objects, objects, np.nan)
     return float(mean_over_classes(recall))

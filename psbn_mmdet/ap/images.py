@@ -93,7 +93,7 @@ def _url(path: Path) -> str:
 
 
 def _matched(m: Matches) -> np.ndarray:
-    return np.bincount(m.image[m.status[0] == TRUE], minlength=m.images)
+    return np.bincount(m.image[m.status[:, 0] == TRUE], minlength=m.images)
 
 
 def _boxes(i: int, annotations: Annotations, models: list[tuple[Results, Matches]]) -> dict:
@@ -112,7 +112,7 @@ def _boxes(i: int, annotations: Annotations, models: list[tuple[Results, Matches
                 one(
                     results.box[m.source[k]],
                     f"{name[results.cls[m.source[k]]]} {m.score[k]:.2f}",
-                    int(m.status[0, k]),
+                    int(m.status[k, 0]),
                 )
                 for k in at
             ]

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
 from .coco_files import Annotations, Results
+from .compiled import compiled
 
 AREAS = {"all": (0.0, 1e10), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}
 SIZES = {"bbox": ("s", "m", "l"), "segm": ("s", "m", "l"), "keypoints": ("m", "l")}
@@ -27,7 +27,7 @@ MAX_DETS = {"bbox": 100, "segm": 100, "keypoints": 20}
 # mark a keypoint disagree, in sizes of the object
 SIGMAS = np.array([26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89]) / 1000
 
-FALSE, TRUE, IGNORED, TIED = 0, 1, 2, 3
+FALSE, TRUE, IGNORED = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Matches:
     """What one model found in one area range; all that AP depends on, whatever images count.
 
     Detections (D of them) are sorted by class, then falling score, then image: the order in which
-    pycocotools accumulates; those ignored at every IoU threshold are left out. Events are, per
-    class and IoU threshold, the detections that are true or ignored, and the ties described at
-    ``evaluate._weighted_ap``.
+    pycocotools accumulates; those ignored at every IoU threshold are left out. Of detections of
+    one image and class with equal scores only the first can be an event; an event has, or its
+    likes have, a detection that is true or ignored at some threshold.
     """
 
     images: int
-    status: np.ndarray  # (10, D) false, true or ignored, per IoU threshold
+    status: np.ndarray  # (D, 10) false, true or ignored, per IoU threshold
     image: np.ndarray  # (D,)
     score: np.ndarray  # (D,)
     rank: np.ndarray  # (D,) place by score among the boxes of its image and class
@@ -49,8 +49,7 @@ class Matches:
     class_start: np.ndarray  # (K + 1,) into the detections
     tied: np.ndarray  # (D,) how many detections of equal score, image and class start here
     event: np.ndarray  # (E,) index of a detection
-    event_kind: np.ndarray  # (E,)
-    event_start: np.ndarray  # (K * 10 + 1,) into the events
+    event_start: np.ndarray  # (K + 1,) into the events
     object_image: np.ndarray  # (P,) image of each object that counts, sorted by class
     object_start: np.ndarray  # (K + 1,) into the objects
 
@@ -101,7 +100,7 @@ def match_areas(
         low, high = AREAS[area]
         ignored = annotations.crowd | annotations.unlabelled
         ignored = ignored | (annotations.area < low) | (annotations.area > high)
-        status = np.zeros((len(IOU), len(order)), np.uint8)
+        status = np.zeros((len(order), len(IOU)), np.uint8)
         _match_cells(
             iou,
             iou_start,
@@ -131,7 +130,7 @@ def _size(kind: str, results: Results) -> np.ndarray:
     return results.box[:, 2] * results.box[:, 3]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _box_iou(box, obj_box, crowd, det_start, obj_from, obj_to, iou_start):
     """IoU of all pairs of a detection and an object in a cell; of a crowd, over the detection."""
     iou = np.zeros(iou_start[-1])
@@ -221,10 +220,10 @@ def _matches(
     """Sorts what was matched cell by cell into what AP accumulates over."""
     k = len(annotations.class_ids)
     # what is ignored at every threshold, most boxes of a size class, counts for nothing
-    counts = np.flatnonzero((status != IGNORED).any(0))
+    counts = np.flatnonzero((status != IGNORED).any(1))
     # cells come by class and image; by class and score it is what AP accumulates over
     resort = counts[np.lexsort((-results.score[order[counts]], results.cls[order[counts]]))]
-    order, rank, status = order[resort], rank[resort], np.ascontiguousarray(status[:, resort])
+    order, rank, status = order[resort], rank[resort], status[resort]
     image = results.image[order].astype(np.int32)  # half the memory that a resample walks through
     score, cls = results.score[order], results.cls[order]
     class_start = np.searchsorted(cls, np.arange(k + 1))
@@ -232,7 +231,8 @@ def _matches(
     first = np.flatnonzero(np.append(True, ~same)) if len(order) else np.zeros(0, np.int64)
     tied = np.zeros(len(order), np.int64)
     tied[first] = np.diff(np.append(first, len(order)))
-    event, kind, event_start = _events(status, class_start, tied)
+    found = np.logical_or.reduceat((status != FALSE).any(1), first) if len(first) else first
+    event = first[found.astype(bool)]
     return Matches(
         images=len(annotations.image_ids),
         status=status,
@@ -243,14 +243,13 @@ def _matches(
         class_start=class_start,
         tied=tied,
         event=event,
-        event_kind=kind,
-        event_start=event_start,
+        event_start=np.searchsorted(event, class_start),
         object_image=annotations.image[counted].astype(np.int32),
         object_start=np.searchsorted(annotations.cls[counted], np.arange(k + 1)),
     )
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _match_cells(
     iou,
     iou_start,
@@ -301,47 +300,10 @@ def _match_cells(
                 if m >= 0:
                     taken[m] = True
                     if ignored[place[m]]:
-                        status[t, d0 + d] = IGNORED
+                        status[d0 + d, t] = IGNORED
                         continue
                     if not nameless[place[m]]:
-                        status[t, d0 + d] = TRUE
+                        status[d0 + d, t] = TRUE
                         continue
                 if size[d0 + d] < low or size[d0 + d] > high:
-                    status[t, d0 + d] = IGNORED
-
-
-@numba.njit(cache=True, nogil=True)
-def _events(status, class_start, tied):
-    """Lists, per class and threshold, what ``evaluate._weighted_ap`` has to stop at."""
-    n_thr, n_cls = status.shape[0], len(class_start) - 1
-    start = np.zeros(n_cls * n_thr + 1, np.int64)
-    event = np.empty(0, np.int32)
-    kind = np.empty(0, np.uint8)
-    for fill in (False, True):
-        n = 0
-        for k in range(n_cls):
-            for t in range(n_thr):
-                d = class_start[k]
-                while d < class_start[k + 1]:
-                    run = tied[d]
-                    true = 0
-                    false = 0
-                    for i in range(d, d + run):
-                        true += status[t, i] == TRUE
-                        false += status[t, i] == FALSE
-                    if true > 0 and false > 0:
-                        if fill:
-                            event[n], kind[n] = d, TIED
-                        n += 1
-                    else:
-                        for i in range(d, d + run):
-                            if status[t, i] != FALSE:
-                                if fill:
-                                    event[n], kind[n] = i, status[t, i]
-                                n += 1
-                    d += run
-                start[k * n_thr + t + 1] = n
-        if not fill:
-            event = np.empty(n, np.int32)
-            kind = np.empty(n, np.uint8)
-    return event, kind, start
+                    status[d0 + d, t] = IGNORED
