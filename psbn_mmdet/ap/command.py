@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import __version__
 from ..errors import (
     FAILED,
     PsbnError,
@@ -187,6 +188,7 @@ def _run(args: argparse.Namespace) -> bool:
     )
     checked = [e.check(c) for e in claims]
     settings = {
+        "version": f"psbn_mmdet {__version__}",
         "annotations": annotations.path,
         "images": len(annotations.image_ids),
         "type": args.type,

@@ -304,7 +304,8 @@ def markdown(r: Report, extremes: int = 5) -> str:
 
     Args:
         r: The report.
-        extremes: How many of the classes with the largest gain and the largest loss to list.
+        extremes: How many of the classes with the largest gain and the largest loss to list, of
+            those that have an interval.
     """
     lines = []
     if r.table2:
@@ -315,7 +316,7 @@ def markdown(r: Report, extremes: int = 5) -> str:
         )
     for p in r.pairs:
         lines += [f"## {p.headline}", "", p.reason, ""]
-        classes = p.sorted_classes
+        classes = [row for row in p.sorted_classes if row.difference.has_interval]
         ends = [
             row for n, row in enumerate(classes) if n < extremes or n >= len(classes) - extremes
         ]
