@@ -107,6 +107,7 @@ class Kill(At):
     def act(self, runner):
         if torch.distributed.is_initialized():  # rank 0 writes the checkpoint
             torch.distributed.barrier()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises where a worker is killed
         for child in psutil.Process().children(recursive=True):
             child.kill()
         os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from psbn_mmdet.checkpoint import load
-from psbn_mmdet.launch.preempt import PREEMPTED, Preempted, Preemption
+from psbn_mmdet.launch.preempt import PREEMPTED, Preemption
 from tests.helpers.forked import train
 from tests.helpers.noisy_training import equal, last, make_config
 
@@ -76,7 +76,9 @@ def test_resume_takes_whichever_has_seen_more(newer, tmp_path):
     train(make_config(tmp_path / "a.py", hooks=stop), tmp_path / "w")
     if newer == "epoch_1.pth":  # and it was written first: times say nothing
         train(make_config(tmp_path / "b.py", epochs=1), tmp_path / "b")
-        (tmp_path / "b" / "epoch_1.pth").replace(tmp_path / "w" / "epoch_1.pth")
+        epoch = load(tmp_path / "b" / "epoch_1.pth")
+        epoch["meta"]["run"] = load(tmp_path / "w" / "preempted.pth")["meta"]["run"]
+        torch.save(epoch, tmp_path / "w" / "epoch_1.pth")
     ended = train(make_config(tmp_path / "c.py"), tmp_path / "w", "--resume")
     assert f"resuming from {tmp_path}/w/{newer}\n" in ended[0].text
 
@@ -89,8 +91,9 @@ def test_a_second_sigterm_does_not_change_the_status_of_what_has_saved(tmp_path)
 
     before = signal.signal(signal.SIGTERM, ended)
     try:
-        with pytest.raises(Preempted), Preemption(tmp_path):
-            raise Preempted
+        with pytest.raises(SystemExit), Preemption(tmp_path) as preemption:
+            preemption.asked = True
+            raise SystemExit(PREEMPTED)
         os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(signal.SIGTERM, ended)
         with Preemption(tmp_path):
