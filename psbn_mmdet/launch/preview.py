@@ -7,6 +7,7 @@ gets no boxes, layers that are not reached stay BN, a rule takes the weight deca
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -158,29 +159,21 @@ def check_classes(dataset: Any, model: nn.Module) -> None:
                 f"classes of the config; without a box are {', '.join(map(str, empty[:10]))}. Is "
                 "one misspelt?"
             )
-    classes = (getattr(dataset, "metainfo", None) or {}).get("classes")
-    if not classes:
+    metainfo = getattr(dataset, "metainfo", None) or {}
+    classes = metainfo.get("classes")
+    if not classes or hasattr(model, "language_model"):  # which has words for classes
         return
+    counts = {len(classes), len(metainfo.get("thing_classes") or classes)}
     for name, module in model.named_modules():
         number = getattr(module, "num_classes", None)
-        if _classifies_boxes(name, module) and isinstance(number, int) and number != len(classes):
+        if _HEAD_OF_BOXES.search(name) and isinstance(number, int) and number not in counts:
             raise UsageError(
                 f"{name} ({type(module).__name__}) has num_classes={number}, and the data set has "
                 f"{len(classes)} classes; set num_classes of every head to {len(classes)}"
             )
 
 
-def _classifies_boxes(name: str, module: nn.Module) -> bool:
-    """Whether ``num_classes`` of a module has to be that of the data set."""
-    kind = type(module).__name__
-    return (
-        name.rpartition(".")[2] in ("bbox_head", "mask_head")
-        or (".bbox_head." in f"{name}."
-        and kind.endswith("Head"))
-    ) and kind not in _COUNT_OTHERWISE
-
-
-_COUNT_OTHERWISE: frozenset[str] = frozenset()
+_HEAD_OF_BOXES = re.compile(r"(^|\.)(bbox|mask)_head(\.\d+)?$")
 
 
 def _parts(dataset: Any) -> Iterator[Any]:
