@@ -107,6 +107,13 @@ class Preemption(Hook):
             self.computing_metrics = False
             raise BrokenOffError
 
+    def is_asked_within(self, seconds: float) -> bool:
+        """Whether the signal has come, or comes yet: a launcher sends it when another rank ends."""
+        deadline = time.monotonic() + seconds
+        while not self.asked and time.monotonic() < deadline:
+            time.sleep(0.05)  # lets Python run the handler, too
+        return self.asked
+
     def before_train(self, runner: Runner) -> None:
         """Prepare the exchange: over gloo, which does not wait for what a GPU has still to do."""
         if dist.is_initialized() and dist.get_backend() != "gloo":

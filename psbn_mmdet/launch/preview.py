@@ -6,20 +6,35 @@ gets no boxes, layers that are not reached stay BN, a rule takes the weight deca
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from copy import deepcopy
+from io import StringIO
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import (
+    DATASETS,
+    MODELS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+    TASK_UTILS,
+    TRANSFORMS,
+    WEIGHT_INITIALIZERS,
+    init_default_scope,
+)
 from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 
@@ -29,6 +44,11 @@ from .config import UsageError, dicts, scope, type_name
 from .distributed import on_all_ranks
 
 T = TypeVar("T")
+
+_REGISTRIES = (
+    MODELS, TASK_UTILS, WEIGHT_INITIALIZERS, DATASETS, TRANSFORMS, OPTIMIZERS, OPTIM_WRAPPERS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+)  # fmt: skip
 
 _SHOWN = 20
 """Classes that are listed with their boxes; of more, those with the most and the fewest."""
@@ -50,12 +70,23 @@ def preview(cfg: Config, *, training: bool) -> list[str]:
             downloaded.
     """
     init_default_scope(scope(cfg))
-    model = built("model", lambda: MODELS.build(_with_preprocessor(cfg)))
+    MMLogger.get_instance("preview", log_level="WARNING")  # a line for every parameter, else
+    with redirect_stdout(StringIO()):  # pycocotools says how it is getting on
+        return _preview(cfg, training)
+
+
+def _preview(cfg: Config, training: bool) -> list[str]:
+    model = built("model", lambda: MODELS.build(_with_preprocessor(cfg)), cfg.model)
     lines = [_of_model(model), _of_psbn(model)]
     if training:
-        optim = built("optimizer", lambda: build_optim_wrapper(model, deepcopy(cfg.optim_wrapper)))
+        optim = built(
+            "optimizer",
+            lambda: build_optim_wrapper(model, deepcopy(cfg.optim_wrapper)),
+            cfg.optim_wrapper,
+        )
         lines += _of_optimizer(model, optim)
-        dataset = built("training data set", lambda: DATASETS.build(cfg.train_dataloader.dataset))
+        config = cfg.train_dataloader.dataset
+        dataset = built("training data set", lambda: DATASETS.build(config), config)
         if hasattr(dataset, "full_init"):
             dataset.full_init()
         check_classes(dataset, model)
@@ -64,7 +95,7 @@ def preview(cfg: Config, *, training: bool) -> list[str]:
     return [*lines, *(weights or ["weights: random, no file is loaded"])]
 
 
-def built(what: str, build: Callable[[], T]) -> T:
+def built(what: str, build: Callable[[], T], config: Any) -> T:
     """Build something by a config.
 
     Raises:
@@ -75,6 +106,12 @@ def built(what: str, build: Callable[[], T]) -> T:
     except PsbnError:
         raise
     except Exception as error:  # a config names what it likes
+        unknown = _unknown(config) if isinstance(error, (KeyError, TypeError)) else []
+        if unknown:
+            raise UsageError(
+                f"the {what} cannot be built: there is no {', '.join(unknown)}; is it misspelt, or "
+                "does it need custom_imports?"
+            ) from error
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = os.sep.join(frame.filename.split(os.sep)[-3:])
         text = str(error.args[0] if error.args else error).strip() or type(error).__name__
@@ -82,6 +119,16 @@ def built(what: str, build: Callable[[], T]) -> T:
         raise UsageError(
             f"the {what} cannot be built by this config: {text} ({place}:{frame.lineno})"
         ) from error
+
+
+def _unknown(config: Any) -> list[str]:
+    """The types that a config names and no registry has."""
+    parts = {k: v for k, v in (config or {}).items() if k not in ("train_cfg", "test_cfg")}
+    kinds = {node["type"] for node in dicts(parts) if isinstance(node.get("type"), str)}
+    for registry in _REGISTRIES:
+        with registry.switch_scope_and_registry(None) as own, redirect_stdout(StringIO()):
+            kinds = {kind for kind in kinds if own.get(kind) is None}
+    return sorted(kinds)
 
 
 def _with_preprocessor(cfg: Config) -> dict:
@@ -112,7 +159,7 @@ def _of_psbn(model: nn.Module) -> str:
     if not layers:
         return "psBN: no layer; name psBN in norm_cfg, or model.type=psbn_mmdet.ToPsBN"
     kinds = Counter(type(module).__name__ for module in layers.values())
-    alphas = sorted({round(float(module._buffers["alpha"]), 6) for module in layers.values()})
+    alphas = sorted({round(float(module.get_buffer("alpha")), 6) for module in layers.values()})
     frozen = [name for name, module in layers.items() if not module.beta.requires_grad]
     text = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
     text = f"psBN: {text}; alpha {', '.join(map(str, alphas))}"
@@ -153,11 +200,9 @@ def check_classes(dataset: Any, model: nn.Module) -> None:
                 f"{type(part).__name__}: classes={classes!r} is one text; write ({classes!r},)"
             )
         if classes and isinstance(known, list) and len(known) < len(classes):
-            empty = [name for name, number in _boxes(part).items() if number == 0]
             raise UsageError(
                 f"{type(part).__name__}: {part.ann_file} has {len(known)} of the {len(classes)} "
-                f"classes of the config; without a box are {', '.join(map(str, empty[:10]))}. Is "
-                "one misspelt?"
+                f"classes of the config{_told_apart(part.ann_file, classes)}"
             )
     metainfo = getattr(dataset, "metainfo", None) or {}
     classes = metainfo.get("classes")
@@ -171,6 +216,17 @@ def check_classes(dataset: Any, model: nn.Module) -> None:
                 f"{name} ({type(module).__name__}) has num_classes={number}, and the data set has "
                 f"{len(classes)} classes; set num_classes of every head to {len(classes)}"
             )
+
+
+def _told_apart(ann_file: str, classes: Any) -> str:
+    """Which classes a COCO file does not have, if that can be read."""
+    try:
+        content = json.loads(Path(ann_file).read_bytes())
+        there = [category["name"] for category in content["categories"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
+    missing = [str(name) for name in classes if name not in there]
+    return f", and no {', '.join(missing[:9])}; what it has: {', '.join(map(str, there[:99]))}"
 
 
 _HEAD_OF_BOXES = re.compile(r"(^|\.)(bbox|mask)_head(\.\d+)?$")

@@ -80,7 +80,7 @@ def _run(cfg: Config, start: Start, exact: ExactResume, preemption: Preemption) 
         return PREEMPTED
     except RuntimeError as error:
         # Another rank has saved and left, and this one was waiting for it.
-        if not (preemption.asked and dist.is_initialized()):
+        if not (dist.is_initialized() and preemption.is_asked_within(2)):
             raise
         print(f"SIGTERM: rank {rank()} ended: {str(error).splitlines()[0]}", flush=True)
         return PREEMPTED
@@ -183,7 +183,7 @@ def _resume(cfg: Config, resume: str | None) -> Start:
 def _make_runner(cfg: Config, strict: bool) -> Runner:
     kind: type[Runner] = RUNNERS.get(cfg.get("runner_type", "Runner"))
     seeded: type[Runner] = type(kind.__name__, (SeededLoaders, kind), {})
-    runner = built("Runner", lambda: seeded.from_cfg(cfg))
+    runner = built("Runner", lambda: seeded.from_cfg(cfg), cfg.get("model"))
     runner.register_hook(CheckpointGuard(strict), priority="VERY_HIGH")
     return runner
 

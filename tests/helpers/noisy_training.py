@@ -146,7 +146,8 @@ class TerminateIn(Hook):
                 everyone = psutil.Process().parent().children(recursive=True)
                 pids = [p.pid for p in everyone if "multiprocessing" not in str(p.cmdline())]
                 # by another process: a worker ends at once if it is its own that asks
-                subprocess.run(["kill", *map(str, pids if others else [os.getpid()])], check=False)
+                subprocess.Popen(["kill", *map(str, pids if others else [os.getpid()])])
+                time.sleep(0.3)
 
         if point == "metrics":
             MeanScore.while_computing = staticmethod(act)

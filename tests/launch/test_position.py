@@ -35,7 +35,7 @@ class Counting(nn.Module):
         self.threshold = Threshold()
         self.objects = [Threshold(), Threshold()]
         self.count, self.flag, self.size, self.history = 0, False, None, []
-        self.last, self.table = deque([], 3), {"sum": 0.0}
+        self.last, self.table = deque(maxlen=3), {"sum": 0.0}
         self.loose = torch.zeros(2)  # no buffer
 
     def forward(self, x):
