@@ -70,7 +70,7 @@ def preview(cfg: Config, *, training: bool) -> list[str]:
             downloaded.
     """
     init_default_scope(scope(cfg))
-    MMLogger.get_instance("preview", log_level="WARNING")  # a line for every parameter, else
+    MMLogger.get_instance("preview").setLevel("WARNING")  # a line for every parameter, else
     with redirect_stdout(StringIO()):  # pycocotools says how it is getting on
         return _preview(cfg, training)
 

@@ -3,6 +3,7 @@
 A config names it by ``custom_imports``, so that it also runs in processes started from outside.
 """
 
+import json
 import os
 import random
 import signal
@@ -64,6 +65,15 @@ class Stripes(BaseDataset):
         rng = np.random.default_rng(0)
         images = rng.normal(size=(16, 6, 6, 3)).astype("float32")
         return [{"img": img, "img_shape": (6, 6), "label": i % 3} for i, img in enumerate(images)]
+
+
+@DATASETS.register_module()
+class ListedStripes(Stripes):
+    """Their classes are in a file."""
+
+    def load_data_list(self):
+        labels = json.loads(Path(self.ann_file).read_text())
+        return [{**item, "label": labels[item["label"]]} for item in super().load_data_list()]
 
 
 @DATASETS.register_module()
