@@ -12,13 +12,9 @@ from mmengine.config import Config
 from psbn_mmdet import launch
 from psbn_mmdet.checkpoint import CheckpointError
 from psbn_mmdet.launch import UsageError, load_config
-from psbn_mmdet.launch.config import (
-    check_data,
-    check_port,
-    check_processes,
-    check_weights,
-    write_coco_results,
-)
+from psbn_mmdet.launch.checks import check_data, check_port, check_processes
+from psbn_mmdet.launch.config import write_coco_results
+from psbn_mmdet.launch.preview import preview
 from tests.helpers.real_runs import build
 
 # -- where the data is -----------------------------------------------------------------
@@ -310,14 +306,16 @@ def test_testing_refuses_a_checkpoint_that_is_not_of_the_config(
     cfg = load_config(f"configs/demo/demo_{config}.py", data_root=shapes, work_dir=str(tmp_path))
     cfg.test_dataloader.update(num_workers=0, persistent_workers=False)
 
-    def test(how):
-        launch.configure_test(cfg, str(tmp_path / "a.pth"))
-        how()
+    path = str(tmp_path / "a.pth")
+
+    def before():
+        launch.configure_test(cfg, path)
+        preview(cfg, training=False)
 
     with pytest.raises(CheckpointError, match=message):
-        test(lambda: check_weights(cfg, strict=True))  # before processes are started
+        before()  # before processes are started
     with pytest.raises(CheckpointError, match=message):
-        test(lambda: launch.evaluate(cfg))
+        launch.evaluate(cfg, path)
 
 
 def model_of(config, **backbone):
