@@ -226,7 +226,10 @@ class Wiring:
         unsteady: np.ndarray,
         edges: np.ndarray,
         constants: Mapping[str, np.ndarray],
+        computed: frozenset[str],
     ) -> None:
+        self.computed = computed
+        """Weights, of two dimensions and more, that something else than its layer reads."""
         self.blocks, self.norms, self.readers, self.held = blocks, norms, readers, held
         self.value, self.free, self._unsteady = value, free, unsteady
         self.edges = edges
@@ -786,6 +789,7 @@ class _Tracer(TorchDispatchMode):
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if not nn.parameter.is_lazy(tensor) and tensor.layout == torch.strided:
                 self._params[tensor.untyped_storage()._cdata].append((name, tensor))
+        self.computed: set[str] = set()
         self._calls = 0
         self.const(0.0)  # node 0: what padding writes
 
@@ -881,6 +885,7 @@ class _Tracer(TorchDispatchMode):
                     at.copy_(torch.arange(start, start + size).view(param.shape))
                 else:
                     at.fill_(self.block("whole", name, 1, free=True))
+                    self.computed.add(name)
             return memory
         if not tensor.is_floating_point():
             return self._new_memory(tensor, self.data("given"))
@@ -1019,7 +1024,7 @@ class _Tracer(TorchDispatchMode):
             return self._product(func, args, kwargs, name, given)
         if name in _MOVES:
             return self._moved(func, args, kwargs, name, given)
-        if name in _POOLS or name in _REDUCTIONS or name == "flatten_dense_tensors":
+        if name in _POOLS or name in _REDUCTIONS:
             return self._pooled(func, args, kwargs, name, given)
         if torch.Tag.pointwise in func.tags or name in _ALSO_POINTWISE:
             return self._pointwise(func, args, kwargs, name, plain, given)
@@ -1135,6 +1140,14 @@ class _Tracer(TorchDispatchMode):
                 if len(held):
                     why = f"{self.where()} spreads it over several channels"
                     self.hold([torch.from_numpy(held)], why)
+            else:
+                fixed = self._single[ids]
+                if fixed.any() and not fixed.all():  # F.pad of a fixed number of channels
+                    others = np.setdiff1d(rows[fixed], rows[~fixed])
+                    others = others[~self._free[others]]
+                    if len(others):
+                        why = f"{self.where()} adds it to padding, of which the code fixes the width"
+                        self.hold([torch.from_numpy(others)], why)
         sample = out
         for d in range(dims):
             if shape[d] == 1 and sample.shape[d] > 1:
@@ -1522,6 +1535,7 @@ class _Tracer(TorchDispatchMode):
             self._unsteady[: self.size].copy(),
             edges,
             {k: v.numpy() for k, v in self.constants.items()},
+            frozenset(self.computed),
         )
 
 
