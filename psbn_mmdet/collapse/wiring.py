@@ -230,6 +230,8 @@ class Wiring:
     ) -> None:
         self.computed = computed
         """Weights, of two dimensions and more, that something else than its layer reads."""
+        self.training = False
+        """Whether it is of the network in training mode."""
         self.blocks, self.norms, self.readers, self.held = blocks, norms, readers, held
         self.value, self.free, self._unsteady = value, free, unsteady
         self.edges = edges
@@ -280,6 +282,21 @@ class Wiring:
                 frozen[at] |= found & ~self._unsteady[at]
             if int(frozen.sum()) == before:
                 return frozen
+
+    def arriving(self, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
+        """What a layer gets: (C_in,) bool, frozen; and (C_in,) the number, NaN if several."""
+        return self._slot_state(reader.slots, reader.inputs, self.frozen)
+
+    def used_otherwise(self, reader: Reader) -> bool:
+        """Whether anything but a normalization layer reads what a layer puts out."""
+        nodes = range(reader.start, reader.start + reader.filters)
+        made, read = self._consumers[0], self._read_by
+        layers = sum(r.inputs for r in self.readers.values())
+        return (
+            made[nodes.stop] > made[nodes.start]
+            or bool((read[1][read[0][nodes.start] : read[0][nodes.stop]] < layers).any())
+            or any(node in self._why_held for node in nodes)
+        )
 
     def _slot_state(
         self, slots: np.ndarray, count: int, frozen: np.ndarray
@@ -1146,7 +1163,9 @@ class _Tracer(TorchDispatchMode):
                     others = np.setdiff1d(rows[fixed], rows[~fixed])
                     others = others[~self._free[others]]
                     if len(others):
-                        why = f"{self.where()} adds it to padding, of which the code fixes the width"
+                        why = (
+                            f"{self.where()} adds it to padding, of which the code fixes the width"
+                        )
                         self.hold([torch.from_numpy(others)], why)
         sample = out
         for d in range(dims):
