@@ -386,20 +386,22 @@ def _measured(
 ) -> list[Layer]:
     """The layers with what their filters do."""
     modules = norm_modules(model).values()
-    ways = [inputs] if callable(inputs) else ways_to_compare(model, inputs)
-    for call in ways:
-        try:
-            seen = pull_back(model, modules, call)
-            break
-        except MeasureError:
-            raise
-        except Exception as caught:  # whatever a forward() raises
-            error = caught
+    if callable(inputs):
+        seen = pull_back(model, modules, inputs)
     else:
-        reason = " ".join(str(error).split())
-        raise MeasureError(
-            f"the model cannot be called with these images: {type(error).__name__}: "
-            f"{reason[:200]}; give others, or a function that calls it"
-        ) from error
+        for call in ways_to_compare(model, inputs):
+            try:
+                seen = pull_back(model, modules, call)
+                break
+            except MeasureError:
+                raise
+            except Exception as caught:  # whatever a forward() raises
+                error = caught
+        else:
+            reason = " ".join(str(error).split())
+            raise MeasureError(
+                f"the model cannot be called with these images: {type(error).__name__}: "
+                f"{reason[:200]}; give others, or a function that calls it"
+            ) from error
     told = does(*seen).split([layer.gamma.numel() for layer in layers])
     return [dataclasses.replace(layer, does=each) for layer, each in zip(layers, told, strict=True)]
