@@ -18,8 +18,7 @@ do no harm. :func:`.criteria.does` says what follows.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -30,6 +29,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..norm import is_post_shifted
 from .criteria import MeasureError
+from .detectors import in_eval_mode
+from .wiring import tensors_in
 
 
 class Watch:
@@ -139,7 +140,7 @@ def pull_back(
     Args:
         model: Any module.
         modules: Its normalization layers.
-        call: Runs it; it may return tensors in lists, tuples, mappings and dataclasses.
+        call: Runs it; it may return tensors in lists, tuples, mappings, dataclasses.
 
     Raises:
         MeasureError: No output depends on a layer in a way that has a gradient.
@@ -147,20 +148,16 @@ def pull_back(
     watch = Watch(modules)
     tensors = [t for pair in watch._parameters for t in pair if t is not None]
     with ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
+        stack.enter_context(in_eval_mode(model))
         for tensor in {*model.parameters(), *tensors}:
             stack.callback(_put_back, tensor, tensor.requires_grad, tensor.grad)
             tensor.requires_grad_(False).grad = None
         for tensor in tensors:
             tensor.requires_grad_(True)
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        torch.default_generator.manual_seed(0)  # what the model draws
-        model.eval()
         watch.start()
         stack.callback(watch.stop)
-        outputs = [t for t in _tensors(call(model)) if t.requires_grad and t.numel()]
+        outputs = [t for t in tensors_in(call(model)) if t.requires_grad and t.numel()]
         if not outputs:
             raise MeasureError(
                 "no output of the model has a gradient with respect to its normalization layers; "
@@ -181,17 +178,3 @@ def _inverse_size(output: Tensor) -> Tensor:
 
 def _put_back(tensor: Tensor, requires_grad: bool, grad: Tensor | None) -> None:
     tensor.requires_grad_(requires_grad).grad = grad
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _tensors(each)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,6 +28,20 @@ def ways_to_call(model: nn.Module, images: Tensor) -> list[Callable[[nn.Module],
         lambda m: m(images, _data_samples(images, proposals), mode="tensor"),
         lambda m: m(images, _data_samples(images, proposals), mode="predict"),
     ]
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it a model is in eval mode and draws the same numbers; all is put back then."""
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 def ways_to_compare(model: nn.Module, images: Tensor) -> list[Callable[[nn.Module], Any]]:

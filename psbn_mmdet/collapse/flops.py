@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .criteria import THRESHOLD, MeasureError
-from .detectors import ways_to_call
+from .detectors import in_eval_mode, ways_to_call
 from .wiring import Reader, Wiring, trace
 
 
@@ -88,15 +88,12 @@ def probe(
             convolution or linear layer.
     """
     with ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
+        stack.enter_context(in_eval_mode(model))
         for parameter in model.parameters():  # FlopCounterMode would want the graph of a view
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
-        model.eval()
         stack.callback(_set_fast_attention, _set_fast_attention(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
         if callable(inputs):
             counted = _count(model, inputs)
         else:
@@ -109,7 +106,7 @@ def probe(
         shares = {}
         if not all(mask.all() for mask in live.values()):
             shares = _shares(model, live, inputs)
-    rows = tuple(
+    rows: tuple[dict[str, Any], ...] = tuple(
         {"name": name, "total": n, "remaining": round(n * shares.get(name, 1))}
         for name, n in totals.items()
     )
@@ -142,7 +139,6 @@ def _at_size(
 
 def _count(model: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[dict[str, int], int]:
     """Multiply-accumulates within each convolution and linear layer, and outside of them."""
-    torch.default_generator.manual_seed(0)
     counter = FlopCounterMode(display=False, custom_mapping=_FLOPS_OF_OTHERS)
     totals: dict[str, int] = {}
     running: list[list[int]] = []  # of each: the counter at its start, what it holds within

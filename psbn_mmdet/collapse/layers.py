@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from ..norm import added_bias, followed_by, is_post_shifted, norm_layers
 from .criteria import MeasureError, collapsed, filter_l1, not_started
 from .flops import filters_of
 from .pairs import natural_order, pair_by_name, pair_in_order
+from .wiring import Wiring
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,40 @@ def layers_of_model(model: nn.Module) -> list[Layer]:
             norms.items(), *(v.split(sizes) for v in (gamma, bias, norm)), strict=True
         )
     ]
+
+
+_FOLLOWED_BY = {"leaky": "leaky", "smooth": "other", "sum": "sum", "none": "none", "relu": "relu"}
+
+
+def layers_as_wired(model: nn.Module, layers: list[Layer], wired: Wiring) -> list[Layer]:
+    """The layers with what running the network tells: convolution in front, what is behind.
+
+    ``firing`` is that of the rectifier behind a filter; of several, on several ways, the largest.
+    """
+    convs: dict[str | None, Any] = dict(model.named_modules())
+    found = []
+    for layer in layers:
+        if layer.name not in wired.norms:  # it did not run
+            found.append(layer)
+            continue
+        channels = wired.channels(layer.name)
+        producers = {each for channel in channels for each, _ in channel.producers}
+        alike = all([i for _, i in c.producers] == [c.index] for c in channels)
+        conv = producers.pop() if len(producers) == 1 and alike else None
+        known = conv is not None and filters_of(convs[conv]) > 0
+        kinds = {channel.activation for channel in channels}
+        kind = kinds.pop() if len(kinds) == 1 else "mixed"
+        firing = [max((r.firing for r in c.rectifiers), default=torch.nan) for c in channels]
+        found.append(
+            dataclasses.replace(
+                layer,
+                conv=conv if known else None,
+                filter_l1=l1_norms(convs[conv]).float().cpu() if known else None,
+                followed_by=_FOLLOWED_BY.get(kind, layer.followed_by),
+                firing=torch.tensor(firing),
+            )
+        )
+    return found
 
 
 def layers_of_state_dict(

@@ -31,16 +31,18 @@ from .criteria import (
     nearly_linear,
     not_finite,
 )
-from .detectors import ways_to_compare
+from .detectors import in_eval_mode, ways_to_compare
 from .flops import Flops, probe
 from .layers import (
     NO_GAMMA,
     Layer,
+    layers_as_wired,
     layers_of_model,
     layers_of_state_dict,
     live_filters,
     norm_modules,
 )
+from .wiring import trace
 
 Inputs = Tensor | tuple[int, ...] | Callable[[nn.Module], Any]
 
@@ -333,9 +335,10 @@ def measure(
     together. An InstanceNorm without running statistics cannot be told from a
     GroupNorm or LayerNorm there and is not counted.
 
-    The convolution in front of a layer is known in a model by name (``bn1`` -
-    ``conv1``) or as the last one defined before it among its siblings, in a state
-    dict by what names and shapes prove, whatever the order of the keys
+    The convolution in front of a layer is known by running the model with images
+    (:mod:`.wiring`); without, in a model by name (``bn1`` - ``conv1``) or as the
+    last one defined before it among its siblings, in a state dict by what names and
+    shapes prove, whatever the order of the keys
     (:mod:`.pairs`). Where none is known (a layer behind an addition or a
     concatenation, a filter that is parametrised, names that say nothing), the row
     says so. A state dict does not tell a transposed convolution from a plain one,
@@ -346,7 +349,8 @@ def measure(
             are reported in the natural order of their names.
         inputs: Images (N, C, H, W), as the model gets them (of mmdet: normalised);
             or a function that calls the model it is given and returns its outputs,
-            or a loss. The filters are measured and the FLOPs counted. Or the size
+            or a loss. The filters are measured, how often the rectifiers behind them fire
+            too, and the FLOPs counted. Or the size
             (C, H, W) of an image: FLOPs are counted, per image, and nothing is
             measured, as noise is no image.
         threshold: Of |gamma|.
@@ -386,8 +390,10 @@ def _measured(
 ) -> list[Layer]:
     """The layers with what their filters do."""
     modules = norm_modules(model).values()
-    if callable(inputs):
-        seen = pull_back(model, modules, inputs)
+    call: Callable[[nn.Module], Any]
+    if not isinstance(inputs, Tensor):
+        call = inputs
+        seen = pull_back(model, modules, call)
     else:
         for call in ways_to_compare(model, inputs):
             try:
@@ -404,4 +410,8 @@ def _measured(
                 f"{reason[:200]}; give others, or a function that calls it"
             ) from error
     told = does(*seen).split([layer.gamma.numel() for layer in layers])
-    return [dataclasses.replace(layer, does=each) for layer, each in zip(layers, told, strict=True)]
+    layers = [
+        dataclasses.replace(layer, does=each) for layer, each in zip(layers, told, strict=True)
+    ]
+    with in_eval_mode(model):
+        return layers_as_wired(model, layers, trace(model, call))
