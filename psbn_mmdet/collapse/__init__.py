@@ -8,7 +8,7 @@
 - :mod:`.flops`: how many FLOPs the collapsed filters cost
 - :mod:`.detectors`: how a model is called with images
 - :mod:`.wiring`: how a network is wired, channel by channel, found by running it
-- :mod:`.strip`: ``strip``, which takes the collapsed filters out
+- :mod:`.stripping`: ``strip``, which takes the collapsed filters out
 - :mod:`.narrow`: a network narrowed to the shapes of stripped weights
 - :mod:`.hook`: ``SparsityLoggerHook``, which measures while a model trains
 - :mod:`.trace`: the file it writes
@@ -37,7 +37,7 @@ from .flops import Flops, probe
 from .layers import Layer, gather, norm_modules
 from .narrow import StripError, narrow
 from .report import Report, measure
-from .strip import Stripped, strip
+from .stripping import Stripped, strip
 
 __all__ = [
     "INACTIVE_BELOW",

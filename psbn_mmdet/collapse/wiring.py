@@ -348,8 +348,8 @@ class Wiring:
             return np.zeros(block.size, dtype=bool)
         given = block.inputs
         none = given < 0
-        value = np.where(none, np.nan, self.value[given])
-        low, high = np.nanmin(value, 1), np.nanmax(value, 1)
+        low = np.where(none, np.inf, self.value[given]).min(1)
+        high = np.where(none, -np.inf, self.value[given]).max(1)
         found = (frozen[given] | none).all(1) & (low == high)
         return found & (low == 0) if block.survives == "zero" else found
 
