@@ -129,8 +129,12 @@ def l1_norms(conv: Any) -> Tensor:
 
 def live_filters(model: nn.Module, threshold: float) -> dict[nn.Module, Tensor]:
     """Which filters of each normalization layer have not collapsed, (C,) bool, for `probe`."""
-    norms: Any = norm_modules(model).values()
-    return {m: ~collapsed(m.weight.detach(), threshold) for m in norms}
+    live = {}
+    for module in norm_modules(model).values():
+        gamma, bias = gather([module])
+        alpha = float(module.alpha) if is_post_shifted(module) else None  # type: ignore[arg-type]
+        live[module] = ~collapsed(gamma, threshold) | not_started(gamma, bias, alpha)
+    return live
 
 
 def layers_of_model(model: nn.Module) -> list[Layer]:
@@ -241,7 +245,7 @@ def layers_of_state_dict(
         gammas[prefix] = weight.flatten().float().cpu()
         if shifted:
             alphas[prefix] = float(tensors["alpha"])
-            bias = tensors["beta"].float() + tensors["alpha"].float()
+            bias = tensors.get("bias", tensors["beta"] + tensors["alpha"]).float()
         else:
             bias = tensors.get("bias", torch.zeros(channels)).float()
         biases[prefix] = bias.flatten().cpu()
