@@ -152,7 +152,7 @@ def _draw_norms(figure: Any, trace: Trace) -> bool:
         bins,
         histtype="step",
         lw=1.8,
-        color=COLORS["dead"],
+        color=COLORS["collapsed"],
         label=labels[-1],
     )
     axes.set(

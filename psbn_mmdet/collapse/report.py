@@ -409,7 +409,7 @@ def _measured(
                 f"the model cannot be called with these images: {type(error).__name__}: "
                 f"{reason[:200]}; give others, or a function that calls it"
             ) from error
-    told = does(*seen).split([layer.gamma.numel() for layer in layers])
+    told = does(*seen, unit=1.0).split([layer.gamma.numel() for layer in layers])
     layers = [
         dataclasses.replace(layer, does=each) for layer, each in zip(layers, told, strict=True)
     ]
