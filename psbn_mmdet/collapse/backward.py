@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class Watch:
 
     def start(self) -> None:
         self._hooks = ExitStack()
-        self._seen_of_x: list[_Channels | None] = [None] * len(self.modules)
+        self._sums: list[tuple[Tensor, int] | None] = [None] * len(self.modules)
         self._gammas = [gamma.detach().clone() for gamma, _ in self._parameters]
         self._gradients: list[list[Tensor | None]] = [[None, None] for _ in self.modules]
         self._ran: set[int] = set()
@@ -68,7 +68,11 @@ class Watch:
             if torch.is_grad_enabled():
                 self._ran.add(i)
             if inputs and _by_running_statistics(module):
-                self._seen_of_x[i] = _Channels.of(inputs[0].detach()) + self._seen_of_x[i]
+                x = inputs[0].detach()
+                dims = [d for d in range(x.dim()) if d != 1]
+                total, n = self._sums[i] or (0, 0)
+                positions = x.numel() // max(x.shape[1], 1)
+                self._sums[i] = total + x.sum(dims, dtype=torch.float32), n + positions
 
         return before
 
@@ -92,10 +96,13 @@ class Watch:
             start = torch.zeros_like(gamma, dtype=torch.float32)
             start = start if measured else start + torch.nan
             by_gamma, by_bias = (start if g is None else g.float() for g in self._gradients[i])
-            mean, constant = _mean_of_x_hat(self.modules[i], self._seen_of_x[i])
+            mean = _mean_of_x_hat(self.modules[i], self._sums[i])
             parts[0].append(torch.maximum(by_gamma.abs(), by_bias.abs()))
-            effect = (gamma.float() * (by_gamma - mean * by_bias)).abs()
-            parts[1].append(torch.where(torch.as_tensor(constant), 0, effect))
+            by_mean = mean * by_bias
+            # Where x_hat is constant the two are alike, and what they leave is their rounding.
+            rounding = 32 * ROUNDING * by_mean.abs()
+            left = ((by_gamma - by_mean).abs() - rounding).clamp(min=0)
+            parts[1].append(gamma.float().abs() * left)
         joined = torch.cat([t.to(device) for t in parts[0] + parts[1]]).cpu()
         gradient, effect = joined.chunk(2)
         return gradient, effect
@@ -115,38 +122,13 @@ def _by_running_statistics(module: Any) -> bool:
     return not (isinstance(module, _BatchNorm) and module.training)  # FrozenBatchNorm2d always
 
 
-class _Channels(NamedTuple):
-    """What arrived at a layer: per channel (C,) the sum, least and largest; how many of each."""
-
-    total: Tensor
-    low: Tensor
-    high: Tensor
-    n: int
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Channels:
-        dims = [d for d in range(x.dim()) if d != 1]
-        x = x.float()
-        return cls(x.sum(dims), x.amin(dims), x.amax(dims), x.numel() // max(x.shape[1], 1))
-
-    def __add__(self, other: Any) -> _Channels:
-        if other is None:
-            return self
-        low, high = self.low.minimum(other.low), self.high.maximum(other.high)
-        return _Channels(self.total + other.total, low, high, self.n + other.n)
-
-
-def _mean_of_x_hat(module: Any, x: _Channels | None) -> tuple[Tensor | float, Tensor | bool]:
-    """The mean of x_hat, and whether x_hat is constant, (C,) each.
-
-    It is constant where its deviations are within some roundings of its mean: what the effect would
-    come to there is rounding, too.
-    """
-    if x is None:
-        return 0.0, False
-    scale = torch.rsqrt(module.running_var.float() + getattr(module, "eps", 1e-5))
-    mean = (x.total / max(x.n, 1) - module.running_mean.float()) * scale
-    return mean, (x.high - x.low) * scale <= 64 * ROUNDING * mean.abs()
+def _mean_of_x_hat(module: Any, sums: tuple[Tensor, int] | None) -> Tensor:
+    """(C,), 0 where the layer normalises with the statistics of the batch."""
+    if sums is None:
+        return torch.zeros_like(module.weight, dtype=torch.float32)
+    total, n = sums
+    deviation = total / max(n, 1) - module.running_mean.float()
+    return deviation * torch.rsqrt(module.running_var.float() + getattr(module, "eps", 1e-5))
 
 
 def pull_back(
