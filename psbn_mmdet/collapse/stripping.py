@@ -483,11 +483,11 @@ def _parts(
     bases = np.cumsum([len(slots), *(w.size for w, _ in wirings)])
     pairs = [np.stack([bases[n] + g, s], 1) for n, g, s in links]
     label = connected(int(bases[-1]), np.concatenate([np.empty((0, 2), np.int64), *pairs]))
-    # Only what a filter is made by is a channel.
+    gammas = {f"{name}.weight" if name else "weight" for name in filters.kinds}
     numbers: dict[int, int] = {}
     parts: list[Part] = []
     for slot, (name, side, index) in enumerate(slots):
-        if side == "out":
+        if side == "out" or name in gammas:
             number = numbers.setdefault(int(label[slot]), len(parts))
             if number == len(parts):
                 parts.append(Part())
@@ -559,6 +559,8 @@ def _parts(
         gone = any(filters.kinds[n][i] != "live" for n, i in part.filters)
         if part.why is None and not part.reads and not gone:
             part.why = "nothing was seen to read it"
+        if part.why is None and not any(side == "out" for _, side, _ in part.entries):
+            part.why = "no layer in front of it is known"
     return parts
 
 
@@ -1194,7 +1196,7 @@ def _filters_record(planned: Plan, filters: _Filters) -> dict[str, Any]:
     for name, kinds in filters.kinds.items():
         for index, kind in enumerate(kinds):
             if kind != "live" and (name, index) not in seen:
-                kept[name, f"{name} did not run, or no layer in front of it is known"].append(index)
+                kept[name, f"{name} did not run"].append(index)
     for by_kind in removed.values():
         for each in by_kind.values():
             each.sort()

@@ -1004,6 +1004,11 @@ class _Tracer(TorchDispatchMode):
         if self._calls % 256 == 0:
             for key in [k for k, m in self.memory.items() if m.ref.expired()]:
                 del self.memory[key]
+        if torch.is_inference_mode_enabled():  # composite operations arrive as one
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if func.is_view:
             out = func(*args, **kwargs)
             for tensor in tensors_in(out) if self.watch else ():
