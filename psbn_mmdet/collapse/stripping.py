@@ -120,11 +120,13 @@ def strip(
     to_bn(original)
     calls = Calls(original, inputs)
     filters = _Filters(original, threshold, inactive_below)
-    first = trace(original, calls.first)
-    filters.look_behind(first)
-    wirings = _all_wirings(original, calls, filters.constants)
-    planned = plan(original, wirings, filters, borders == "fold")
-    twin, planned = _carried_out(original, planned, calls, filters)
+    wide = calls.widen(original)
+    filters.look_behind(trace(wide, calls.first))
+    wirings = _all_wirings(wide, calls, filters.constants)
+    planned = plan(wide, wirings, filters, borders == "fold")
+    wide_twin, planned = _carried_out(wide, planned)
+    # The narrow one is written down in the precision that the model has.
+    twin = narrow(copy.deepcopy(original), wide_twin.state_dict())
 
     record: dict[str, Any] = {
         "threshold": threshold,
@@ -132,12 +134,14 @@ def strip(
         "borders": borders,
         "psbn_layers_to_bn": n_psbn,
         **_filters_record(planned, filters),
-        "proof": _proof(original, twin, planned, filters, calls, tolerance, borders == "exact"),
+        "proof": _proof(
+            wide, wide_twin, twin, planned, filters, calls, tolerance, borders == "exact"
+        ),
         "parameters": {
             name: sum(p.numel() for p in m.parameters())
             for name, m in (("before", original), ("after", twin))
         },
-        "macs": {"before": _macs(original, calls), "after": _macs(twin, calls)},
+        "macs": {"before": _macs(wide, calls), "after": _macs(wide_twin, calls)},
     }
     if inactive_below is not None:
         record["inactive_bound"] = filters.inactive_bound(record["removed"])
@@ -223,6 +227,19 @@ class Calls:
             f"{' '.join(str(error).split())[:200]}"
         ) from error
 
+    def widen(self, model: nn.Module) -> nn.Module:
+        """The model, and the images from now on, in float64, if it runs so; else the model."""
+        if self.images is None or not self.images.is_floating_point():
+            return model
+        given, wide = self.images, copy.deepcopy(model).double()
+        self.images = given.double()
+        try:
+            _outputs(wide, self.first)
+        except Exception:  # an operator that has no float64
+            self.images = given
+            return model
+        return wide
+
     def _on(self, images: Tensor) -> Run:
         return lambda model: ways_to_compare(model, images)[self.way](model)
 
@@ -240,14 +257,13 @@ class Calls:
     def _larger(images: Tensor) -> Tensor:
         return F.pad(images, (0, 1) * (images.dim() - 2), mode="replicate")
 
-    def variants(self, double: bool) -> list[Run]:
+    def variants(self) -> list[Run]:
         """Calls for a comparison: the inputs, others of other scale and sign, another size."""
         if self.images is None:
             return [self._own]
         x = self.images
         if not x.is_floating_point():
             return [self._on(x)]
-        x = x.double() if double else x
         others = [x, -3 * x, 30 * x, 0.05 * x]
         return [self._on(v) for v in [*others, *([self._larger(2 * x)] if x.dim() >= 4 else [])]]
 
@@ -410,6 +426,8 @@ class Plan:
         parts: All channels.
         gone: Indices of those that go.
         merged: Those of them whose constant another one carries from now on.
+        order: Weight or vector -> which of its old input channels, or elements, stand in which
+            place, where that is not their old order (behind a channel shuffle).
     """
 
     wirings: list[tuple[Wiring, Run | None]]
@@ -417,6 +435,7 @@ class Plan:
     parts: list[Part]
     gone: list[int]
     merged: dict[int, int]
+    order: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def plan(
@@ -651,15 +670,13 @@ def _put_back(planned: Plan, back: Mapping[int, str]) -> None:
 
 @torch.no_grad()
 def take_out(
-    model: nn.Module, planned: Plan, order: Mapping[str, np.ndarray] | None = None
+    model: nn.Module, planned: Plan
 ) -> tuple[nn.Module, dict[tuple[str, str], np.ndarray]]:
-    """A copy of a network without what goes.
+    """A copy of a network without what goes, in the precision that the network has.
 
     Args:
         model: Nothing of it is changed.
         planned: What goes.
-        order: Weight or vector -> which of its old input channels, or elements, stand in which
-            place, where that is not their old order.
 
     Returns:
         The copy; and (tensor, side) -> the old indices of what is left.
@@ -672,11 +689,14 @@ def take_out(
     ):
         shared[id(tensor)].append(key)
     names = {keys[0]: keys for keys in shared.values()}
-    _fold(model, planned, weights)
+    new = _fold(planned, weights)
     lost: dict[tuple[str, str], set[int]] = defaultdict(set)
     for number in planned.gone:
         for name, side, index in planned.parts[number].entries:
             lost[name, side].add(index)
+    for bias in new:
+        if out := lost.get((f"{bias[: -len('bias')]}weight", "out")):
+            lost[bias, "each"] = out
     kept: dict[tuple[str, str], np.ndarray] = {}
     for (name, side), gone in lost.items():
         reader = planned.readers.get(name)
@@ -685,12 +705,11 @@ def take_out(
         if side != "each" and reader is not None:
             size = reader.inputs if side == "in" else reader.filters
         kept[name, side] = np.array([i for i in range(size) if i not in gone])
-    for name, indices in (order or {}).items():
+    for name, indices in planned.order.items():
         side = "in" if name in planned.readers else "each"
         kept[name, side] = indices
     for (name, side), indices in kept.items():
-        new = _select(weights[name], planned.readers.get(name), side, torch.from_numpy(indices))
-        weights[name] = new
+        weights[name] = _select(weights[name], planned.readers.get(name), side, torch.from_numpy(indices))
     for first, keys in names.items():
         for key in keys[1:]:
             if key in weights:
@@ -715,13 +734,14 @@ def _select(weight: Tensor, reader: Reader | None, side: str, kept: Tensor) -> T
     return torch.cat([part[:, rows] for part, rows in zip(parts, each, strict=True)])
 
 
-def _fold(model: nn.Module, planned: Plan, weights: dict[str, Tensor]) -> None:
+def _fold(planned: Plan, weights: dict[str, Tensor]) -> list[str]:
     """Make weights indifferent to what goes: what its constants added is added elsewhere.
 
     It goes into the weights of the channel that they are merged into if the layer pads with zeros,
     else into the bias of the layer, or into the running mean of the BN behind it if that alone
-    reads it and the layer has no bias, or into a new bias.
+    reads it and the layer has no bias, or into a new bias. Returned are the new ones.
     """
+    new: list[str] = []
     added: dict[str, Tensor] = {}
     exact = {name: weights[name].double() for name in planned.readers}
     for number in planned.gone:
@@ -761,14 +781,8 @@ def _fold(model: nn.Module, planned: Plan, weights: dict[str, Tensor]) -> None:
                 weights[mean] = (weights[mean].double() - total).to(weights[mean].dtype)
         else:
             weights[bias] = total.to(weights[name].dtype)
-            out = [
-                s for n in planned.gone for s in planned.parts[n].entries if s[:2] == (name, "out")
-            ]
-            for _, _, index in out:
-                number = next(
-                    n for n in planned.gone if (name, "out", index) in planned.parts[n].entries
-                )
-                planned.parts[number].entries.append((bias, "each", index))
+            new.append(bias)
+    return new
 
 
 def _column(weight: Tensor, reader: Reader, index: int) -> Tensor:
@@ -927,19 +941,17 @@ def _order(
     return np.array(found)
 
 
-def _carried_out(
-    original: nn.Module, planned: Plan, calls: Calls, filters: _Filters
-) -> tuple[nn.Module, Plan]:
+def _carried_out(original: nn.Module, planned: Plan) -> tuple[nn.Module, Plan]:
     """Take out what goes, as far as the narrowed network is wired as the original was."""
 
     def attempt(numbers: Iterable[int]) -> tuple[nn.Module, Plan] | str:
         some = copy.copy(planned)
-        some.parts = copy.deepcopy(planned.parts)
+        some.parts = [copy.copy(part) for part in planned.parts]
         some.gone = list(numbers)
         _leave_whole_layers(some)
-        order: dict[str, np.ndarray] = {}
+        some.order = {}
         for _ in range(2):
-            twin, kept = take_out(original, some, order)
+            twin, kept = take_out(original, some)
             try:
                 found = {}
                 for wiring, run in some.wirings:
@@ -952,9 +964,9 @@ def _carried_out(
             except Exception as error:  # whatever a forward() raises
                 reason = " ".join(str(error).split())[:100]
                 return f"the network does not run without it ({reason})"
-            if all(np.array_equal(order.get(k), v) for k, v in found.items()):
+            if all(np.array_equal(some.order.get(k), v) for k, v in found.items()):
                 return twin, some
-            order.update(found)
+            some.order.update(found)
         return "without it the network is wired otherwise (channels in another order)"
 
     result = attempt(planned.gone)
@@ -1046,30 +1058,20 @@ def _reference(original: nn.Module, planned: Plan, filters: _Filters) -> tuple[n
 def _proof(
     original: nn.Module,
     twin: nn.Module,
+    written: nn.Module,
     planned: Plan,
     filters: _Filters,
     calls: Calls,
     tolerance: float,
     exact: bool,
 ) -> dict[str, Any]:
+    """Compare the outputs, of the surgery and of the ``written`` model, the twin rounded."""
     reference, same = _reference(original, planned, filters)
-    double = calls.images is not None
-
-    def compared(a: nn.Module, only_first: bool) -> Difference:
-        if not double:
-            return _compared(a, twin, calls.variants(False), only_first)
-        pair = (copy.deepcopy(a).double(), copy.deepcopy(twin).double())
-        return _compared(*pair, calls.variants(True), only_first)
-
-    try:
-        surgery = compared(reference, False)
-    except Exception:  # an operator that has no float64
-        if not double:
-            raise
-        double = False
-        surgery = compared(reference, False)
+    precision = next(original.parameters()).dtype
+    surgery = _compared(reference, twin, calls.variants())
     # What is told from a small gamma or from normal inputs holds for inputs as those given.
-    found = surgery if same else compared(original, True)
+    runs = calls.variants() if same else calls.variants()[:1]
+    found = _compared(original, copy.deepcopy(written).to(precision), runs)
     if exact and not surgery.relative <= EXACT:
         raise StripError(
             f"the outputs of the stripped network differ by {surgery.relative:.2g} of the largest "
@@ -1085,7 +1087,7 @@ def _proof(
         "images": calls.described,
         "calls": found.calls,
         "wiring": "equal",
-        "precision": "float64" if double else str(next(twin.parameters()).dtype)[6:],
+        "precision": str(precision)[6:],
         "largest_relative_difference": found.relative,
         "of_the_surgery_alone": surgery.relative,
         "largest_output": found.largest,
@@ -1114,9 +1116,9 @@ class Difference:
     where: str = ""
 
 
-def _compared(a: nn.Module, b: nn.Module, runs: list[Run], only_first: bool) -> Difference:
+def _compared(a: nn.Module, b: nn.Module, runs: list[Run]) -> Difference:
     worst = Difference(0.0, 0.0, 0, 0)
-    for number, run in enumerate(runs[:1] if only_first else runs):
+    for number, run in enumerate(runs):
         try:
             expected = _outputs(a, run)
         except Exception:
