@@ -709,7 +709,9 @@ def take_out(
         side = "in" if name in planned.readers else "each"
         kept[name, side] = indices
     for (name, side), indices in kept.items():
-        weights[name] = _select(weights[name], planned.readers.get(name), side, torch.from_numpy(indices))
+        weights[name] = _select(
+            weights[name], planned.readers.get(name), side, torch.from_numpy(indices)
+        )
     for first, keys in names.items():
         for key in keys[1:]:
             if key in weights:

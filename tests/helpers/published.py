@@ -9,7 +9,9 @@ def load(model, file, **options):
     """Their weights, without the wrapper's prefix; eval mode."""
     saved = torch.load(file, map_location="cpu", weights_only=True)
     saved = saved.get("state_dict", saved)
-    state_dict = {k[len("module.") :] if k.startswith("module.") else k: v for k, v in saved.items()}
+    state_dict = {
+        k[len("module.") :] if k.startswith("module.") else k: v for k, v in saved.items()
+    }
     model.load_state_dict(state_dict, **options)
     return model.eval()
 
