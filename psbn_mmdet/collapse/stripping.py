@@ -247,15 +247,21 @@ class Calls:
     def first(self) -> Run:
         return self._own if self.images is None else self._on(self.images)
 
-    def another_size(self) -> Run | None:
-        """Images of odd numbers of pixels more, if that is a thing."""
-        if self.images is None or self.images.dim() < 4 or not self.images.is_floating_point():
-            return None
-        return self._on(self._larger(self.images))
+    def other_sizes(self) -> list[Run]:
+        """Images of more pixels, if that is a thing.
 
-    @staticmethod
-    def _larger(images: Tensor) -> Tensor:
-        return F.pad(images, (0, 1) * (images.dim() - 2), mode="replicate")
+        A network that pads or crops as the size wants it does so at sizes that are odd on some
+        level: of these, every level down to 1/32 meets several.
+        """
+        if self.images is None or self.images.dim() < 4 or not self.images.is_floating_point():
+            return []
+        return [self._on(self._larger(more)) for more in ((1, 2), (4, 8), (16, 31), (3, 6))]
+
+    def _larger(self, more: tuple[int, int]) -> Tensor:
+        x = self.images
+        assert x is not None
+        twice = x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        return twice[..., : x.shape[-2] + more[0], : x.shape[-1] + more[1]]
 
     def variants(self) -> list[Run]:
         """Calls for a comparison: the inputs, others of other scale and sign, another size."""
@@ -264,8 +270,8 @@ class Calls:
         x = self.images
         if not x.is_floating_point():
             return [self._on(x)]
-        others = [x, -3 * x, 30 * x, 0.05 * x]
-        return [self._on(v) for v in [*others, *([self._larger(2 * x)] if x.dim() >= 4 else [])]]
+        scales = [self._on(v) for v in (x, -3 * x, 30 * x, 0.05 * x)]
+        return scales + self.other_sizes()
 
 
 def _outputs(model: nn.Module, run: Run) -> list[Tensor]:
@@ -365,16 +371,19 @@ def _all_wirings(
 
     Layers that run in none of them may read anything of as many channels as they take.
     """
-    runs: list[Run] = [calls.first]
-    if (other := calls.another_size()) is not None:
+    first = trace(model, calls.first, constants)
+    wirings: list[tuple[Wiring, Run | None]] = [(first, calls.first)]
+    for run in calls.other_sizes():
         try:
-            _outputs(model, other)
+            found = trace(model, run, constants)
         except Exception:  # a network for one size of images
-            other = None
-        else:
-            runs.append(other)
-    wirings: list[tuple[Wiring, Run | None]]
-    wirings = [(trace(model, run, constants), run) for run in runs]
+            continue
+        try:
+            alike = not match(first, found, {})
+        except _UnlikeError:
+            alike = False
+        if not alike:
+            wirings.append((found, run))
     weights = _layers_to_run(model)
 
     def waiting() -> set[str]:
