@@ -25,7 +25,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,7 +40,8 @@ from .criteria import (
 from .detectors import ways_to_compare
 from .layers import gather, norm_modules
 from .narrow import StripError, narrow
-from .wiring import Reader, Run, Wiring, connected, tensors_in, trace
+from .shadows import Reader, tensors_in
+from .wiring import Run, Wiring, connected, trace
 
 TOLERANCE = 1e-3
 """Largest difference of an output channel relative to the largest value in it: that of the
@@ -514,7 +514,7 @@ def _parts(
     gammas = {f"{name}.weight" if name else "weight" for name in filters.kinds}
     numbers: dict[int, int] = {}
     parts: list[Part] = []
-    for slot, (name, side, index) in enumerate(slots):
+    for slot, (name, side, _) in enumerate(slots):
         if side == "out" or name in gammas:
             number = numbers.setdefault(int(label[slot]), len(parts))
             if number == len(parts):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from psbn_mmdet.collapse import StripError, strip
-from psbn_mmdet.collapse.wiring import tensors_in
+from psbn_mmdet.collapse.shadows import tensors_in
 from tests.helpers.random_nets import RandomNet
 
 SEEDS = range(int(os.environ.get("PSBN_TEST_NETS", "40")))
