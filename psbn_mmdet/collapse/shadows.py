@@ -78,14 +78,24 @@ class Norm:
         name: Of its module.
         start: Node of its first channel; ``channels`` follow each other.
         slots: (K, 2), (channel, node) of all that arrives.
+        tracked: Whether it ever normalized by its running statistics.
         statistics: Whether it ever normalized by statistics of its input.
     """
 
     name: str
     start: int
     channels: int
+    tracked: bool = False
     statistics: bool = False
     calls: list[np.ndarray] = dataclasses.field(default_factory=list, repr=False)
+
+    @property
+    def module(self) -> str:
+        return self.name
+
+    @property
+    def inputs(self) -> int:
+        return self.channels
 
     @cached_property
     def slots(self) -> np.ndarray:
@@ -567,9 +577,9 @@ class Tracer(TorchDispatchMode):
         value = np.full(len(rows), np.nan)
         if out.numel() and not out.is_complex():
             value = _samples(out, shape, first)
-        firing = None
+        firing: Any = None
         if passes is not None and out.numel():
-            share = passes.expand(out.shape).double()
+            share: Any = passes.expand(out.shape).double()
             along = [d for d in range(dims) if shape[d] == 1 and out.shape[d] > 1]
             share = (share.mean(along) if along else share).reshape(-1).cpu().numpy()
             count = np.bincount(inverse, minlength=len(rows))
@@ -737,7 +747,9 @@ class Tracer(TorchDispatchMode):
             table[position] = np.stack(columns, 1)
             start = self.block("norm", layer, block.size, table)
             found = self.norms[layer] = Norm(layer, start, block.size)
-        found.statistics |= bool(op.given.get("training", False))
+        own_statistics = bool(op.given.get("training", False))
+        found.statistics |= own_statistics
+        found.tracked |= not own_statistics
         nodes = found.start + position
         self._sample(main, 1, nodes, new)
         pairs = _pairs(ids)
@@ -784,11 +796,13 @@ class Tracer(TorchDispatchMode):
             return self._opaque(op)
         transposed = bool(given.get("transposed", False))
         pads = bool(any(np.ravel(given.get("padding", 0)))) and not transposed
-        x = given.get("input", given.get("self"))
+        x: Any = given.get("input", given.get("self"))
         return self._read(op, found, x, 1, given.get("groups", 1), transposed, pads)
 
     def _product(self, op: _Op) -> Any:
-        x, weight, bias = (op.given.get(key) for key in _PRODUCTS[op.name])
+        x: Any
+        weight: Any
+        x, weight, bias = [op.given.get(key) for key in _PRODUCTS[op.name]]
         found = self._parameter(weight, op.name != "linear")
         scaled = op.given.get("beta", 1) != 1 or op.given.get("alpha", 1) != 1
         if found is None or found[1].dim() != 2 or scaled:

@@ -37,6 +37,19 @@ from torch import Tensor, nn
 
 from .shadows import COMPARISONS, LEAKY, LINEAR, Block, Norm, Reader, Tracer, plain, tensors_in
 
+__all__ = [
+    "Block",
+    "Channel",
+    "Norm",
+    "Reader",
+    "Rectifier",
+    "Run",
+    "Wiring",
+    "connected",
+    "tensors_in",
+    "trace",
+]
+
 Run = Callable[[nn.Module], Any]
 """Calls the model it is given, with inputs of its own, and returns what it returns."""
 
@@ -113,6 +126,11 @@ class Wiring:
         self._edges = np.concatenate([np.empty((0, 2), np.int64), *tracer.edges])
         self._constants = {k: v.numpy() for k, v in tracer.constants.items()}
         self._starts = np.array([block.start for block in self.blocks])
+
+    @property
+    def layers(self) -> list[Reader | Norm]:
+        """All that reads channels and makes others of them."""
+        return [*self.readers.values(), *self.norms.values()]
 
     @property
     def size(self) -> int:
@@ -251,21 +269,16 @@ class Wiring:
 
     @cached_property
     def _read_by(self) -> tuple[np.ndarray, np.ndarray]:
-        """Node -> (reader, input channel), numbered as in ``_slot_names``, as CSR."""
+        """Node -> (layer, input channel), numbered as in ``_slot_names``, as CSR."""
         pairs, at = [], 0
-        for each in (*self.readers.values(), *self.norms.values()):
-            size = each.inputs if isinstance(each, Reader) else each.channels
+        for each in self.layers:
             pairs.append(each.slots[:, ::-1] + np.array([0, at]))
-            at += size
+            at += each.inputs
         return self._csr(pairs)
 
     @cached_property
     def _slot_names(self) -> list[tuple[str, int]]:
-        return [
-            (each.module if isinstance(each, Reader) else each.name, i)
-            for each in (*self.readers.values(), *self.norms.values())
-            for i in range(each.inputs if isinstance(each, Reader) else each.channels)
-        ]
+        return [(each.module, i) for each in self.layers for i in range(each.inputs)]
 
     def _csr(self, pairs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         joined = np.concatenate(pairs) if pairs else np.empty((0, 2), dtype=np.int64)
@@ -375,7 +388,7 @@ class Wiring:
         a shared layer from several places, and input and filter of a depthwise convolution.
         """
         pairs = [self._edges]
-        for each in (*self.readers.values(), *self.norms.values()):
+        for each in self.layers:
             order = each.slots[np.lexsort((each.slots[:, 1], each.slots[:, 0]))]
             order = order[~self.free[order[:, 1]]]
             same = order[1:, 0] == order[:-1, 0]
