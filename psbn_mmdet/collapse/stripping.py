@@ -16,16 +16,14 @@ left whole, and the rest goes.
 from __future__ import annotations
 
 import copy
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,10 +36,36 @@ from .criteria import (
     inactive,
     not_finite,
 )
-from .detectors import ways_to_compare
 from .layers import gather, norm_modules
 from .narrow import StripError, narrow
-from .wiring import Reader, Run, Wiring, connected, tensors_in, trace
+from .proof import (
+    Calls,
+    Difference,
+    UnlikeError,
+    compare,
+    compare_runs,
+    difference,
+    match,
+    outputs_of,
+    time_in_pairs,
+)
+from .shadows import Reader
+from .wiring import Run, Wiring, connected, trace
+
+__all__ = [
+    "EXACT",
+    "TOLERANCE",
+    "Calls",
+    "Difference",
+    "StripError",
+    "Stripped",
+    "compare",
+    "difference",
+    "strip",
+    "summary",
+    "take_out",
+    "time_in_pairs",
+]
 
 TOLERANCE = 1e-3
 """Largest difference of an output channel relative to the largest value in it: that of the
@@ -51,7 +75,6 @@ EXACT = 1e-5
 """The same where all that went was exactly dead or constant, and of the surgery itself."""
 
 Borders = Literal["exact", "fold"]
-Inputs = "tuple[int, ...] | Tensor | Run"
 
 
 @dataclass(frozen=True)
@@ -120,11 +143,13 @@ def strip(
     to_bn(original)
     calls = Calls(original, inputs)
     filters = _Filters(original, threshold, inactive_below)
-    first = trace(original, calls.first)
-    filters.look_behind(first)
-    wirings = _all_wirings(original, calls, filters.constants)
-    planned = plan(original, wirings, filters, borders == "fold")
-    twin, planned = _carried_out(original, planned, calls, filters)
+    wide = calls.widen(original)
+    filters.look_behind(trace(wide, calls.first))
+    wirings = _all_wirings(wide, calls, filters.constants)
+    planned = plan(wide, wirings, filters, borders == "fold")
+    wide_twin, planned = _carried_out(wide, planned)
+    # The narrow one is written down in the precision that the model has.
+    twin = narrow(copy.deepcopy(original), wide_twin.state_dict())
 
     record: dict[str, Any] = {
         "threshold": threshold,
@@ -132,12 +157,14 @@ def strip(
         "borders": borders,
         "psbn_layers_to_bn": n_psbn,
         **_filters_record(planned, filters),
-        "proof": _proof(original, twin, planned, filters, calls, tolerance, borders == "exact"),
+        "proof": _proof(
+            wide, wide_twin, twin, planned, filters, calls, tolerance, borders == "exact"
+        ),
         "parameters": {
             name: sum(p.numel() for p in m.parameters())
             for name, m in (("before", original), ("after", twin))
         },
-        "macs": {"before": _macs(original, calls), "after": _macs(twin, calls)},
+        "macs": {"before": _macs(wide, calls), "after": _macs(wide_twin, calls)},
     }
     if inactive_below is not None:
         record["inactive_bound"] = filters.inactive_bound(record["removed"])
@@ -153,109 +180,6 @@ def _copied(model: nn.Module) -> nn.Module:
             f"{' '.join(str(error).split())[:150]}; make what torch.nn.utils.prune, weight_norm or "
             "spectral_norm added permanent with their remove functions"
         ) from error
-
-
-# Calls ----------------------------------------------------------------------------------
-
-
-class Calls:
-    """How a network is called, on several inputs.
-
-    Args:
-        model: In eval mode.
-        inputs: As :func:`strip` takes them.
-
-    Attributes:
-        described: The inputs in words.
-        samples: How many there are in a call, if that is known.
-
-    Raises:
-        StripError: The model cannot be called so.
-    """
-
-    def __init__(self, model: nn.Module, inputs: tuple[int, ...] | Tensor | Run) -> None:
-        self.images: Tensor | None = None
-        self.way = 0
-        self.samples = 1
-        if callable(inputs) and not isinstance(inputs, Tensor):
-            self._own: Run = inputs
-            self.described = "the caller's own"
-        else:
-            reference = next(model.parameters())
-            if isinstance(inputs, Tensor):
-                images, described = inputs, f"{len(inputs)} given"
-            else:
-                size = tuple(inputs)
-                if not size or any(
-                    not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in size
-                ):
-                    raise StripError(
-                        "the size of an image is positive whole numbers, as (3, 800, 1333), got "
-                        f"{size}"
-                    )
-                images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-                described = "2 random"
-            self.described = f"{described} of {'x'.join(map(str, images.shape[1:]))}"
-            self.samples = len(images)
-            self.images = images.to(reference.device)
-            if images.is_floating_point():
-                self.images = self.images.to(reference.dtype)
-        self._find_way(model)
-
-    def _find_way(self, model: nn.Module) -> None:
-        error: Exception
-        ways = [self._own] if self.images is None else ways_to_compare(model, self.images)
-        for number, way in enumerate(ways):
-            try:
-                with torch.no_grad():
-                    outputs = _outputs(model, way)
-            except Exception as caught:  # whatever a forward() raises
-                error = caught
-            else:
-                if not outputs:
-                    raise StripError(
-                        "the model returns no tensors of floating point, so nothing can be compared"
-                    )
-                self.way = number
-                return
-        raise StripError(
-            f"the model cannot be called with images {self.described}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
-
-    def _on(self, images: Tensor) -> Run:
-        return lambda model: ways_to_compare(model, images)[self.way](model)
-
-    @property
-    def first(self) -> Run:
-        return self._own if self.images is None else self._on(self.images)
-
-    def another_size(self) -> Run | None:
-        """Images of odd numbers of pixels more, if that is a thing."""
-        if self.images is None or self.images.dim() < 4 or not self.images.is_floating_point():
-            return None
-        return self._on(self._larger(self.images))
-
-    @staticmethod
-    def _larger(images: Tensor) -> Tensor:
-        return F.pad(images, (0, 1) * (images.dim() - 2), mode="replicate")
-
-    def variants(self, double: bool) -> list[Run]:
-        """Calls for a comparison: the inputs, others of other scale and sign, another size."""
-        if self.images is None:
-            return [self._own]
-        x = self.images
-        if not x.is_floating_point():
-            return [self._on(x)]
-        x = x.double() if double else x
-        others = [x, -3 * x, 30 * x, 0.05 * x]
-        return [self._on(v) for v in [*others, *([self._larger(2 * x)] if x.dim() >= 4 else [])]]
-
-
-def _outputs(model: nn.Module, run: Run) -> list[Tensor]:
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        return [t for t in tensors_in(run(model)) if t.is_floating_point()]
 
 
 # What the filters are -------------------------------------------------------------------
@@ -349,16 +273,19 @@ def _all_wirings(
 
     Layers that run in none of them may read anything of as many channels as they take.
     """
-    runs: list[Run] = [calls.first]
-    if (other := calls.another_size()) is not None:
+    first = trace(model, calls.first, constants)
+    wirings: list[tuple[Wiring, Run | None]] = [(first, calls.first)]
+    for run in calls.other_sizes():
         try:
-            _outputs(model, other)
+            found = trace(model, run, constants)
         except Exception:  # a network for one size of images
-            other = None
-        else:
-            runs.append(other)
-    wirings: list[tuple[Wiring, Run | None]]
-    wirings = [(trace(model, run, constants), run) for run in runs]
+            continue
+        try:
+            alike = not match(first, found, {})
+        except UnlikeError:
+            alike = False
+        if not alike:
+            wirings.append((found, run))
     weights = _layers_to_run(model)
 
     def waiting() -> set[str]:
@@ -410,6 +337,8 @@ class Plan:
         parts: All channels.
         gone: Indices of those that go.
         merged: Those of them whose constant another one carries from now on.
+        order: Weight or vector -> which of its old input channels, or elements, stand in which
+            place, where that is not their old order (behind a channel shuffle).
     """
 
     wirings: list[tuple[Wiring, Run | None]]
@@ -417,6 +346,7 @@ class Plan:
     parts: list[Part]
     gone: list[int]
     merged: dict[int, int]
+    order: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def plan(
@@ -437,7 +367,8 @@ def plan(
         for name, reader in wiring.readers.items():
             readers.setdefault(name, reader)
     parts = _parts(model, wirings, readers, filters)
-    candidates, bordering = [], []
+    candidates: list[int] = []
+    bordering: list[int] = []
     for number, part in enumerate(parts):
         if part.why is None:
             (bordering if part.pads and not fold_borders else candidates).append(number)
@@ -483,11 +414,11 @@ def _parts(
     bases = np.cumsum([len(slots), *(w.size for w, _ in wirings)])
     pairs = [np.stack([bases[n] + g, s], 1) for n, g, s in links]
     label = connected(int(bases[-1]), np.concatenate([np.empty((0, 2), np.int64), *pairs]))
-    # Only what a filter is made by is a channel.
+    gammas = {f"{name}.weight" if name else "weight" for name in filters.kinds}
     numbers: dict[int, int] = {}
     parts: list[Part] = []
-    for slot, (name, side, index) in enumerate(slots):
-        if side == "out":
+    for slot, (name, side, _) in enumerate(slots):
+        if side == "out" or name in gammas:
             number = numbers.setdefault(int(label[slot]), len(parts))
             if number == len(parts):
                 parts.append(Part())
@@ -559,6 +490,8 @@ def _parts(
         gone = any(filters.kinds[n][i] != "live" for n, i in part.filters)
         if part.why is None and not part.reads and not gone:
             part.why = "nothing was seen to read it"
+        if part.why is None and not any(side == "out" for _, side, _ in part.entries):
+            part.why = "no layer in front of it is known"
     return parts
 
 
@@ -598,12 +531,13 @@ def _merge(
 
         into = max(members, key=smallest)
         name = next(n for (n, _), v in parts[into].reads.items() if v != 0 and readers[n].pads)
-        parts[into].why = (
+        why = (
             f"it brings a constant to {readers[name].module}, which pads with zeros: no bias has "
             "the same effect"
         )
         if len(members) > 1:
-            parts[into].why += f" (that of {len(members) - 1} others is merged into it)"
+            why += f" (that of {len(members) - 1} others is merged into it)"
+        parts[into].why = why
         merged.update({number: into for number in members if number != into})
     return merged
 
@@ -649,15 +583,13 @@ def _put_back(planned: Plan, back: Mapping[int, str]) -> None:
 
 @torch.no_grad()
 def take_out(
-    model: nn.Module, planned: Plan, order: Mapping[str, np.ndarray] | None = None
+    model: nn.Module, planned: Plan
 ) -> tuple[nn.Module, dict[tuple[str, str], np.ndarray]]:
-    """A copy of a network without what goes.
+    """A copy of a network without what goes, in the precision that the network has.
 
     Args:
         model: Nothing of it is changed.
         planned: What goes.
-        order: Weight or vector -> which of its old input channels, or elements, stand in which
-            place, where that is not their old order.
 
     Returns:
         The copy; and (tensor, side) -> the old indices of what is left.
@@ -670,11 +602,14 @@ def take_out(
     ):
         shared[id(tensor)].append(key)
     names = {keys[0]: keys for keys in shared.values()}
-    _fold(model, planned, weights)
+    new = _fold(planned, weights)
     lost: dict[tuple[str, str], set[int]] = defaultdict(set)
     for number in planned.gone:
         for name, side, index in planned.parts[number].entries:
             lost[name, side].add(index)
+    for bias in new:
+        if out := lost.get((f"{bias[: -len('bias')]}weight", "out")):
+            lost[bias, "each"] = out
     kept: dict[tuple[str, str], np.ndarray] = {}
     for (name, side), gone in lost.items():
         reader = planned.readers.get(name)
@@ -683,12 +618,13 @@ def take_out(
         if side != "each" and reader is not None:
             size = reader.inputs if side == "in" else reader.filters
         kept[name, side] = np.array([i for i in range(size) if i not in gone])
-    for name, indices in (order or {}).items():
+    for name, indices in planned.order.items():
         side = "in" if name in planned.readers else "each"
         kept[name, side] = indices
     for (name, side), indices in kept.items():
-        new = _select(weights[name], planned.readers.get(name), side, torch.from_numpy(indices))
-        weights[name] = new
+        weights[name] = _select(
+            weights[name], planned.readers.get(name), side, torch.from_numpy(indices)
+        )
     for first, keys in names.items():
         for key in keys[1:]:
             if key in weights:
@@ -713,13 +649,14 @@ def _select(weight: Tensor, reader: Reader | None, side: str, kept: Tensor) -> T
     return torch.cat([part[:, rows] for part, rows in zip(parts, each, strict=True)])
 
 
-def _fold(model: nn.Module, planned: Plan, weights: dict[str, Tensor]) -> None:
+def _fold(planned: Plan, weights: dict[str, Tensor]) -> list[str]:
     """Make weights indifferent to what goes: what its constants added is added elsewhere.
 
     It goes into the weights of the channel that they are merged into if the layer pads with zeros,
     else into the bias of the layer, or into the running mean of the BN behind it if that alone
-    reads it and the layer has no bias, or into a new bias.
+    reads it and the layer has no bias, or into a new bias. Returned are the new ones.
     """
+    new: list[str] = []
     added: dict[str, Tensor] = {}
     exact = {name: weights[name].double() for name in planned.readers}
     for number in planned.gone:
@@ -759,14 +696,8 @@ def _fold(model: nn.Module, planned: Plan, weights: dict[str, Tensor]) -> None:
                 weights[mean] = (weights[mean].double() - total).to(weights[mean].dtype)
         else:
             weights[bias] = total.to(weights[name].dtype)
-            out = [
-                s for n in planned.gone for s in planned.parts[n].entries if s[:2] == (name, "out")
-            ]
-            for _, _, index in out:
-                number = next(
-                    n for n in planned.gone if (name, "out", index) in planned.parts[n].entries
-                )
-                planned.parts[number].entries.append((bias, "each", index))
+            new.append(bias)
+    return new
 
 
 def _column(weight: Tensor, reader: Reader, index: int) -> Tensor:
@@ -799,145 +730,17 @@ def _norms_behind(planned: Plan, name: str) -> list[str]:
 # Proof ----------------------------------------------------------------------------------
 
 
-class _UnlikeError(Exception):
-    """The narrowed network is wired otherwise; ``parts``: those that are concerned, if known."""
-
-
-def match(
-    old: Wiring, new: Wiring, kept: Mapping[tuple[str, str], np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Hold the wiring of a narrowed network against the original's without what went.
-
-    Every channel that is left must arrive where it arrived before, through the same operations.
-
-    Args:
-        old, new: Of the same call.
-        kept: (tensor, side) -> the old indices of what is left; what is missing is whole.
-
-    Returns:
-        Weight or vector -> the old input channel, or element, of each of the new ones, where they
-        arrive in another order than the old one (behind a channel shuffle); empty: all is equal.
-
-    Raises:
-        _UnlikeError: It is not so.
-    """
-    to_old = np.full(new.size, -1, dtype=np.int64)
-
-    def of_kept(name: str, side: str, size: int) -> np.ndarray:
-        found = kept.get((name, side))
-        return np.arange(size) if found is None else found
-
-    def named(wiring: Wiring) -> dict[tuple[str, str], Any]:
-        return {(b.kind, b.name): b for b in wiring.blocks if b.kind in ("const", "param", "whole")}
-
-    old_named, orders = named(old), {}
-    for key, block in named(new).items():
-        if key in old_named:
-            start = old_named[key].start
-            index = of_kept(block.name, "each", block.size)
-            if len(index) != block.size:
-                raise _UnlikeError(f"{block.name} has another size")
-            to_old[block.start : block.start + block.size] = start + index
-    skip = ("const", "param", "whole")
-    old_blocks = [b for b in old.blocks if b.kind not in skip]
-    new_blocks = [b for b in new.blocks if b.kind not in skip]
-    if [(b.kind, b.name) for b in old_blocks] != [(b.kind, b.name) for b in new_blocks]:
-        raise _UnlikeError("it runs other operations")
-    for before, after in zip(old_blocks, new_blocks, strict=True):
-        at = slice(after.start, after.start + after.size)
-        if after.kind == "conv":
-            index = of_kept(after.name, "out", before.size)
-        elif after.kind == "norm":
-            weight = f"{after.name}.weight" if after.name else "weight"
-            index = of_kept(weight, "each", before.size)
-            found = _order(old.norms[before.name].slots, new.norms[after.name].slots, index, to_old)
-            if found is None:
-                raise _UnlikeError(f"other channels arrive at {after.name}")
-            if not np.array_equal(found, index):
-                for leaf in ("weight", "bias", "running_mean", "running_var"):
-                    orders[f"{after.name}.{leaf}" if after.name else leaf] = found
-                index = found
-        elif after.kind in ("pointwise", "pool"):
-            table = {tuple(row): i for i, row in enumerate(before.inputs)}
-            rows = np.where(after.inputs >= 0, to_old[after.inputs], -1)
-            if after.kind == "pointwise" and orders:
-                # Vectors of a layer that is to be put in another order come with their channels.
-                index = np.array([table.get(tuple(row), -1) for row in rows], dtype=np.int64)
-            index = np.array([table.get(tuple(row), -1) for row in rows], dtype=np.int64)
-            if (index < 0).any():
-                raise _UnlikeError(f"{after.name} in {after.module or 'the model'} joins others")
-        else:
-            if before.size != after.size:
-                raise _UnlikeError(
-                    f"{after.name} in {after.module or 'the model'} gets another size"
-                )
-            index = np.arange(before.size)
-        if len(index) != after.size:
-            raise _UnlikeError(f"{after.name} has another size")
-        to_old[at] = before.start + index
-    for name, reader in new.readers.items():
-        whole = old.readers[name]
-        index = of_kept(name, "in", whole.inputs)
-        found = _order(whole.slots, reader.slots, index, to_old)
-        if found is None:
-            raise _UnlikeError(f"other channels arrive at {reader.module}")
-        if not np.array_equal(found, index):
-            if reader.depthwise:
-                raise _UnlikeError(f"channels arrive at {reader.module} in another order")
-            size = whole.inputs // whole.groups
-            now = len(found) // reader.groups
-            if not np.array_equal(found // size, np.arange(len(found)) // now):
-                raise _UnlikeError(f"channels arrive at other groups of {reader.module}")
-            orders[name] = found
-    if len(old.held) != len(new.held):
-        raise _UnlikeError("other operations read its channels")
-    for before, after in zip(old.held, new.held, strict=True):
-        if before.why != after.why or not np.array_equal(before.nodes, to_old[after.nodes]):
-            raise _UnlikeError(after.why)
-    return orders
-
-
-def _order(
-    old: np.ndarray, new: np.ndarray, index: np.ndarray, to_old: np.ndarray
-) -> np.ndarray | None:
-    """Which of the old channels ``index`` arrives in each of the new ones; None: others do."""
-
-    def arriving(slots: np.ndarray, nodes: np.ndarray) -> dict[int, frozenset[int]]:
-        sets: dict[int, set[int]] = defaultdict(set)
-        for channel, node in zip(slots[:, 0].tolist(), nodes.tolist(), strict=True):
-            sets[channel].add(node)
-        return {channel: frozenset(each) for channel, each in sets.items()}
-
-    before, after = arriving(old, old[:, 1]), arriving(new, to_old[new[:, 1]])
-    if len(after) != len(index):
-        return None
-    if all(before.get(int(o)) == after.get(n) for n, o in enumerate(index)):
-        return index
-    places: dict[frozenset[int] | None, list[int]] = defaultdict(list)
-    for o in reversed(index.tolist()):
-        places[before.get(o)].append(o)
-    found = []
-    for n in range(len(index)):
-        candidates = places.get(after.get(n))
-        if not candidates:
-            return None
-        found.append(candidates.pop())
-    return np.array(found)
-
-
-def _carried_out(
-    original: nn.Module, planned: Plan, calls: Calls, filters: _Filters
-) -> tuple[nn.Module, Plan]:
+def _carried_out(original: nn.Module, planned: Plan) -> tuple[nn.Module, Plan]:
     """Take out what goes, as far as the narrowed network is wired as the original was."""
 
     def attempt(numbers: Iterable[int]) -> tuple[nn.Module, Plan] | str:
         some = copy.copy(planned)
-        some.parts = copy.deepcopy(planned.parts)
+        some.parts = [copy.copy(part) for part in planned.parts]
         some.gone = list(numbers)
         _leave_whole_layers(some)
-        order: dict[str, np.ndarray] = {}
+        some.order = {}
         for _ in range(2):
-            twin, kept = take_out(original, some, order)
+            twin, kept = take_out(original, some)
             try:
                 found = {}
                 for wiring, run in some.wirings:
@@ -945,14 +748,14 @@ def _carried_out(
                         continue
                     other = copy.deepcopy(twin).train() if wiring.training else twin
                     found.update(match(wiring, trace(other, run), kept))
-            except _UnlikeError as error:
+            except UnlikeError as error:
                 return f"without it the network is wired otherwise ({error})"
             except Exception as error:  # whatever a forward() raises
                 reason = " ".join(str(error).split())[:100]
                 return f"the network does not run without it ({reason})"
-            if all(np.array_equal(order.get(k), v) for k, v in found.items()):
+            if all(k in some.order and (some.order[k] == v).all() for k, v in found.items()):
                 return twin, some
-            order.update(found)
+            some.order.update(found)
         return "without it the network is wired otherwise (channels in another order)"
 
     result = attempt(planned.gone)
@@ -990,7 +793,8 @@ def _carried_out(
 
 def _families(planned: Plan) -> list[list[int]]:
     """The parts that go, those of one layer together."""
-    pairs, layers = [], {}
+    pairs: list[tuple[int, int]] = []
+    layers: dict[str, int] = {}
     for i, number in enumerate(planned.gone):
         for name, side, _ in planned.parts[number].entries:
             if side == "out":
@@ -1044,30 +848,20 @@ def _reference(original: nn.Module, planned: Plan, filters: _Filters) -> tuple[n
 def _proof(
     original: nn.Module,
     twin: nn.Module,
+    written: nn.Module,
     planned: Plan,
     filters: _Filters,
     calls: Calls,
     tolerance: float,
     exact: bool,
 ) -> dict[str, Any]:
+    """Compare the outputs, of the surgery and of the ``written`` model, the twin rounded."""
     reference, same = _reference(original, planned, filters)
-    double = calls.images is not None
-
-    def compared(a: nn.Module, only_first: bool) -> Difference:
-        if not double:
-            return _compared(a, twin, calls.variants(False), only_first)
-        pair = (copy.deepcopy(a).double(), copy.deepcopy(twin).double())
-        return _compared(*pair, calls.variants(True), only_first)
-
-    try:
-        surgery = compared(reference, False)
-    except Exception:  # an operator that has no float64
-        if not double:
-            raise
-        double = False
-        surgery = compared(reference, False)
+    precision = next(original.parameters()).dtype
+    surgery = compare_runs(reference, twin, calls.variants())
     # What is told from a small gamma or from normal inputs holds for inputs as those given.
-    found = surgery if same else compared(original, True)
+    runs = calls.variants() if same else calls.variants()[:1]
+    found = compare_runs(original, copy.deepcopy(written).to(precision), runs)
     if exact and not surgery.relative <= EXACT:
         raise StripError(
             f"the outputs of the stripped network differ by {surgery.relative:.2g} of the largest "
@@ -1083,91 +877,13 @@ def _proof(
         "images": calls.described,
         "calls": found.calls,
         "wiring": "equal",
-        "precision": "float64" if double else str(next(twin.parameters()).dtype)[6:],
+        "precision": str(precision)[6:],
         "largest_relative_difference": found.relative,
         "of_the_surgery_alone": surgery.relative,
         "largest_output": found.largest,
         "outputs": found.outputs,
         "tolerance": tolerance,
     }
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of the outputs of two networks.
-
-    Args:
-        relative: The largest difference within a channel of an output tensor relative to the
-            largest absolute value in it, over all calls. NaN where only one is not finite.
-        largest: The largest absolute value of all outputs of the first network.
-        outputs: How many tensors a call returned.
-        calls: How many calls were compared.
-        where: The worst channel in words.
-    """
-
-    relative: float
-    largest: float
-    outputs: int
-    calls: int = 1
-    where: str = ""
-
-
-def _compared(a: nn.Module, b: nn.Module, runs: list[Run], only_first: bool) -> Difference:
-    worst = Difference(0.0, 0.0, 0, 0)
-    for number, run in enumerate(runs[:1] if only_first else runs):
-        try:
-            expected = _outputs(a, run)
-        except Exception:
-            if number == 0:
-                raise
-            continue  # a network for one size of images
-        found = compare(expected, _outputs(b, run))
-        high = found if not found.relative <= worst.relative else worst
-        worst = Difference(
-            high.relative,
-            max(found.largest, worst.largest),
-            found.outputs,
-            worst.calls + 1,
-            high.where,
-        )
-    return worst
-
-
-def difference(original: nn.Module, stripped: nn.Module, run: Run) -> Difference:
-    """Run two networks on the same inputs."""
-    return compare(_outputs(original, run), _outputs(stripped, run))
-
-
-def compare(expected: list[Tensor], actual: list[Tensor]) -> Difference:
-    """The difference of two networks' outputs, channel by channel.
-
-    Channels are counted along dimension 1. Equal infinities and two NaNs are equal. What the
-    rounding of the tensor's largest value can do is no difference.
-
-    Raises:
-        StripError: The outputs are not of the same shapes.
-    """
-    if [t.shape for t in expected] != [t.shape for t in actual] or not expected:
-        raise StripError("the stripped network returns something else than the original")
-    relative, largest, where = 0.0, 0.0, ""
-    for number, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        if not a.numel():
-            continue
-        rounding = 64 * torch.finfo(a.dtype).eps
-        a, b = a.double().cpu(), b.double().cpu()
-        same = (a == b) | (a.isnan() & b.isnan())
-        apart = torch.where(same, 0.0, (a - b).abs())
-        size = torch.where(a.isfinite(), a.abs(), 0.0)
-        others = [d for d in range(a.dim()) if d != 1] if a.dim() > 1 else list(range(a.dim()))
-        if others:
-            apart, size = apart.amax(others), size.amax(others)
-        apart = apart - rounding * size.max()
-        each = torch.where(apart > 0, apart / torch.where(size > 0, size, 1.0), apart.clamp(min=0))
-        worst = float(each.max())
-        largest = max(largest, float(size.max()))
-        if not worst <= relative:
-            relative, where = worst, f"output {number}, channel {int(each.reshape(-1).argmax())}"
-    return Difference(relative, largest, len(expected), 1, where)
 
 
 # Record ---------------------------------------------------------------------------------
@@ -1194,7 +910,7 @@ def _filters_record(planned: Plan, filters: _Filters) -> dict[str, Any]:
     for name, kinds in filters.kinds.items():
         for index, kind in enumerate(kinds):
             if kind != "live" and (name, index) not in seen:
-                kept[name, f"{name} did not run, or no layer in front of it is known"].append(index)
+                kept[name, f"{name} did not run"].append(index)
     for by_kind in removed.values():
         for each in by_kind.values():
             each.sort()
@@ -1223,7 +939,7 @@ def _macs(model: nn.Module, calls: Calls) -> int | None:
     counter = FlopCounterMode(display=False)
     try:
         with counter:
-            _outputs(model, calls.first)
+            outputs_of(model, calls.first)
     except Exception:  # it never keeps a network from being stripped
         return None
     return counter.get_total_flops() // 2 // calls.samples
@@ -1276,26 +992,3 @@ def summary(record: Mapping[str, Any], limit: int = 10) -> str:
     if len(ranked) > limit:
         lines.append(f"  ... and {len(ranked) - limit} more reasons; the record has them all")
     return "\n".join(lines)
-
-
-@torch.no_grad()
-def time_in_pairs(
-    original: nn.Module, stripped: nn.Module, run: Callable[[nn.Module], Any], rounds: int
-) -> list[tuple[float, float]]:
-    """Seconds of both networks, one after the other, in turns of alternating order.
-
-    Two rounds to warm up are left out.
-    """
-    pairs = []
-    for i in range(-2, rounds):
-        seconds = {}
-        order = (original, stripped) if i % 2 else (stripped, original)
-        for model in order:
-            started = time.perf_counter()
-            run(model)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[model] = time.perf_counter() - started
-        if i >= 0:
-            pairs.append((seconds[original], seconds[stripped]))
-    return pairs
