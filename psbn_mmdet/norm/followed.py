@@ -19,7 +19,7 @@ from torch import fx, nn
 from ..python38 import removesuffix
 from .recognize import is_norm_layer, norm_layers
 
-Follower = Literal["relu", "leaky", "hard", "other", "none", "unknown"]
+Follower = Literal["relu", "leaky", "hard", "other", "none", "sum", "unknown"]
 
 # By the name of the function, method or operator; nn's classes are written alike.
 _RELU = {"relu", "relu6"}
@@ -46,6 +46,12 @@ _PASS = {
     *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "mean", "sum"),
     *("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
 }
+# Behind these the sign of what arrives depends on other channels or positions, too.
+_MIX = {
+    *("add", "iadd", "sub", "isub", "rsub", "mean", "sum", "interpolate", "upsample"),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+}
 _SCALE = {"mul", "imul", "multiply", "div", "truediv", "itruediv"}
 _FLIP = {"sub", "isub", "rsub", "neg"}
 _METADATA = {"size", "dim", "ndimension", "numel", "is_floating_point", "sym_size"}
@@ -57,7 +63,9 @@ _PASSING_MODULES = (
 _NORMALIZE = {"batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit"}
 
 
-def followed_by(model: nn.Module, *, whole: bool = True) -> dict[str, Follower]:
+def followed_by(
+    model: nn.Module, *, whole: bool = True, through_sums: bool = True
+) -> dict[str, Follower]:
     """What the output of each norm layer goes into, told from the model's own code.
 
     ===========  ======================================================================
@@ -66,6 +74,7 @@ def followed_by(model: nn.Module, *, whole: bool = True) -> dict[str, Follower]:
     ``hard``     another one with an exact region without gradient: Hardswish, a clamp elsewhere
     ``other``    another activation, such as SiLU, GELU or Sigmoid
     ``none``     no activation: a convolution, another norm layer, the end of the model
+    ``sum``      an addition or average, if these are not looked through
     ``unknown``  cannot be told
     ===========  ======================================================================
 
@@ -83,11 +92,13 @@ def followed_by(model: nn.Module, *, whole: bool = True) -> dict[str, Follower]:
     Args:
         model: Any module. Scripted ones cannot be traced.
         whole: Whether the model is all there is. If not, what follows its outputs is unknown.
+        through_sums: Whether additions are looked through. If not, ``relu`` is said only of layers
+            whose gamma and bias alone decide whether it fires.
 
     Returns:
         By the layer's name, for all of `norm_layers(model)`.
     """
-    by_name, _ = _all_uses(model, whole)
+    by_name, _ = _all_uses(model, whole, through_sums)
     return {name: _most_open(by_name.get(name)) for name in norm_layers(model)}
 
 
@@ -134,7 +145,7 @@ def _rectifies(kinds: set[Follower]) -> bool | None:
 def _most_open(kinds: set[Follower] | None) -> Follower:
     if kinds is None:
         return "unknown"
-    order: list[Follower] = ["none", "leaky", "other", "hard", "unknown", "relu"]
+    order: list[Follower] = ["none", "sum", "leaky", "other", "hard", "unknown", "relu"]
     return next((kind for kind in order if kind in kinds), "none")  # no use at all
 
 
@@ -144,7 +155,7 @@ def _trained_bias(module: nn.Module) -> nn.Parameter | None:
 
 
 def _all_uses(
-    model: nn.Module, whole: bool
+    model: nn.Module, whole: bool, through_sums: bool = True
 ) -> tuple[dict[str, set[Follower]], dict[int, set[Follower]]]:
     """The kinds of use of each layer that can be seen: by its name, and by id() of its bias."""
     by_name: dict[str, set[Follower]] = {}
@@ -157,7 +168,7 @@ def _all_uses(
         return by_name, by_bias
     names = {id(module): name for name, module in twin.named_modules()}
     with torch.random.fork_rng(devices=[]):
-        for layer, bias, kinds in _look(twin, whole, set()):
+        for layer, bias, kinds in _look(twin, whole, set(), through_sums):
             by_name.setdefault(names[id(layer)], set()).update(kinds)
             if bias is not None:
                 by_bias.setdefault(id(bias), set()).update(kinds)
@@ -167,18 +178,19 @@ def _all_uses(
 _Seen = Tuple[nn.Module, Optional[nn.Parameter], Set[Follower]]
 
 
-def _look(module: nn.Module, whole: bool, known: set[int]) -> Iterator[_Seen]:
+def _look(module: nn.Module, whole: bool, known: set[int], through_sums: bool) -> Iterator[_Seen]:
     """Each call of a norm layer: from the module's graph; layers not in it from those of its parts.
 
     Args:
         module: Where to look.
         whole: As in :func:`followed_by`.
         known: id() of layers seen already, which need no second look; filled here.
+        through_sums: As in :func:`followed_by`.
     """
     inside = norm_layers(module).values()
     graph = _graph_of(module)
     if graph is not None:
-        scope = _Scope(module, at_output=lambda: {"none"} if whole else {"unknown"})
+        scope = _Scope(module, lambda: {"none"} if whole else {"unknown"}, through_sums)
         new = [
             (*called, scope.uses(node))
             for node in graph.nodes
@@ -189,7 +201,7 @@ def _look(module: nn.Module, whole: bool, known: set[int]) -> Iterator[_Seen]:
     if any(id(layer) not in known for layer in inside):
         for child in module.children():
             if any(id(m) not in known for m in norm_layers(child).values()):
-                yield from _look(child, False, known)
+                yield from _look(child, False, known, through_sums)
 
 
 class _Tracer(fx.Tracer):
@@ -245,9 +257,12 @@ def _name(node: fx.Node) -> str:
 class _Scope:
     """A graph being read: the module it is of, and what its outputs go into."""
 
-    def __init__(self, root: nn.Module, at_output: Callable[[], set[Follower]]) -> None:
+    def __init__(
+        self, root: nn.Module, at_output: Callable[[], set[Follower]], through_sums: bool
+    ) -> None:
         self.root = root
         self.at_output = at_output
+        self.through_sums = through_sums
         self._known: dict[fx.Node, set[Follower]] = {}
 
     def uses(self, node: fx.Node) -> set[Follower]:
@@ -278,9 +293,14 @@ class _Scope:
             module = self.root.get_submodule(str(user.target))
             kind = _module_kind(module)
             if kind == "pass":
-                return self.uses(user)
+                mixes = (
+                    type(module).__module__.endswith("pooling") and "Avg" in type(module).__name__
+                )
+                return self.uses(user) if self.through_sums or not mixes else {"sum"}
             return {kind} if kind else self._inside(module, user, source)
         name = _name(user)
+        if name in _MIX and not self.through_sums:
+            return {"sum"}
         if name in _RELU or (name in _HARD and _cuts_at_0(user)) or _keeps_positive(user, source):
             return {"relu"}
         if name in _HARD or (name == "where" and _compares(user.args[0], source)):
@@ -327,7 +347,7 @@ class _Scope:
             arguments = [a for a, value in zip(arguments, user.args) if _holds(value, source)]
         if not arguments:
             return {"unknown"}
-        scope = _Scope(module, at_output=lambda: self.uses(user))
+        scope = _Scope(module, lambda: self.uses(user), self.through_sums)
         return set().union(*(scope.uses(argument) for argument in arguments))
 
 
