@@ -104,12 +104,11 @@ def build(cfg: Any, checkpoint: Any, name: str) -> nn.Module:
     """
     from mmengine.registry import MODELS, init_default_scope
 
-    from ..checkpoint import require_fit, state_dict_of
+    from ..checkpoint import load_weights
 
     init_default_scope(cfg.get("default_scope", "mmengine"))
     model = MODELS.build(cfg.model)
-    require_fit(model, checkpoint, name, strict=True)
-    model.load_state_dict(state_dict_of(checkpoint, name), strict=False)
+    load_weights(model, checkpoint, name)
     model.eval()  # that of mmdet's backbones returns nothing
     return model
 
