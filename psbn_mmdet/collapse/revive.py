@@ -379,13 +379,21 @@ class _Plan:
                 for i in range(block.inputs.shape[1])
             ]
         )
-        self._made = made[made[:, 0] >= 0]
+        made = made[made[:, 0] >= 0]
         self._normed = np.concatenate(
             [each.slots[:, ::-1] + np.array([0, each.start]) for each in wiring.norms.values()]
         )
         self._held = np.zeros(wiring.size, dtype=bool)
         for held in wiring.held:
             self._held[held.nodes] = True
+        self._read = np.zeros(wiring.size, dtype=bool)
+        for each in wiring.readers.values():
+            self._read[each.slots[:, 1]] = True
+        # What nobody uses, as the indices of a max-pooling, is nothing to look after.
+        matters = self._held | self._read
+        matters[self._normed[:, 0]] = True
+        _spread(matters, made[:, ::-1])
+        self._made = made[matters[made[:, 1]]]
 
         source = np.zeros(wiring.size, dtype=bool)
         able = np.zeros(wiring.size, dtype=bool)
@@ -399,9 +407,6 @@ class _Plan:
         self._within = self._made[self._reached[self._made].all(1)]
 
         # What but a normalization layer uses a node, and how many channels normalize it.
-        self._read = np.zeros(wiring.size, dtype=bool)
-        for each in wiring.readers.values():
-            self._read[each.slots[:, 1]] = True
         self._used = self._held | self._read
         self._used[self._made[:, 0]] = True
         self._normalized = np.bincount(self._normed[:, 0], minlength=wiring.size)
