@@ -835,7 +835,7 @@ def _first_gradients(
             with torch.no_grad():
                 for (tensor, mask), grad in zip(movable, grads):
                     if grad is not None:
-                        tensor.sub_(0.01 * torch.where(mask, grad.sign(), 0))
+                        tensor.sub_(1e-4 * torch.where(mask, grad.sign(), 0))
     finally:
         with torch.no_grad():
             for (tensor, _), value in zip(movable, saved, strict=True):
