@@ -230,6 +230,8 @@ class Wiring:
     ) -> None:
         self.computed = computed
         """Weights, of two dimensions and more, that something else than its layer reads."""
+        self.training = False
+        """Whether it is of the network in training mode."""
         self.blocks, self.norms, self.readers, self.held = blocks, norms, readers, held
         self.value, self.free, self._unsteady = value, free, unsteady
         self.edges = edges
@@ -281,6 +283,21 @@ class Wiring:
             if int(frozen.sum()) == before:
                 return frozen
 
+    def arriving(self, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
+        """What a layer gets: (C_in,) bool, frozen; and (C_in,) the number, NaN if several."""
+        return self._slot_state(reader.slots, reader.inputs, self.frozen)
+
+    def used_otherwise(self, reader: Reader) -> bool:
+        """Whether anything but a normalization layer reads what a layer puts out."""
+        nodes = range(reader.start, reader.start + reader.filters)
+        made, read = self._consumers[0], self._read_by
+        layers = sum(r.inputs for r in self.readers.values())
+        return (
+            made[nodes.stop] > made[nodes.start]
+            or bool((read[1][read[0][nodes.start] : read[0][nodes.stop]] < layers).any())
+            or any(node in self._why_held for node in nodes)
+        )
+
     def _slot_state(
         self, slots: np.ndarray, count: int, frozen: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -331,8 +348,8 @@ class Wiring:
             return np.zeros(block.size, dtype=bool)
         given = block.inputs
         none = given < 0
-        value = np.where(none, np.nan, self.value[given])
-        low, high = np.nanmin(value, 1), np.nanmax(value, 1)
+        low = np.where(none, np.inf, self.value[given]).min(1)
+        high = np.where(none, -np.inf, self.value[given]).max(1)
         found = (frozen[given] | none).all(1) & (low == high)
         return found & (low == 0) if block.survives == "zero" else found
 
@@ -987,6 +1004,11 @@ class _Tracer(TorchDispatchMode):
         if self._calls % 256 == 0:
             for key in [k for k, m in self.memory.items() if m.ref.expired()]:
                 del self.memory[key]
+        if torch.is_inference_mode_enabled():  # composite operations arrive as one
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if func.is_view:
             out = func(*args, **kwargs)
             for tensor in tensors_in(out) if self.watch else ():
@@ -1146,7 +1168,9 @@ class _Tracer(TorchDispatchMode):
                     others = np.setdiff1d(rows[fixed], rows[~fixed])
                     others = others[~self._free[others]]
                     if len(others):
-                        why = f"{self.where()} adds it to padding, of which the code fixes the width"
+                        why = (
+                            f"{self.where()} adds it to padding, of which the code fixes the width"
+                        )
                         self.hold([torch.from_numpy(others)], why)
         sample = out
         for d in range(dims):
