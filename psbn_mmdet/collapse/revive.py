@@ -25,12 +25,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import PsbnError
 from ..norm import added_bias, is_post_shifted
@@ -93,8 +94,8 @@ def revive(
     before = {t: t.detach().clone() for t in (*model.parameters(), *model.buffers())}
     try:
         model.eval()
-        run = _seeded(_runner(model, images), seed)
-        return _revive(model, run, threshold, tolerance, seed)
+        calls = _Calls(model, images, seed)
+        return _revive(model, calls, threshold, tolerance, seed)
     except BaseException:
         with torch.no_grad():
             for tensor, value in before.items():
@@ -121,28 +122,116 @@ def summary(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _runner(model: nn.Module, images: Tensor | Run) -> Run:
-    """How to call a network, tried once."""
-    if not isinstance(images, Tensor):
-        if not callable(images):
+class _Calls:
+    """How a network is called, on several inputs, each with the same random numbers.
+
+    Attributes:
+        all: With all images; the statistics and gradients come from it.
+        shown: With a few, of several sizes as well, as networks pad as the size wants it: the
+            account of the wiring and the proof come from these.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor | Run, seed: int) -> None:
+        if isinstance(images, Tensor):
+            first = next(model.parameters())
+            images = images.to(first.device, first.dtype)
+            number = self._way(model, images)
+
+            def on(some: Tensor) -> Run:
+                return _seeded(lambda m: ways_to_call(m, some)[number](m), seed)
+
+            self.all = on(images)
+            few = images[:2]
+            self.shown = [on(few)]
+            if images.dim() >= 4:
+                twice = few[:1].repeat_interleave(2, -1).repeat_interleave(2, -2)
+                for more in ((1, 2), (4, 8), (16, 31), (3, 6)):
+                    height, width = (n + m for n, m in zip(few.shape[-2:], more, strict=True))
+                    call = on(twice[..., :height, :width])
+                    with suppress(Exception), torch.no_grad():  # a network for one size of images
+                        call(model)
+                        self.shown.append(call)
+        elif callable(images):
+            self.all = _seeded(images, seed)
+            self.shown = [self.all]
+        else:
             raise ReviveError(
                 f"images are a tensor or a function that calls the model, got {type(images)}"
             )
-        return images
-    first = next(model.parameters())
-    error: Exception
-    for way in ways_to_call(model, images.to(first.device, first.dtype)):
-        try:
-            with torch.no_grad():
-                way(model)
-        except Exception as caught:  # whatever a forward() raises
-            error = caught
-        else:
-            return way
-    raise ReviveError(
-        f"the model cannot be called with images of {tuple(images.shape)}: "
-        f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    ) from error
+        self.watch: frozenset[int] = frozenset()
+        self.trains = False
+
+    @staticmethod
+    def _way(model: nn.Module, images: Tensor) -> int:
+        error: Exception
+        for number, way in enumerate(ways_to_call(model, images)):
+            try:
+                with torch.no_grad():
+                    way(model)
+            except Exception as caught:  # whatever a forward() raises
+                error = caught
+            else:
+                return number
+        raise ReviveError(
+            f"the model cannot be called with images of {tuple(images.shape)}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+    def outputs(self, model: nn.Module) -> list[Tensor]:
+        with torch.no_grad():
+            found = [t for run in self.shown for t in tensors_in(run(model))]
+        found = [t.detach().clone() for t in found if t.is_floating_point()]
+        if not found:
+            raise ReviveError("the model returns no tensors of floating point: nothing is proved")
+        return found
+
+    def trace(self, model: nn.Module) -> Wiring:
+        """One account of all runs, in training mode too where layers run in that alone.
+
+        What still has not run may read anything of as many channels as it takes.
+        """
+        if not (self.trains or self.watch):
+            wiring = trace(model, lambda m: [run(m) for run in self.shown])
+            if not self._idle(model, wiring):
+                return wiring
+            self.trains = True
+            try:
+                wiring = self._trace(model)
+            except Exception:  # what wants targets, say
+                self.trains = False
+                model.eval()
+            self.watch = frozenset(self._idle(model, wiring).values())
+        return self._trace(model)
+
+    def _trace(self, model: nn.Module) -> Wiring:
+        def everything(m: nn.Module) -> Any:
+            found = [run(m) for run in self.shown]
+            if self.trains:
+                buffers = {b: b.clone() for b in m.buffers()}
+                m.train()
+                found.append(self.shown[0](m))
+                m.eval()
+                for buffer, value in buffers.items():
+                    buffer.data = value
+            return found
+
+        return trace(model, everything, watch=self.watch)
+
+    @staticmethod
+    def _idle(model: nn.Module, wiring: Wiring) -> dict[str, int]:
+        """Input channels of the convolutions and linear layers that did not run, by weight."""
+        ran = wiring.readers.keys() | wiring.computed
+        inputs = {}
+        for name, module in model.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, (nn.Linear, _ConvNd)) and f"{name}.weight" not in ran:
+                if isinstance(weight, nn.Parameter) and id(weight) not in (
+                    id(each.weight) for each in wiring.readers.values()
+                ):
+                    inputs[f"{name}.weight"] = getattr(
+                        module, "in_channels", getattr(module, "in_features", 0)
+                    )
+        return inputs
 
 
 def _seeded(run: Run, seed: int) -> Run:
@@ -152,14 +241,6 @@ def _seeded(run: Run, seed: int) -> Run:
             return run(model)
 
     return seeded
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, run: Run) -> list[Tensor]:
-    outputs = [t for t in tensors_in(run(model)) if t.is_floating_point()]
-    if not outputs:
-        raise ReviveError("the model returns no tensors of floating point, so nothing is proved")
-    return [t.detach().clone() for t in outputs]
 
 
 def difference(expected: list[Tensor], actual: list[Tensor]) -> float:
@@ -252,7 +333,7 @@ def _candidates(norms: dict[str, Any], threshold: float, left: _Left) -> dict[st
 @torch.no_grad()
 def _settle(
     model: nn.Module,
-    run: Run,
+    calls: _Calls,
     norms: dict[str, Any],
     chosen: dict[str, np.ndarray],
     threshold: float,
@@ -267,8 +348,8 @@ def _settle(
     Returns:
         The outputs now, and by how much they differ from before.
     """
-    expected = _outputs(model, run)
-    wiring = trace(model, run)
+    expected = calls.outputs(model)
+    wiring = calls.trace(model)
 
     def settle(name: str) -> None:
         norm, mask = norms[name], torch.from_numpy(chosen[name])
@@ -287,7 +368,7 @@ def _settle(
             left.add("its layer did not run", name, chosen[name].nonzero()[0])
     for name in [name for name in chosen if name not in wiring.norms]:
         del chosen[name]
-    outputs = _outputs(model, run)
+    outputs = calls.outputs(model)
     carried = difference(expected, outputs)
     if carried <= tolerance:
         return outputs, carried
@@ -296,7 +377,7 @@ def _settle(
     outputs, carried = expected, 0.0
     for name in list(chosen):
         settle(name)
-        now = _outputs(model, run)
+        now = calls.outputs(model)
         found = difference(expected, now)
         if found <= tolerance:
             outputs, carried = now, found
@@ -422,7 +503,7 @@ class _Plan:
         self._label = connected(wiring.size, self._within)
         leads = self._leaders(np.flatnonzero(self._absorbing & ~opened))
         self.lifted, self.sums = self._lift(opened)
-        self._assign(leads, opened)
+        self._assign(leads, opened, chosen)
 
     def _reach(self, source: np.ndarray) -> np.ndarray:
         """(nodes,) bool, what is made of some frozen nodes and is frozen too."""
@@ -579,10 +660,12 @@ class _Plan:
         wanted &= ~ruled_out
         return writes & wanted[label], [each for each in sums if wanted[label[each[0]]]]
 
-    def _assign(self, leaders: np.ndarray, opened: np.ndarray) -> None:
+    def _assign(
+        self, leaders: np.ndarray, opened: np.ndarray, chosen: dict[str, np.ndarray]
+    ) -> None:
         wiring = self._wiring
         lifts = self._leaders(np.flatnonzero(self.lifted))
-        varied = leaders | self.lifted
+        varied = (self._absorbing & ~opened) | self.lifted
         _spread(varied, self._within)
         self.cleared = {name: _arrives(each, varied) for name, each in wiring.readers.items()}
         for name, each in wiring.readers.items():
@@ -593,13 +676,15 @@ class _Plan:
         for name, layer in wiring.norms.items():
             nodes = slice(layer.start, layer.start + layer.channels)
             if self._absorbing[nodes].any():
-                self.zeroed[name] = leaders[nodes]
-                self.gamma_zero[name] = self._absorbing[nodes] & ~leaders[nodes]
-                self.silenced[name] = self.gamma_zero[name] & (~opened | self.lifted)[nodes]
-                self.raised[name] = lifts[nodes]
                 new = np.zeros(layer.channels, dtype=bool)
                 new[layer.slots[varied[layer.slots[:, 1]], 0]] = True
                 self.refreshed[name] = new & self._absorbing[nodes]
+                self.zeroed[name] = leaders[nodes]
+                # Layers behind that carry nothing either, and read nothing new, stay.
+                wanted = chosen.get(name, False) | self.refreshed[name]
+                self.gamma_zero[name] = self._absorbing[nodes] & ~leaders[nodes] & wanted
+                self.silenced[name] = self.gamma_zero[name] & (~opened | self.lifted)[nodes]
+                self.raised[name] = lifts[nodes]
 
 
 def _arrives(each: Reader, nodes: np.ndarray) -> np.ndarray:
@@ -677,7 +762,11 @@ def _carry_out(
         leading = torch.from_numpy(leads).to(norm.weight.device)
         norm.weight[leading] = gamma
         _bias(norm)[leading] = bias - _shift(norm)
-        norm.weight[torch.from_numpy(plan.gamma_zero[name]).to(norm.weight.device)] = 0
+        keeps = torch.from_numpy(plan.gamma_zero[name]).to(norm.weight.device)
+        shows = keeps & (norm.weight != 0)  # another number than its bias: what it reads is one
+        value = torch.from_numpy(wiring.value[wiring.output(name)]).to(norm.weight)
+        _bias(norm)[shows] = value[shows] - _shift(norm)
+        norm.weight[keeps] = 0
         silenced = torch.from_numpy(plan.silenced[name]).to(norm.weight.device)
         _bias(norm)[silenced] = -_shift(norm)
         raised = torch.from_numpy(plan.raised[name]).to(norm.weight.device)
@@ -808,6 +897,8 @@ def _first_gradients(
     watched = [*(tensor for tensor, _ in movable), *gammas, *biases]
     saved = [tensor.detach().clone() for tensor, _ in movable]
     arrived = {name: np.zeros(len(norm.weight), dtype=int) for name, norm in layers.items()}
+    if not watched:
+        return arrived
     try:
         for number in range(1, PASSES + 1):
             with torch.enable_grad():
@@ -844,7 +935,7 @@ def _first_gradients(
 
 
 def _revive(
-    model: nn.Module, run: Run, threshold: float, tolerance: float, seed: int
+    model: nn.Module, calls: _Calls, threshold: float, tolerance: float, seed: int
 ) -> dict[str, Any]:
     norms: dict[str, Any] = norm_modules(model)
     left = _Left()
@@ -862,20 +953,20 @@ def _revive(
     if not chosen:
         record["filters"]["left"] = found
         return record
-    expected, carried = _settle(model, run, norms, chosen, threshold, tolerance, left)
-    wiring = trace(model, run)
+    expected, carried = _settle(model, calls, norms, chosen, threshold, tolerance, left)
+    wiring = calls.trace(model)
     plan = _Plan(model, wiring, norms, chosen)
     zeros = _carry_out(plan, wiring, norms, threshold, seed)
     if plan.sums:
-        _even_out(plan, wiring, trace(model, run), norms)
-    still = _refresh_statistics(model, run, norms, plan.refreshed)
-    differs = difference(expected, _outputs(model, run))
+        _even_out(plan, wiring, calls.trace(model), norms)
+    still = _refresh_statistics(model, calls.all, norms, plan.refreshed)
+    differs = difference(expected, calls.outputs(model))
     if not differs <= _rounding(expected):
         raise ReviveError(
             f"the outputs of the revived network differ by {differs:.2g} of the largest value of "
             "their channel, so nothing is changed"
         )
-    arrived = _first_gradients(model, run, norms, plan, zeros, wiring.readers)
+    arrived = _first_gradients(model, calls.all, norms, plan, zeros, wiring.readers)
 
     passes: Counter[int] = Counter()
     revived: dict[str, dict[str, list[int]]] = {}
