@@ -33,8 +33,8 @@ from .criteria import (
 )
 from .flops import Flops, probe
 from .layers import Layer, gather, norm_modules
-from .report import Report, measure
 from .narrow import StripError, narrow
+from .report import Report, measure
 from .stripping import Stripped, strip
 
 __all__ = [

@@ -91,11 +91,17 @@ def revive(
     if hasattr(model, "module") and isinstance(model, nn.parallel.DistributedDataParallel):
         raise ReviveError("revive the model itself, model.module, not its wrapper")
     training = {module: module.training for module in model.modules()}
-    before = {t: t.detach().clone() for t in (*model.parameters(), *model.buffers())}
+    own = {b for m in norm_modules(model).values() for b in m.buffers()}
+    others = {b: b.detach().clone() for b in model.buffers() if b not in own}
+    before = others | {t: t.detach().clone() for t in (*model.parameters(), *own)}
     try:
         model.eval()
         calls = _Calls(model, images, seed)
-        return _revive(model, calls, threshold, tolerance, seed)
+        record = _revive(model, calls, threshold, tolerance, seed)
+        with torch.no_grad():
+            for buffer, value in others.items():  # what a run counts on
+                buffer.copy_(value)
+        return record
     except BaseException:
         with torch.no_grad():
             for tensor, value in before.items():
@@ -221,17 +227,13 @@ class _Calls:
     def _idle(model: nn.Module, wiring: Wiring) -> dict[str, int]:
         """Input channels of the convolutions and linear layers that did not run, by weight."""
         ran = wiring.readers.keys() | wiring.computed
-        inputs = {}
-        for name, module in model.named_modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(module, (nn.Linear, _ConvNd)) and f"{name}.weight" not in ran:
-                if isinstance(weight, nn.Parameter) and id(weight) not in (
-                    id(each.weight) for each in wiring.readers.values()
-                ):
-                    inputs[f"{name}.weight"] = getattr(
-                        module, "in_channels", getattr(module, "in_features", 0)
-                    )
-        return inputs
+        names = {id(p): name for name, p in model.named_parameters()}
+        return {
+            names[id(m.weight)]: m.in_features if isinstance(m, nn.Linear) else m.in_channels
+            for m in model.modules()
+            if isinstance(m, (nn.Linear, _ConvNd))
+            and names.get(id(m._parameters.get("weight")), "") not in ran | {""}
+        }
 
 
 def _seeded(run: Run, seed: int) -> Run:
@@ -498,7 +500,7 @@ class _Plan:
             name: {} if self.bias[name] is not None else self._behind(each)
             for name, each in wiring.readers.items()
         }
-        self.value = {}
+        self.value: dict[str, np.ndarray] = {}
         opened = self._open()
         self._label = connected(wiring.size, self._within)
         leads = self._leaders(np.flatnonzero(self._absorbing & ~opened))
@@ -611,7 +613,7 @@ class _Plan:
         return leads
 
     def _lift(self, opened: np.ndarray) -> tuple[np.ndarray, list[tuple[int, str, int]]]:
-        """Channels with a shut rectifier in front of a sum with a living one that can take its lift.
+        """Channels with a shut rectifier in front of a sum with a living one that evens it out.
 
         Returns:
             (nodes,) bool, their writers, and (node, layer, channel) of each sum: what arrives
@@ -634,31 +636,34 @@ class _Plan:
         # What rules a channel out.
         bad = self._reached & (self._held | self._fixed | mixed)
         bad[self._normed[~self._absorbing[self._normed[:, 1]], 0]] = True
-        sums = []
         meets = self._made[self._reached[self._made[:, 0]] & ~frozen[self._made[:, 1]]]
-        uses = np.bincount(self._made[:, 0], minlength=wiring.size) + self._normalized
+        met: dict[int, list[int]] = {}  # a living channel: what it meets
         for node, made in meets.tolist():
             if not wanted[label[node]] or bad[node]:
                 continue
             block = wiring.block_of(made)
             given = [n for n in block.inputs[made - block.start].tolist() if n != node]
-            other = wiring.block_of(given[0]) if len(given) == 1 else None
-            if (
-                block.name.rstrip("_") == "add"
-                and other is not None
-                and other.kind == "norm"
-                and _trained(self._norms.get(other.name))
-                and uses[given[0]] == 1
-                and not self._held[given[0]]
-                and not self._read[given[0]]
-            ):
-                sums.append((node, other.name, given[0] - other.start))
+            living = wiring.kind[given[0]] == "norm" if len(given) == 1 else False
+            if living and block.name.rstrip("_") == "add":
+                met.setdefault(given[0], []).append(node)
             else:
                 bad[node] = True
+        uses = np.bincount(self._made[:, 0], minlength=wiring.size)
+        for living, others in met.items():
+            alone = not (self._held[living] or self._read[living] or self._normalized[living])
+            trained = _trained(self._norms.get(wiring.block_of(living).name))
+            one = len(set(label[others].tolist())) == 1
+            if not (alone and trained and one and uses[living] == len(others)):
+                bad[others] = True
         ruled_out = np.zeros(wiring.size, dtype=bool)
         ruled_out[label[bad & self._reached]] = True
         wanted &= ~ruled_out
-        return writes & wanted[label], [each for each in sums if wanted[label[each[0]]]]
+        sums = []
+        for living, others in met.items():
+            if wanted[label[others[0]]]:
+                block = wiring.block_of(living)
+                sums.append((others[0], block.name, living - block.start))
+        return writes & wanted[label], sums
 
     def _assign(
         self, leaders: np.ndarray, opened: np.ndarray, chosen: dict[str, np.ndarray]
@@ -836,7 +841,9 @@ def _refresh_statistics(
     def before(name: str) -> Callable[[nn.Module, Any], None]:
         def set_statistics(norm: Any, args: Any) -> None:
             x = args[0].detach().transpose(0, 1).flatten(1).double()  # (C, positions)
-            count, mean, m2 = seen.get(name, (0, torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0])))
+            count, mean, m2 = seen.get(
+                name, (0, torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]))
+            )
             n, own = x.shape[1], x.mean(1)
             total = count + n
             m2 = m2 + ((x - own[:, None]) ** 2).sum(1) + (own - mean) ** 2 * count * n / total
@@ -906,9 +913,10 @@ def _first_gradients(
                 if not outputs:
                     break
                 generator = torch.Generator().manual_seed(number)
-                loss = sum(
-                    (t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in outputs
-                )
+                drawn = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
+                loss = torch.stack(
+                    [(t * d).sum().float() for t, d in zip(outputs, drawn, strict=True)]
+                ).sum()
                 grads = torch.autograd.grad(loss, watched, allow_unused=True)
             first = len(movable)
             for i, name in enumerate(layers):
@@ -981,7 +989,9 @@ def _revive(
             if live.any():
                 revived.setdefault(way, {})[name] = np.flatnonzero(live).tolist()
             also += int((live & ~wanted).sum())
-            left.add("all that it reads is constant", name, np.flatnonzero(channels & same & wanted))
+            left.add(
+                "all that it reads is constant", name, np.flatnonzero(channels & same & wanted)
+            )
             left.add(
                 "no gradient arrives: the rectifiers behind it never fired",
                 name,
