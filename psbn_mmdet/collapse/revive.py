@@ -760,13 +760,13 @@ def _carry_out(
         if zero.any() or fed.any():
             each.weight.copy_(_as_weight(weight, each))
 
-    usual = _living(wiring, norms, plan, threshold, norms)
+    usual = _living(wiring, norms, threshold)
     for name, leads in plan.zeroed.items():
         norm = norms[name]
-        gamma, bias = _living(wiring, {name: norm}, plan, threshold, norms) or usual or (1.0, 0.0)
+        gamma, added = _living(wiring, {name: norm}, threshold) or usual or (1.0, 0.0)
         leading = torch.from_numpy(leads).to(norm.weight.device)
         norm.weight[leading] = gamma
-        _bias(norm)[leading] = bias - _shift(norm)
+        _bias(norm)[leading] = added - _shift(norm)
         keeps = torch.from_numpy(plan.gamma_zero[name]).to(norm.weight.device)
         shows = keeps & (norm.weight != 0)  # another number than its bias: what it reads is one
         value = torch.from_numpy(wiring.value[wiring.output(name)]).to(norm.weight)
@@ -797,12 +797,10 @@ def _add_constant(plan: _Plan, norms: dict[str, Any], name: str, constant: Tenso
                 norms[norm].running_mean[channel] -= constant[filter].to(norms[norm].running_mean)
 
 
-def _living(
-    wiring: Wiring, some: dict[str, Any], plan: _Plan, threshold: float, norms: dict[str, Any]
-) -> tuple[float, float] | None:
+def _living(wiring: Wiring, norms: dict[str, Any], threshold: float) -> tuple[float, float] | None:
     """Medians of |gamma| and of the added constant of the filters that carry something."""
     gammas, biases = [], []
-    for name, norm in some.items():
+    for name, norm in norms.items():
         if name not in wiring.norms:
             continue
         alive = ~wiring.frozen[wiring.output(name)]
