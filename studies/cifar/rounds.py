@@ -6,8 +6,8 @@ and a learning rate that falls from 0.1 to 0 along a cosine within each round of
 
 - the learning rate falls at every iteration, and momentum is kept over a
   restart, as in SGDR, which it cites;
-- weight decay is on every parameter, gamma and beta included: it is what takes
-  non-trainable filters to 0 (section 4.3);
+- weight decay is on every parameter, gamma and beta included unless ``norm_decay=False``: it
+  is what takes non-trainable filters to 0 (section 4.3);
 - a last batch that is not full is dropped;
 - the subset of images and random labels are the same for all seeds of an
   experiment; a seed decides the initial weights, the order and the augmentation.
@@ -346,7 +346,9 @@ def make_runner(
         work_dir=str(folder),
         train_dataloader=DataLoader(batches, batch_size=None),
         train_cfg=dict(type=RoundsTrainLoop, max_iters=settings.iterations),
-        optim_wrapper=dict(optimizer=optimizer),
+        optim_wrapper=dict(
+            optimizer=optimizer, paramwise_cfg=without_norm_decay(settings.norm_decay)
+        ),
         param_scheduler=dict(
             type="CosineRestartLR",
             periods=[settings.iterations_per_round] * settings.rounds,
@@ -369,6 +371,11 @@ def make_runner(
         randomness=dict(seed=settings.seed, deterministic=device != "cpu"),
         experiment_name=f"{folder.parent.name}-{folder.name}",
     )
+
+
+def without_norm_decay(norm_decay: bool) -> dict[str, float] | None:
+    """mmengine's ``paramwise_cfg`` for whether gamma and beta decay; None where all does alike."""
+    return None if norm_decay else dict(norm_decay_mult=0.0)
 
 
 def check_amp(device: str) -> None:

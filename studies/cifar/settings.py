@@ -47,6 +47,7 @@ class Settings:
         lr: At the start of each round.
         momentum: Of SGD.
         weight_decay: On every parameter.
+        norm_decay: Whether on gamma and beta of the norm layers, too.
         rounds: Number of rounds.
         epochs: Of each round.
         seed: Of weights, order and augmentation.
@@ -83,6 +84,7 @@ class Settings:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    norm_decay: bool = True
     rounds: int = 9
     epochs: int = 100
     seed: int = 0

@@ -29,11 +29,16 @@ from psbn_mmdet.ap.evaluate import evaluate
 from psbn_mmdet.checkpoint import bn_state_dict, mismatch
 from psbn_mmdet.collapse import gather, measure, norm_modules
 from psbn_mmdet.python38 import removeprefix, zip_strict
-from studies.cifar.rounds import RoundsTrainLoop, latest_checkpoint, network_state
+from studies.cifar.rounds import (
+    RoundsTrainLoop,
+    latest_checkpoint,
+    network_state,
+    without_norm_decay,
+)
 from studies.runs import RunError, check_settings, write_json
 
 from .data import Batches, Images, samples
-from .settings import ANCHORED, Settings, learning_rate, model_config
+from .settings import ANCHORED, NO_NORM_DECAY, Settings, learning_rate, model_config
 
 TEST_BATCH = 16
 
@@ -249,6 +254,7 @@ def train_run(
                 weight_decay=settings.weight_decay,
             ),
             clip_grad=dict(max_norm=settings.max_norm),
+            paramwise_cfg=without_norm_decay(settings.method != NO_NORM_DECAY),
         ),
         default_hooks=dict(
             checkpoint=None,
