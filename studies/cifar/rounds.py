@@ -43,7 +43,7 @@ from psbn_mmdet.checkpoint import load as load_checkpoint
 from psbn_mmdet.checkpoint import mismatch
 from psbn_mmdet.collapse import THRESHOLD, measure
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
-from psbn_mmdet.python38 import removeprefix
+from psbn_mmdet.python38 import removeprefix, zip_strict
 from studies.runs import RunError, check_settings, write_json
 
 from .cuts import cut, size_of
@@ -134,6 +134,22 @@ class RoundsHook(Hook):
             shuffle_parameters(runner.model, s.seed)
             runner.optim_wrapper.optimizer.state.clear()  # momentum of other weights
             runner.logger.info("the entries of every parameter tensor were shuffled")
+        if s.revive and runner.iter % s.iterations_per_round == 0:
+            self._revive(runner)
+
+    def _revive(self, runner: Runner) -> None:
+        """Give collapsed filters a new life, before a round; momentum of other weights goes."""
+        from psbn_mmdet.collapse import revive
+
+        network = runner.model.network
+        images = runner.train_dataloader.dataset[runner.iter]["inputs"]
+        before = [parameter.detach().clone() for parameter in network.parameters()]
+        revive(network, images.contiguous(memory_format=torch.channels_last))
+        state = runner.optim_wrapper.optimizer.state
+        for parameter, old in zip_strict(network.parameters(), before):
+            if "momentum_buffer" in state.get(parameter, {}):
+                state[parameter]["momentum_buffer"][parameter != old] = 0
+        runner.model.train()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
@@ -374,7 +390,7 @@ def make_runner(
 
 
 def without_norm_decay(norm_decay: bool) -> dict[str, float] | None:
-    """mmengine's ``paramwise_cfg`` for whether gamma and beta decay; None where all does alike."""
+    """Mmengine's ``paramwise_cfg`` for whether gamma and beta decay; None where all does alike."""
     return None if norm_decay else dict(norm_decay_mult=0.0)
 
 

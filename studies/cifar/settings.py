@@ -53,6 +53,8 @@ class Settings:
         seed: Of weights, order and augmentation.
         shuffle_before: Shuffle the entries of every parameter tensor before
             this round, if any (section 3.6).
+        revive: Whether collapsed filters are revived before each round
+            (:func:`psbn_mmdet.collapse.revive`), those of ``parent`` included.
         parent: Name of the run whose final weights this one starts from, if any.
         cut: Whether and how the network is made smaller before it is trained: 'strip',
             'magnitude' or 'uniform' (:mod:`.cuts`), each to the FLOPs that stripping the
@@ -89,6 +91,7 @@ class Settings:
     epochs: int = 100
     seed: int = 0
     shuffle_before: int | None = None
+    revive: bool = False
     parent: str | None = None
     cut: str | None = None
     trace_interval: int = 0

@@ -120,8 +120,9 @@ def _slug(text: str) -> str:
 
 def backbone(norm: str, seed: int) -> tuple[str, CifarSettings]:
     """The name of a backbone and how it is pretrained: 'BN', 'psBN' or :data:`NO_NORM_DECAY`."""
-    changes = dict(norm=BN, norm_decay=False) if norm == NO_NORM_DECAY else dict(norm=norm)
-    return f"{_slug(norm)}-seed{seed}", replace(PRETRAINING, seed=seed, **changes)
+    decays = norm != NO_NORM_DECAY
+    settings = replace(PRETRAINING, norm=norm if decays else BN, norm_decay=decays, seed=seed)
+    return f"{_slug(norm)}-seed{seed}", settings
 
 
 @_experiment("transfer", Settings(), seeds=6)
@@ -170,8 +171,12 @@ REVIVED = "revived"
 @_experiment("revive", Settings(), seeds=6)
 def _revive(base: Settings, seeds: int) -> Experiment:
     (healthy, first), *_, (collapsed, last) = DEGREES.items()
-    starts = [(d, m, BN, n, False) for d, n in ((healthy, first), (collapsed, last)) for m in METHODS]
-    starts += [(WITHOUT_DECAY, method, NO_NORM_DECAY, last, False) for method in (BN, NO_NORM_DECAY)]
+    starts = [
+        (d, m, BN, n, False) for d, n in ((healthy, first), (collapsed, last)) for m in METHODS
+    ]
+    starts += [
+        (WITHOUT_DECAY, method, NO_NORM_DECAY, last, False) for method in (BN, NO_NORM_DECAY)
+    ]
     cured = [method for method in METHODS if method != PRESERVE]
     starts += [(f"{collapsed}, {REVIVED}", method, BN, last, True) for method in cured]
     starts += [(f"{healthy}, {REVIVED}", method, BN, first, True) for method in cured]
@@ -180,8 +185,14 @@ def _revive(base: Settings, seeds: int) -> Experiment:
         for degree, method, norm, number, revive in starts:
             arm = f"{method}, {degree}"
             name, backbones[name] = backbone(norm, seed)
-            start = dict(backbone=name, backbone_round=number, revive=revive)
-            settings = replace(base, method=method, seed=seed, **start)
+            settings = replace(
+                base,
+                method=method,
+                seed=seed,
+                backbone=name,
+                backbone_round=number,
+                revive=revive,
+            )
             runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, method, degree))
     again = f"{collapsed}, {REVIVED}"
     pairs = [(f"{m}, {again}", f"{m}, {collapsed}") for m in cured]
@@ -225,6 +236,7 @@ LIMITED = f"{ANCHORED}, max_ratio 1"
 def _rounds(base: Settings, seeds: int) -> Experiment:
     arms: dict[str, dict[str, Any]] = {
         BN: dict(method=BN),
+        NO_NORM_DECAY: dict(method=NO_NORM_DECAY),
         **{_psbn(alpha): dict(method=SHIFT, alpha=alpha) for alpha in (0.1, 0.01)},
         ANCHORED: dict(method=ANCHORED),
         LIMITED: dict(method=ANCHORED, max_ratio=1.0),

@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
+import numpy as np
+
 from psbn_mmdet.ap.coco_files import Results, read_annotations, read_results
 from psbn_mmdet.ap.compare import Comparison, compare, measure
 from psbn_mmdet.python38 import zip_strict
@@ -21,6 +23,7 @@ from studies.runs import RunError, by_arm, by_seed, finished, folder_of, paired,
 
 from .engine import annotations_of, backbone_folder
 from .experiments import Experiment, Run
+from .settings import NO_NORM_DECAY
 
 FILTERS = {
     "collapsed": "collapsed filters (%)",
@@ -33,15 +36,14 @@ CONFIDENCE = 0.95
 Outcome = Tuple[Run, Dict[str, Any]]
 
 
-def summarise(
-    experiment: Experiment, out: str | os.PathLike, command: str = "", resamples: int = RESAMPLES
-) -> dict[str, Any]:
-    """All that the figure and the tables show, ready for JSON.
+def compare_rounds(
+    experiment: Experiment, out: str | os.PathLike, resamples: int = RESAMPLES
+) -> list[Comparison]:
+    """Finished runs compared after each round.
 
     Args:
         experiment: What was run.
         out: Where.
-        command: That made it, for the record.
         resamples: Of the bootstrap over images.
 
     Raises:
@@ -50,12 +52,43 @@ def summarise(
     outcomes = finished(experiment, out)
     if not outcomes:
         raise RunError(f"{Path(out, experiment.name)}: no run is finished, so nothing to draw")
-    members = by_arm(outcomes)
-    rounds = len(outcomes[0][1]["rounds"])
-    compared = [
-        compare_round(experiment, out, members, number, resamples)
-        for number in range(1, rounds + 1)
+    return [
+        compare_round(experiment, out, by_arm(outcomes), number, resamples)
+        for number in range(1, len(outcomes[0][1]["rounds"]) + 1)
     ]
+
+
+def write_resampled(
+    experiment: Experiment, out: str | os.PathLike, compared: list[Comparison], path: Path
+) -> None:
+    """AP of every run on every resample of the images, so that intervals can be computed again.
+
+    ``runs`` (M,) are names, ``round_K`` (B, M) thousandths of a point.
+    """
+    runs = [run.name for of_arm in by_arm(finished(experiment, out)).values() for run, _ in of_arm]
+    rounds = {
+        f"round_{number}": np.rint(1000 * comparison.measured.resampled[:, :, 0]).astype(np.uint16)
+        for number, comparison in enumerate(compared, 1)
+    }
+    np.savez_compressed(path, runs=np.array(runs), **rounds)
+
+
+def summarise(
+    experiment: Experiment,
+    out: str | os.PathLike,
+    compared: list[Comparison],
+    command: str = "",
+) -> dict[str, Any]:
+    """All that the figure and the tables show, ready for JSON.
+
+    Args:
+        experiment: What was run.
+        out: Where.
+        compared: By :func:`compare_rounds`.
+        command: That made it, for the record.
+    """
+    outcomes = finished(experiment, out)
+    members = by_arm(outcomes)
     arms = {}
     for arm, of_arm in members.items():
         first, _ = of_arm[0]
@@ -95,7 +128,7 @@ def summarise(
         },
         "data_crc32": outcomes[0][1]["data_crc32"],
         "confidence": CONFIDENCE,
-        "resamples": resamples,
+        "resamples": len(compared[0].measured.resampled),
         "runs_finished": len(outcomes),
         "runs_planned": len(experiment.runs),
         "choices": list(experiment.choices),
@@ -118,7 +151,7 @@ def _backbones(experiment: Experiment, out: str | os.PathLike) -> dict[str, list
     for name, settings in experiment.backbones.items():
         path = backbone_folder(name, out) / "result.json"
         if path.exists():
-            of_norm = found.setdefault(settings.norm, {})
+            of_norm = found.setdefault(settings.norm if settings.norm_decay else NO_NORM_DECAY, {})
             of_norm[settings.seed] = json.loads(path.read_text())["rounds"]
     return {
         norm: [

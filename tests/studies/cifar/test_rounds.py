@@ -322,3 +322,17 @@ def test_adam_is_adam(root, tmp_path):
     wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     assert type(wrapper.optimizer) is torch.optim.Adam
     assert wrapper.optimizer.defaults["weight_decay"] == 5e-4
+
+
+def test_without_norm_decay_gamma_and_beta_alone_do_not_decay(root, tmp_path):
+    settings = replace(TOY, norm_decay=False)
+    runner = make_runner(settings, *study_data(settings, root), tmp_path)
+    optimizer = runner.build_optim_wrapper(runner.optim_wrapper).optimizer
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    network = runner.model.network
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    spared = {id(p) for norm in norms for p in norm.parameters()}
+    assert len(spared) == 2 * len(norms) > 0
+    for parameter in network.parameters():
+        wanted = 0 if id(parameter) in spared else settings.weight_decay
+        assert decays[id(parameter)] == wanted

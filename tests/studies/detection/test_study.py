@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -244,7 +245,7 @@ def test_finished_runs_are_skipped_and_other_settings_refused(rounds, root):
     before = folder_of(experiment, experiment.runs[0], out) / "result.json"
     stamp = before.stat().st_mtime_ns
     engine.execute(experiment, out, root, "no-cifar", said.append)
-    assert said == ["rounds: 10 of 10 runs finished"]
+    assert said == ["rounds: 12 of 12 runs finished"]
     assert before.stat().st_mtime_ns == stamp
     other = toy_rounds(rounds=2, weight_decay=0.5)
     with pytest.raises(RunError, match=r"other settings \(1 differ, as weight_decay"):
@@ -268,8 +269,9 @@ def test_two_processes_share_an_experiment(root, tmp_path):
 
 def test_summary_has_ap_of_the_result_files_and_verdicts(rounds):
     experiment, out = rounds
-    content = summary.summarise(experiment, out, "command", resamples=100)
-    assert content["runs_finished"] == content["runs_planned"] == 10
+    compared = summary.compare_rounds(experiment, out, resamples=100)
+    content = summary.summarise(experiment, out, compared, "command")
+    assert content["runs_finished"] == content["runs_planned"] == 12
     truth = read_annotations(engine.annotations_of(experiment, out))
     for arm, entry in content["arms"].items():
         members = [run for run in experiment.runs if run.arm == arm]
@@ -287,8 +289,24 @@ def test_summary_has_ap_of_the_result_files_and_verdicts(rounds):
             if judged is content["differences"][0]:
                 assert d["AP"] == pytest.approx(ap[0] - ap[1])
     text = summary.markdown(json.loads(json.dumps(content)))
-    assert "10 of 10 runs finished, 2 seeds an arm" in text
+    assert "12 of 12 runs finished, 2 seeds an arm" in text
     assert text.count("| psBN, alpha 0.1 | BN |") == 2
+
+
+def test_resampled_aps_give_the_interval_of_an_arm_again(rounds, tmp_path):
+    experiment, out = rounds
+    compared = summary.compare_rounds(experiment, out, resamples=50)
+    summary.write_resampled(experiment, out, compared, tmp_path / "resampled.npz")
+    kept = np.load(tmp_path / "resampled.npz")
+    assert sorted(kept["runs"]) == sorted(run.name for run in experiment.runs)
+    assert sorted(kept) == ["round_1", "round_2", "runs"]
+    for number, comparison in enumerate(compared, 1):
+        kept_ap = kept[f"round_{number}"] / 1000
+        assert kept_ap.shape == (50, len(experiment.runs))
+        for arm, runs in comparison.runs.items():
+            names = {r.name for r in experiment.runs if r.arm == arm}
+            assert {str(kept["runs"][i]) for i in runs} == names
+        assert np.abs(kept_ap - comparison.measured.resampled[:, :, 0]).max() <= 5e-4
 
 
 @pytest.mark.parametrize("name", experiments.names())
@@ -378,10 +396,13 @@ def test_published_results_are_of_the_study_as_it_stands(name: str):
     published = json.loads(path.read_text())
     seeds = max(len(arm["seeds"]) for arm in published["arms"].values())
     experiment = experiments.build(name, seeds=seeds)
-    assert published["runs_finished"] == published["runs_planned"] == len(experiment.runs)
-    for run in experiment.runs:
-        arm = published["arms"][run.arm]
-        assert run.settings.seed in arm["seeds"]
+    planned = {(run.arm, run.settings.seed): run for run in experiment.runs}
+    done = {(name, seed) for name, arm in published["arms"].items() for seed in arm["seeds"]}
+    assert done <= set(planned)
+    assert published["runs_finished"] == len(done)
+    assert published["runs_planned"] == len(planned)
+    for key in done:
+        run, arm = planned[key], published["arms"][key[0]]
         for name, value in arm["settings"].items():
             wanted = getattr(run.settings, name)
             wanted = wanted.partition("-seed")[0] if name == "backbone" and wanted else wanted
