@@ -106,7 +106,8 @@ def retinanet() -> nn.Module:
 
 def layers(device: str, tiny: bool) -> dict[str, Any]:
     """The norm layers of a ResNet-50 on what arrives at them, forward and backward."""
-    backbone, size = retinanet().backbone, (64, 96) if tiny else (800, 1333)
+    backbone: Any = retinanet().backbone
+    size = (64, 96) if tiny else (800, 1333)
     shapes: list[torch.Size] = []
     norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     handles = [m.register_forward_hook(lambda m, i, o: shapes.append(o.shape)) for m in norms]
@@ -140,7 +141,7 @@ def training_steps(device: str, tiny: bool) -> dict[str, Any]:
 
     def variant(kind: str, compiled: bool) -> Callable[[], None]:
         torch.manual_seed(0)
-        model = retinanet()
+        model: Any = retinanet()
         model = (to_psbn(model) if kind == "psBN" else model).to(device).train()
         optimizer = torch.optim.SGD(model.parameters(), 1e-4, 0.9, weight_decay=1e-4)
         if kind == "AnchoredBiasDecay":

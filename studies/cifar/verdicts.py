@@ -72,7 +72,7 @@ class Claim:
 
 
 TABLE1_GAINS = (0.68, 0.19)
-"""Points of accuracy, psBN over BN, fifth snapshot, lr 0.1 and 0.2: 94.43 - 93.75, 94.29 - 94.10."""
+"""Points, psBN over BN, fifth snapshot at lr 0.1 and 0.2: 94.43 - 93.75 and 94.29 - 94.10."""
 
 NULL_SEEDS = 6
 """A deviation of three seeds is known to a factor of six, one of six to a factor of 2.5."""

@@ -35,7 +35,7 @@ def test_every_claim_is_of_an_experiment_that_there_is():
         if row.results.startswith("../../detection/results/"):
             arms = {run.arm for run in detection.build(name).runs}
             summary = json.loads((verdicts.RESULTS / f"{row.results}.json").read_text())
-            assert set(summary["arms"]) == arms
+            assert set(summary["arms"]) <= arms
         else:
             assert build(name, preset or "reduced").name == name
 
