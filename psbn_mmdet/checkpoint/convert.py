@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norm.layers import check_alpha, check_load_bn, rebase
+from ..norm.layers import agree, check_alpha, rebase, saved_alpha
 from ..norm.recognize import Kind, norm_kinds
 from ..python38 import zip_strict
 from .unwrap import CheckpointError, as_tensor, is_array
@@ -29,10 +29,8 @@ def _split(key: str) -> tuple[str, str]:
     return prefix + dot, name
 
 
-def psbn_state_dict(
-    state_dict: Mapping[str, Tensor], alpha: float = 0.1, load_bn: str = "preserve"
-) -> dict[str, Tensor]:
-    """The state dict of ``to_psbn(model, alpha, load_bn)`` from that of ``model``.
+def psbn_state_dict(state_dict: Mapping[str, Tensor], alpha: float = 0.1) -> dict[str, Tensor]:
+    """The state dict of ``to_psbn(model, alpha)`` from that of ``model``.
 
     A layer is BN where ``weight, bias, running_mean, running_var`` stand
     together (a normalization without running statistics, as InstanceNorm
@@ -41,9 +39,9 @@ def psbn_state_dict(
 
     Raises:
         CheckpointError: There is no such layer, or only a part of one.
-        TypeError, ValueError: A wrong ``alpha`` or ``load_bn``.
+        TypeError, ValueError: A wrong ``alpha``.
     """
-    alpha, load_bn = check_alpha(alpha), check_load_bn(load_bn)
+    alpha = check_alpha(alpha)
     _refuse_parts(state_dict)
     bn, psbn = prefixes(state_dict, "bn"), prefixes(state_dict, "psbn")
     if not bn | psbn:
@@ -52,17 +50,32 @@ def psbn_state_dict(
     for key, value in state_dict.items():
         prefix, name = _split(key)
         if prefix in bn and name == "bias":
-            new = torch.tensor(alpha, dtype=value.dtype, device=value.device)
-            converted[prefix + "beta"] = rebase(value, 0, new) if load_bn == "preserve" else value
-            converted[prefix + "alpha"] = new
+            converted.update(_layer(prefix, rebase(value, 0, alpha), alpha))
         elif prefix in psbn and name == "beta":
-            old = state_dict[prefix + "alpha"]
-            new = torch.full_like(old, alpha)
-            converted[key] = rebase(value, old, new)
-            converted[prefix + "alpha"] = new
-        elif not (prefix in psbn and name == "alpha"):
+            old = saved_alpha(state_dict[prefix + "alpha"], alpha)
+            added = _added(state_dict, prefix, alpha)
+            kept = rebase(value, old, alpha)
+            beta = torch.where(agree(added, value, old), kept, added - alpha)
+            converted.update(_layer(prefix, beta, alpha))
+        elif not (prefix in psbn and name in ("alpha", "bias")):
             converted[key] = value
     return converted
+
+
+def _layer(prefix: str, beta: Tensor, alpha: float) -> dict[str, Tensor]:
+    """What a psBN layer has in a state dict beside what BN has."""
+    return {
+        prefix + "bias": beta + alpha,
+        prefix + "beta": beta,
+        prefix + "alpha": torch.tensor(alpha, dtype=beta.dtype, device=beta.device),
+    }
+
+
+def _added(state_dict: Mapping[str, Tensor], prefix: str, alpha: float) -> Tensor:
+    """The bias of a psBN layer; before 0.2 it was not in the file."""
+    saved = state_dict[prefix + "alpha"]
+    total = state_dict[prefix + "beta"] + saved_alpha(saved, alpha)
+    return state_dict.get(prefix + "bias", total)
 
 
 def bn_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,8 +92,9 @@ def bn_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         prefix, name = _split(key)
         if prefix in psbn and name == "beta":
-            converted[prefix + "bias"] = value + state_dict[prefix + "alpha"]
-        elif not (prefix in psbn and name == "alpha"):
+            alpha = float(state_dict[prefix + "alpha"])
+            converted[prefix + "bias"] = _added(state_dict, prefix, alpha)
+        elif not (prefix in psbn and name in ("alpha", "bias")):
             converted[key] = value
     return converted
 

@@ -39,18 +39,19 @@ def same(a, b):
         assert_close(a[key], b[key], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("load_bn", ["preserve", "shift"])
-def test_state_dicts_convert_as_models_do(load_bn):
+def test_state_dicts_convert_as_models_do():
     model = network()
     bn = copied(model)
-    psbn = psbn_state_dict(bn, alpha=0.3, load_bn=load_bn)
-    same(psbn, to_psbn(model, alpha=0.3, load_bn=load_bn).state_dict())
+    psbn = psbn_state_dict(bn, alpha=0.3)
+    same(psbn, to_psbn(model, alpha=0.3).state_dict())
     same(bn_state_dict(psbn), to_bn(model).state_dict())
 
 
 def test_a_psbn_state_dict_is_rebased():
     model = to_psbn(network(), alpha=0.3)
-    same(psbn_state_dict(copied(model), alpha=0.1), to_psbn(model, alpha=0.1).state_dict())
+    psbn = psbn_state_dict(copied(model), alpha=0.1)
+    # A file's alpha is float32(0.3), the model's 0.3: half a unit in the last place of beta.
+    assert_close(psbn, dict(to_psbn(model, alpha=0.1).state_dict()))
 
 
 def test_the_order_of_the_keys_does_not_matter():
