@@ -43,6 +43,7 @@ from psbn_mmdet.checkpoint import load as load_checkpoint
 from psbn_mmdet.checkpoint import mismatch
 from psbn_mmdet.collapse import THRESHOLD, measure
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
+from psbn_mmdet.norm import lift
 from psbn_mmdet.python38 import removeprefix, zip_strict
 from studies.runs import RunError, check_settings, write_json
 
@@ -144,7 +145,9 @@ class RoundsHook(Hook):
         network = runner.model.network
         images = runner.train_dataloader.dataset[runner.iter]["inputs"]
         before = [parameter.detach().clone() for parameter in network.parameters()]
-        revive(network, images.contiguous(memory_format=torch.channels_last))
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)  # a run that was killed goes on to the bit
+            revive(network, images)
         state = runner.optim_wrapper.optimizer.state
         for parameter, old in zip_strict(network.parameters(), before):
             if "momentum_buffer" in state.get(parameter, {}):
@@ -339,6 +342,8 @@ def make_runner(
     resume_from = latest_checkpoint(folder)
     if settings.parent and (settings.cut or not resume_from):
         _start_from_parent(network, folder.parent / settings.parent)
+        if settings.load_bn == "shift" and not resume_from:
+            lift(network)
     if settings.cut:
         network = cut(network, settings)
     batches = Batches(

@@ -34,7 +34,8 @@ class Settings:
         width: Factor on its channels.
         norm: One of :data:`NORMS`.
         alpha: Of psBN and psIN.
-        load_bn: How psBN takes over BN weights of ``parent``: 'preserve' or 'shift'.
+        load_bn: How psBN takes over BN weights of ``parent``: 'preserve' keeps its function,
+            'shift' lifts the network by alpha.
         act: One of :data:`ACTIVATIONS`.
         gamma_init: Initial gamma (Fig. 5b).
         images: Number of training images, class-balanced; None for all.
@@ -142,7 +143,7 @@ class Settings:
         """The network with weights from torch's global generator."""
         norm_cfg = NORMS[self.norm]
         if norm_cfg and self.norm.startswith("ps"):
-            norm_cfg = dict(norm_cfg, alpha=self.alpha, load_bn=self.load_bn)
+            norm_cfg = dict(norm_cfg, alpha=self.alpha)
         return build_network(
             self.network, norm_cfg, ACTIVATIONS[self.act], self.width, self.gamma_init
         )

@@ -111,7 +111,7 @@ def model_config(settings: Settings, classes: int) -> dict[str, Any]:
     channels = settings.base_channels
     norm: dict[str, Any] = dict(type="BN")
     if settings.method in (PRESERVE, SHIFT):
-        norm = dict(type="psBN", alpha=settings.alpha, load_bn=settings.method.split()[1])
+        norm = dict(type="psBN", alpha=settings.alpha)
     model = dict(
         backbone=dict(
             base_channels=channels,

@@ -122,7 +122,7 @@ def test_wrong_names_and_settings_are_one_line():
         experiments.build("transfer", seeds=0)
     with pytest.raises(RunError, match="mmdet_resnet18 always has a normalization and ReLU"):
         CifarSettings(network="mmdet_resnet18", norm="none")
-    with pytest.raises(RunError, match="method must be one of BN, psBN preserve"):
+    with pytest.raises(RunError, match="method must be one of BN, BN without norm decay"):
         Settings(method="GN")
 
 
