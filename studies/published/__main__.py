@@ -4,8 +4,8 @@
     python -m studies.published --files FOLDER --fetch
 
 Takes the checkpoints of checkpoints.json that lie in FOLDER; --fetch first downloads those that do
-not, about 1 GB in all. A file of another checksum is refused, and nothing in a file is run. A row whose
-file is not there stays empty and says so.
+not, about 1 GB in all. A file of another checksum is refused, and nothing in a file is run. A row
+whose file is not there stays empty and says so.
 """
 
 from __future__ import annotations
