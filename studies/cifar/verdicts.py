@@ -300,6 +300,7 @@ CLAIMS: tuple[Claim, ...] = (
           "“marginal effect”", "% of FLOPs",
           _more_than_half("resnet20, BN + LeakyReLU", "resnet20, BN + ReLU")),
     *_fig3("fig3-medium", " (all images)"),
+    *_fig3("fig3-paper16", " (the paper's schedule, 16x16)"),
     Claim("fig1a", "3.4, Fig. 1a", "more filters near norm 0 with BN than without", "drawn",
           "% of a layer", _near_zero),
     Claim("fig1b", "1, Fig. 1b", "filters collapse in the second round", "drawn",

@@ -1,4 +1,4 @@
-"""The script for a GPU: what becomes of a step that works, fails, or takes too long; its numbers."""
+"""The script for a GPU: steps that work, fail or take too long, and its ratios."""
 
 import json
 import sys
