@@ -145,9 +145,7 @@ class RoundsHook(Hook):
         network = runner.model.network
         images = runner.train_dataloader.dataset[runner.iter]["inputs"]
         before = [parameter.detach().clone() for parameter in network.parameters()]
-        with torch.random.fork_rng():
-            torch.manual_seed(self.settings.seed)  # a run that was killed goes on to the bit
-            revive(network, images)
+        revive(network, images, seed=self.settings.seed)
         state = runner.optim_wrapper.optimizer.state
         for parameter, old in zip_strict(network.parameters(), before):
             if "momentum_buffer" in state.get(parameter, {}):

@@ -87,8 +87,7 @@ def _revived(
     model = _fresh(replace(settings, method=BN), classes)
     load_backbone(model.backbone, pretrained)
     batch = samples(images, list(range(settings.batch_size)))
-    torch.manual_seed(settings.seed)
-    revive(model, model.data_preprocessor(batch)["inputs"])
+    revive(model, model.data_preprocessor(batch)["inputs"], seed=settings.seed)
     return model.state_dict()
 
 
