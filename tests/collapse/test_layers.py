@@ -29,22 +29,26 @@ def test_a_psbn_layer_counts_with_what_it_adds():
     assert (row["dead"], row["constant"]) == (1, 1)
 
 
+@pytest.mark.parametrize("form", ["scripted", "traced", "exported"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_scripted_psbn_is_measured_and_where_alpha_is_in_the_graph_it_is_refused():
+def test_psbn_is_measured_in_every_form_of_a_model(form):
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), norm.psBN2d(4, alpha=0.1)).eval()
     with torch.no_grad():
         model[2].weight[:2] = 0
         model[2].beta[:3] = torch.tensor([-0.2, 0.1, -0.1])
     x = torch.randn(1, 3, 4, 4)
-    report = measure(torch.jit.script(model))
+    if form == "scripted":
+        other = torch.jit.script(model)
+    elif form == "traced":
+        other = torch.jit.trace(model, x)
+    else:
+        other = torch.export.export(model, (x,)).module()
+    report = measure(other)
     assert report.totals["filters"] == 7
     layer = report.layers[1]
     assert layer.gamma.tolist() == [0, 0, 1, 1]
     assert_close(layer.bias, torch.tensor([-0.1, 0.2, 0.0, 0.1]))  # beta + 0.1
     assert layer.alpha == pytest.approx(0.1)
-    for other in (torch.jit.trace(model, x), torch.export.export(model, (x,)).module()):
-        with pytest.raises(TypeError, match="measure the model itself"):
-            measure(other)
 
 
 def test_a_lazy_convolution_is_of_no_size_yet():
