@@ -61,7 +61,7 @@ def build_model(
     model = _fresh(settings, classes)
     if pretrained and settings.revive:
         assert images is not None
-        model.load_state_dict(_revived(settings, classes, pretrained, images))
+        model.backbone.load_state_dict(_revived(settings, classes, pretrained, images))
     elif pretrained:
         load_backbone(model.backbone, pretrained)
     if pretrained and settings.method == SHIFT:
@@ -81,14 +81,18 @@ def _fresh(settings: Settings, classes: int) -> Any:
 def _revived(
     settings: Settings, classes: int, pretrained: Path, images: Images
 ) -> dict[str, torch.Tensor]:
-    """The state dict of the detector with plain BN after its collapsed filters were revived."""
+    """The backbone's state dict, with plain BN, after its collapsed filters were revived.
+
+    In a detector whose neck and head are then left behind: what reads the backbone is fresh and so
+    need not be told to ignore the revived filters.
+    """
     from psbn_mmdet.collapse import revive
 
     model = _fresh(replace(settings, method=BN), classes)
     load_backbone(model.backbone, pretrained)
     batch = samples(images, list(range(settings.batch_size)))
     revive(model, model.data_preprocessor(batch)["inputs"], seed=settings.seed)
-    return model.state_dict()
+    return model.backbone.state_dict()
 
 
 def load_backbone(backbone: nn.Module, pretrained: Path) -> None:
