@@ -44,7 +44,7 @@ MODULE2PACKAGE["psbn_mmdet"] = "psbn_mmdet"
 
 # Behind the registries, which mmengine.hooks, a second's import, finds filled.
 from .collapse.hook import SparsityLoggerHook  # noqa: E402
-from .collapse.stripping.model import stripped_model  # noqa: E402
+from .collapse.narrow import stripped_model  # noqa: E402
 from .decay.hook import AnchoredBiasDecay  # noqa: E402
 from .norm.hook import PsBNHook  # noqa: E402
 

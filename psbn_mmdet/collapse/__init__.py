@@ -6,7 +6,9 @@
 - :mod:`.report`: ``measure`` and what it returns
 - :mod:`.flops`: how many FLOPs the collapsed filters cost
 - :mod:`.detectors`: how a model is called with images
+- :mod:`.wiring`: how a network is wired, channel by channel, found by running it
 - :mod:`.stripping`: ``strip``, which takes the collapsed filters out
+- :mod:`.narrow`: a network narrowed to the shapes of stripped weights
 - :mod:`.hook`: ``SparsityLoggerHook``, which measures while a model trains
 - :mod:`.trace`: the file it writes
 - :mod:`.course`: the states of filters over a trace
@@ -32,7 +34,8 @@ from .criteria import (
 from .flops import Flops, probe
 from .layers import Layer, gather, norm_modules
 from .report import Report, measure
-from .stripping import StripError, Stripped, strip
+from .narrow import StripError, narrow
+from .stripping import Stripped, strip
 
 __all__ = [
     "INACTIVE_BELOW",
@@ -54,6 +57,7 @@ __all__ = [
     "gather",
     "inactive",
     "measure",
+    "narrow",
     "nearly_linear",
     "norm_modules",
     "not_finite",
