@@ -20,9 +20,10 @@ import numba
 import numpy as np
 
 from .coco_files import Annotations, Results
-from .matching import AREAS, IGNORED, MAX_BOXES, TRUE, Matches, match
+from .matching import IGNORED, MAX_DETS, SIZES, TRUE, Matches, match_areas
 
 RECALL = np.linspace(0.0, 1.0, 101)
+_BLOCK = 8  # resamples that a thread takes at a time
 
 
 @numba.njit(cache=True, nogil=True)
@@ -179,7 +180,7 @@ def draw_images(images: int, resamples: int, rng: np.random.Generator) -> np.nda
 
 def resample(
     runs: Sequence[Matches],
-    resamples: int = 1000,
+    resamples: int | range = 1000,
     seed: int = 0,
     threads: int = 2,
     progress: Callable[[Iterator], Iterator] = iter,
@@ -190,7 +191,7 @@ def resample(
     three times counts three times.
 
     Args:
-        resamples: 1000 puts the ends of a 95% interval within about 5% of its width.
+        resamples: How many, or the numbers of those to draw: each has a generator of its own.
         progress: wraps the iterator over resamples, e.g. ``tqdm``.
 
     Returns:
@@ -199,19 +200,26 @@ def resample(
     images = runs[0].images
     if any(m.images != images for m in runs):
         raise ValueError(f"runs on {sorted({m.images for m in runs})} images cannot be paired")
+    numbers = resamples if isinstance(resamples, range) else range(resamples)
     classes = len(runs[0].class_start) - 1
-    ap = np.empty((resamples, len(runs), classes, 3))
-    curve = np.empty((resamples, len(runs), 3, len(RECALL)))
+    ap = np.empty((len(numbers), len(runs), classes, 3))
+    curve = np.empty((len(numbers), len(runs), 3, len(RECALL)))
 
-    def one(b: int) -> None:
+    def some(part: range) -> range:
         # a generator per resample: the result does not depend on the number of threads
-        weights = draw_images(images, 1, np.random.default_rng([seed, b]))
+        weights = np.concatenate(
+            [draw_images(images, 1, np.random.default_rng([seed, numbers[b]])) for b in part]
+        )
         for m, run in enumerate(runs):
-            a, c = weighted_ap(run, weights)
-            ap[b, m], curve[b, m] = a[0], c[0]
+            ap[part.start : part.stop, m], curve[part.start : part.stop, m] = weighted_ap(
+                run, weights
+            )
+        return part
 
+    starts = range(0, len(numbers), _BLOCK)
+    blocks = [range(b, min(b + _BLOCK, len(numbers))) for b in starts]
     with ThreadPoolExecutor(threads) as pool:  # the compiled code releases the GIL
-        for _ in progress(pool.map(one, range(resamples))):
+        for _ in progress(b for part in pool.map(some, blocks) for b in part):
             pass
     return ap, curve
 
@@ -255,30 +263,41 @@ def _leave_out(first, last, arrays, recall, touched, touched_start, base, out):
         out[i] = out[i] / count if count else np.nan
 
 
-def evaluate(annotations: Annotations, results: Results) -> tuple[dict[str, float], np.ndarray]:
-    """The twelve numbers of pycocotools for boxes, and AP per class.
+def evaluate(
+    annotations: Annotations, results: Results, max_dets: int | None = None
+) -> tuple[dict[str, float], np.ndarray]:
+    """The numbers of pycocotools, twelve for boxes and masks, ten for keypoints; AP per class.
+
+    Args:
+        annotations: The data set.
+        results: Of the same kind.
+        max_dets: Detections that count per image and class; by default 100, of keypoints 20.
 
     Returns:
         ``{"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm",
         "ARl"}``, in [0, 1], and (K,) AP in the order of ``annotations.class_ids``. As in
-        pycocotools, -1 says that there was no object to measure on.
+        pycocotools, -1 says that there was no object to measure on. Of keypoints there are
+        ``"AR", "AR50", "AR75"`` for ``"AR1", "AR10", "AR100"`` and neither ``"APs"`` nor
+        ``"ARs"``. With another ``max_dets`` than 100, ``"AR100"`` is named by it.
     """
-    stats: dict[str, float] = {}
-    per_class = np.empty(0)
-    for area in AREAS:
-        m = match(annotations, results, area)
-        ap = weighted_ap(m, np.ones((1, m.images), int))[0][0]
-        if area == "all":
-            per_class = np.nan_to_num(ap[:, 0], nan=-1.0)
-            for i, name in enumerate(("AP", "AP50", "AP75")):
-                stats[name] = mean_over_classes(ap[None, :, i])[0]
-            for n in (1, 10, 100):
-                stats[f"AR{n}"] = _recall(m, n)
-        else:
-            stats[f"AP{area}"] = mean_over_classes(ap[None, :, 0])[0]
-            stats[f"AR{area}"] = _recall(m, MAX_BOXES)
-    order = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-    return {k: float(np.nan_to_num(stats[k], nan=-1.0)) for k in order}, per_class
+    most = max_dets or MAX_DETS[annotations.kind]
+    areas = SIZES[annotations.kind]
+    matches = match_areas(annotations, results, ["all", *areas], most)
+    aps = {a: weighted_ap(m, np.ones((1, m.images), int))[0][0] for a, m in matches.items()}
+    stats = {
+        name: mean_over_classes(aps["all"][None, :, i])[0]
+        for i, name in enumerate(("AP", "AP50", "AP75"))
+    }
+    stats |= {f"AP{a}": mean_over_classes(aps[a][None, :, 0])[0] for a in areas}
+    whole = matches["all"]
+    if annotations.kind == "keypoints":
+        at = {"AR": slice(None), "AR50": slice(0, 1), "AR75": slice(5, 6)}
+        stats |= {name: _recall(whole, most, thresholds) for name, thresholds in at.items()}
+    else:
+        stats |= {f"AR{n}": _recall(whole, n) for n in (1, 10, most)}
+    stats |= {f"AR{a}": _recall(matches[a], most) for a in areas}
+    per_class = np.nan_to_num(aps["all"][:, 0], nan=-1.0)
+    return {k: float(np.nan_to_num(v, nan=-1.0)) for k, v in stats.items()}, per_class
 
 
 def mean_over_classes(ap: np.ndarray) -> np.ndarray:
@@ -288,11 +307,14 @@ def mean_over_classes(ap: np.ndarray) -> np.ndarray:
     return np.where(count, np.where(present, ap, 0).sum(-1) / np.maximum(count, 1), np.nan)
 
 
-def _recall(m: Matches, boxes: int) -> float:
-    """AR: the share of objects found by the first ``boxes`` of each image and class."""
+def _recall(m: Matches, dets: int, thresholds: slice = slice(None)) -> float:
+    """AR: the share of objects found by the first ``dets`` of each image and class."""
     objects = np.diff(m.object_start)
     classes = len(objects)
     cls = np.repeat(np.arange(classes), np.diff(m.class_start))
-    found = [np.bincount(cls[(s == TRUE) & (m.rank < boxes)], minlength=classes) for s in m.status]
+    found = [
+        np.bincount(cls[(s == TRUE) & (m.rank < dets)], minlength=classes)
+        for s in m.status[thresholds]
+    ]
     recall = np.mean(found, axis=0) / np.where(objects, objects, np.nan)
     return float(mean_over_classes(recall))
