@@ -43,6 +43,7 @@ from psbn_mmdet.checkpoint import load as load_checkpoint
 from psbn_mmdet.checkpoint import mismatch
 from psbn_mmdet.collapse import THRESHOLD, measure
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
+from psbn_mmdet.collapse.revive import revive
 from psbn_mmdet.norm import lift
 from psbn_mmdet.python38 import removeprefix, zip_strict
 from studies.runs import RunError, check_settings, write_json
@@ -140,8 +141,6 @@ class RoundsHook(Hook):
 
     def _revive(self, runner: Runner) -> None:
         """Give collapsed filters a new life, before a round; momentum of other weights goes."""
-        from psbn_mmdet.collapse import revive
-
         network = runner.model.network
         images = runner.train_dataloader.dataset[runner.iter]["inputs"]
         before = [parameter.detach().clone() for parameter in network.parameters()]

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
@@ -61,13 +61,13 @@ def compare_rounds(
 def write_resampled(
     experiment: Experiment, out: str | os.PathLike, compared: list[Comparison], path: Path
 ) -> None:
-    """AP of every run on every resample of the images, so that intervals can be computed again.
+    """AP of every run on every draw of the images, so that intervals can be computed again.
 
     ``runs`` (M,) are names, ``round_K`` (B, M) thousandths of a point.
     """
     runs = [run.name for of_arm in by_arm(finished(experiment, out)).values() for run, _ in of_arm]
-    rounds = {
-        f"round_{number}": np.rint(1000 * comparison.measured.resampled[:, :, 0]).astype(np.uint16)
+    rounds: dict[str, Any] = {
+        f"round_{number}": np.rint(1000 * comparison.measured.draws[:, :, 0]).astype(np.int32)
         for number, comparison in enumerate(compared, 1)
     }
     np.savez_compressed(path, runs=np.array(runs), **rounds)
@@ -128,7 +128,7 @@ def summarise(
         },
         "data_crc32": outcomes[0][1]["data_crc32"],
         "confidence": CONFIDENCE,
-        "resamples": len(compared[0].measured.resampled),
+        "resamples": len(compared[0].measured.draws),
         "runs_finished": len(outcomes),
         "runs_planned": len(experiment.runs),
         "choices": list(experiment.choices),
@@ -179,7 +179,11 @@ def compare_round(
     number: int,
     resamples: int,
 ) -> Comparison:
-    """All arms after a round, on the same resampled images, and the experiment's pairs."""
+    """All arms after a round, on the same resampled images, and the experiment's pairs.
+
+    A pair is judged on the seeds that both arms have, run by run: those of a seed share their
+    backbone, the weights of neck and head and the order of the images.
+    """
     annotations = read_annotations(annotations_of(experiment, out))
     indices: dict[str, list[int]] = {}
     results: list[Results] = []
@@ -187,9 +191,18 @@ def compare_round(
         files = results_of(experiment, out, of_arm, number)
         indices[arm] = list(range(len(results), len(results) + len(files)))
         results += [read_results(file, annotations) for file in files]
-    pairs = [(a, b) for a, b in experiment.pairs if a in arms and b in arms]
     measured = measure(annotations, results, resamples, threads=1)
-    return compare(measured, indices, pairs, CONFIDENCE)
+    of_seed = {
+        arm: {run.settings.seed: i for (run, _), i in zip_strict(of_arm, indices[arm])}
+        for arm, of_arm in arms.items()
+    }
+    differences = []
+    for pair in experiment.pairs:
+        seeds = set.intersection(*(set(of_seed.get(arm, {})) for arm in pair))
+        if seeds:
+            both = {arm: [of_seed[arm][seed] for seed in sorted(seeds)] for arm in pair}
+            differences += compare(measured, both, [pair], CONFIDENCE, paired=True).differences
+    return replace(compare(measured, indices, [], CONFIDENCE), differences=differences)
 
 
 def _interval(comparison: Comparison, arm: str) -> dict[str, float]:
@@ -258,11 +271,12 @@ def markdown(summary: dict[str, Any]) -> str:
         if summary["differences"][i]:
             lines += ["", "Differences in AP:", ""]
             lines += _table(
-                ["", "against", "difference", "verdict", ""],
+                ["", "against", "seeds", "difference", "verdict", ""],
                 [
                     [
                         d["arm"],
                         d["baseline"],
+                        str(len({*arms[d["arm"]]["seeds"]} & {*arms[d["baseline"]]["seeds"]})),
                         f"{d['AP']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]",
                         f"**{d['verdict']}**",
                         "" if d["further_seeds"] == 0 else d["reason"],

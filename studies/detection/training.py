@@ -28,6 +28,7 @@ from psbn_mmdet.ap.coco_files import read_annotations, read_results
 from psbn_mmdet.ap.evaluate import evaluate
 from psbn_mmdet.checkpoint import bn_state_dict, mismatch
 from psbn_mmdet.collapse import gather, measure, norm_modules
+from psbn_mmdet.collapse.revive import revive
 from psbn_mmdet.norm import lift
 from psbn_mmdet.python38 import removeprefix, zip_strict
 from studies.cifar.rounds import (
@@ -86,8 +87,6 @@ def _revived(
     In a detector whose neck and head are then left behind: what reads the backbone is fresh and so
     need not be told to ignore the revived filters.
     """
-    from psbn_mmdet.collapse import revive
-
     model = _fresh(replace(settings, method=BN), classes)
     load_backbone(model.backbone, pretrained)
     batch = samples(images, list(range(settings.batch_size)))
