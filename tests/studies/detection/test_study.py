@@ -179,6 +179,29 @@ def test_backbone_pretrained_with_psbn_becomes_bn_of_the_same_function(tmp_path)
             assert not any(isinstance(m, psBN2d) for m in model.modules())
 
 
+def test_revived_backbone_has_its_filters_back_and_the_fresh_neck_as_it_was(
+    pretrained, root, tmp_path
+):
+    checkpoint = torch.load(pretrained, weights_only=False)
+    state = checkpoint["state_dict"]
+    name = next(key for key in state if key.endswith("layer2.0.bn1.weight"))
+    for key in (name, name.replace("weight", "bias")):
+        state[key][:3] = 0
+    torch.save(checkpoint, tmp_path / "collapsed.pth")
+    settings = Settings(base_channels=8, batch_size=2)
+    images = data.load(root, data.TRAIN, (64, 48))
+    plain = training.build_model(settings, 2, tmp_path / "collapsed.pth")
+    for method in (BN, SHIFT):
+        settings = replace(settings, method=method, revive=True)
+        revived = training.build_model(settings, 2, tmp_path / "collapsed.pth", images)
+        gamma = [m.backbone.layer2[0].bn1.weight.detach() for m in (plain, revived)]
+        assert torch.equal(gamma[0][:3], torch.zeros(3))
+        assert (gamma[1][:3].abs() > 1e-3).all()
+        torch.testing.assert_close(gamma[1][3:], gamma[0][3:])
+        parts = [torch.cat([p.flatten() for p in m.neck.parameters()]) for m in (plain, revived)]
+        assert torch.equal(*parts)
+
+
 def test_methods_of_a_seed_differ_in_the_backbone_alone(pretrained):
     heads = [
         {k: v for k, v in backbone_outputs(m, pretrained)[1].state_dict().items()
