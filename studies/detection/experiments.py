@@ -212,8 +212,9 @@ def _revive(base: Settings, seeds: int) -> Experiment:
         (
             "Each seed has backbones of its own, pretrained on CIFAR-10 with BN: healthy after "
             f"{healthy}, collapsed after {collapsed}.",
-            "revived: before the finetuning each collapsed filter got fresh weights in front of it "
-            "and zeros in what reads it, in the detector of plain BN.",
+            "revived: before the finetuning each collapsed filter of the backbone got fresh weights "
+            "in front of it and zeros in what reads it within the backbone; neck and head are fresh "
+            "in all arms.",
             f"{NO_NORM_DECAY}: no weight decay of gamma and beta, in the finetuning.",
             f"{WITHOUT_DECAY}: none in the pretraining.",
             "preserve: beta = bias - alpha, the pretrained function stays; shift: beta = bias.",

@@ -201,7 +201,8 @@ def compare_round(
         seeds = set.intersection(*(set(of_seed.get(arm, {})) for arm in pair))
         if seeds:
             both = {arm: [of_seed[arm][seed] for seed in sorted(seeds)] for arm in pair}
-            differences += compare(measured, both, [pair], CONFIDENCE, paired=True).differences
+            paired = len(seeds) > 1  # one seed says nothing of seeds
+            differences += compare(measured, both, [pair], CONFIDENCE, paired=paired).differences
     return replace(compare(measured, indices, [], CONFIDENCE), differences=differences)
 
 
