@@ -197,7 +197,7 @@ def _revive(base: Settings, seeds: int) -> Experiment:
     again = f"{collapsed}, {REVIVED}"
     pairs = [(f"{m}, {again}", f"{m}, {collapsed}") for m in cured]
     pairs += [(f"{m}, {again}", f"{BN}, {healthy}") for m in cured]
-    pairs += [(f"{m}, {again}", f"{BN}, {again}") for m in cured[1:]]
+    pairs += [(f"{m}, {again}", f"{BN}, {d}") for m in cured[1:] for d in (again, collapsed)]
     pairs += [(f"{m}, {d}", f"{BN}, {d}") for d in (collapsed, healthy) for m in METHODS[1:]]
     pairs += [(f"{BN}, {collapsed}", f"{BN}, {healthy}")]
     pairs += [(f"{m}, {healthy}, {REVIVED}", f"{m}, {healthy}") for m in cured]
@@ -212,9 +212,8 @@ def _revive(base: Settings, seeds: int) -> Experiment:
         (
             "Each seed has backbones of its own, pretrained on CIFAR-10 with BN: healthy after "
             f"{healthy}, collapsed after {collapsed}.",
-            "revived: before the finetuning each collapsed filter of the backbone got fresh weights "
-            "in front of it and zeros in what reads it within the backbone; neck and head are fresh "
-            "in all arms.",
+            "revived: before the finetuning each collapsed filter got fresh weights in front of it "
+            "and zeros in what reads it within the backbone; neck and head are fresh in all arms.",
             f"{NO_NORM_DECAY}: no weight decay of gamma and beta, in the finetuning.",
             f"{WITHOUT_DECAY}: none in the pretraining.",
             "preserve: beta = bias - alpha, the pretrained function stays; shift: beta = bias.",
