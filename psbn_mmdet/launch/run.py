@@ -15,6 +15,7 @@ from mmengine.registry import RUNNERS
 
 from ..checkpoint import CheckpointError
 from ..errors import written_whole
+from ..norm.hook import PsBNHook, post_shifted
 from .agreement import Agreement, agree_on_config
 from .amp import BFloat16OptimWrapper, cpu_has_bfloat16
 from .checks import (
@@ -71,6 +72,8 @@ def _run(cfg: Config, start: Start, exact: ExactResume, preemption: Preemption) 
     hooks = (exact, AfterMetrics(preemption), CheckClasses(), Agreement(), Identity(start))
     for hook in (*hooks, preemption, MissedValidation(exact)):
         runner.register_hook(hook)
+    if post_shifted(runner.model) and not any(isinstance(h, PsBNHook) for h in runner.hooks):
+        runner.register_hook(PsBNHook())
     try:
         runner.train()
     except Preempted:
