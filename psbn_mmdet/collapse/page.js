@@ -153,7 +153,7 @@ function drawMaps() {
       const j0 = r.byName.get(chosen.layer)?.index, ink = css("--ink"), bar = colorOf(r);
       draw(chart, [{ type: "bar", x: r.layers.map((_, j) => j), y: z[i].map(row => row[0]), marker: { color: r.layers.map((_, j) => j === j0 ? ink : bar) },
         customdata: r.layers.map(l => escaped(l.name)), hovertemplate: "%{customdata}<br>%{y:.1f}%<extra></extra>" }],
-        { height: 260, bargap: .15, xaxis: { title: { text: "layer", standoff: 6 } }, yaxis: { rangemode: "tozero", ticksuffix: "%" } },
+        { height: 260, bargap: .15, xaxis: { title: { text: "layer", standoff: 6 }, ...(many < 12 ? { dtick: 1 } : { nticks: 10, tickformat: "d" }) }, yaxis: { rangemode: "tozero", ticksuffix: "%" } },
         `${measureName()} by layer, ${r.name}`);
       note.textContent = note2(j0).trim();
       chart.removeAllListeners?.("plotly_click");
@@ -261,7 +261,7 @@ function drawPaths() {
   $("follows").textContent = [...new Set(list.map(v => FOLLOWS[v.l.follows] + (hasReLU(v.l) ? "" :
     ": gamma and bias alone do not tell whether a filter is inactive.")))].join(" ");
   const thin = list.filter(v => v.r.pathTimes.length < v.r.moments).map(v => `${v.r.name} at ${v.r.pathTimes.length} of ${v.r.moments} moments`);
-  $("thinned").textContent = "psBN: bias is beta + alpha. A line ends in a dot at the chosen moment."
+  $("thinned").textContent = "psBN: bias is beta + alpha." + (list.some(v => joined(v.r)) ? " A line ends in a dot at the chosen moment." : "")
     + (hidden ? ` Lines of ${MOST_PATHS} filters, dots of all.` : "")
     + (thin.length ? ` To keep the page small, paths are shown thinned: ${thin.join(", ")}.` : "");
 }
@@ -369,7 +369,7 @@ $("runs").append(...runs.map(r => {
   const label = document.createElement("label"), box = document.createElement("input");
   const name = document.createElement("h3"), big = document.createElement("div"), text = document.createElement("pre");
   label.className = "card run";
-  box.type = "checkbox"; box.checked = true;
+  box.type = "checkbox"; box.checked = true; box.hidden = runs.length === 1;
   box.onchange = () => { r.on = box.checked; label.classList.toggle("off", !r.on); redraw(); };
   name.append(box, " " + r.name);
   big.className = "big";

@@ -144,6 +144,8 @@ def from_reports(reports: Sequence[Report], labels: Sequence[str]) -> Trace:
     Raises:
         TraceError: They are of different networks.
     """
+    from .. import __version__
+
     layers = layers_of(reports[0])
     for report, label in zip(reports, labels, strict=True):
         if not same_layers(layers_of(report), layers):
@@ -168,6 +170,7 @@ def from_reports(reports: Sequence[Report], labels: Sequence[str]) -> Trace:
         reports[0].inactive_below,
         tuple(labels),
         reports[-1].flops,
+        __version__,
     )
 
 
