@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..decay.hook import AnchoredBiasDecay
 from ..errors import PsbnError
-from ..norm.layers import PostShift
+from ..norm.hook import PsBNHook, decay_warnings, optimizers
 from .backward import Watch
 from .criteria import (
     INACTIVE_BELOW,
@@ -321,62 +321,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return cast(nn.Module, model.module) if is_model_wrapper(model) else model
 
 
-def _optimizers(runner: Runner) -> Iterator[torch.optim.Optimizer]:
-    wrapper = runner.optim_wrapper
-    wrappers = wrapper.values() if hasattr(wrapper, "values") else [wrapper]
-    for each in wrappers:
-        yield each.optimizer
-
-
-def undecayed_betas(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the trained ``beta`` of psBN layers that an optimizer updates without decay."""
-    decay = {
-        id(p): group.get("weight_decay", 0)
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
-    return [
-        f"{name}.beta" if name else "beta"
-        for name, module in model.named_modules()
-        if isinstance(module, PostShift)
-        and module.beta.requires_grad
-        and decay.get(id(module.beta)) == 0
-    ]
-
-
 def _decay_warnings(model: nn.Module, runner: Runner) -> Iterator[str]:
-    cfg = (getattr(runner, "cfg", None) or {}).get("optim_wrapper") or {}
-    culprits: dict[str, list[str]] = {}
-    for optimizer in _optimizers(runner):
-        for name in undecayed_betas(model, optimizer):
-            culprits.setdefault(responsible_key(name, cfg), []).append(name)
-    for key, names in culprits.items():
-        yield (
-            f"psBN does nothing without weight decay, and beta of {len(names)} layers "
-            f"(as {names[0]}) has none: {key}"
-        )
-
-
-def responsible_key(name: str, optim_wrapper: Mapping[str, Any]) -> str:
-    """What in a config takes weight decay from the ``beta`` of a normalization layer.
-
-    The order of the rules is that of mmengine's DefaultOptimWrapperConstructor.
-
-    Args:
-        name: Of the parameter.
-        optim_wrapper: The config of that name.
-    """
-    constructor = optim_wrapper.get("constructor", "DefaultOptimWrapperConstructor")
-    if constructor != "DefaultOptimWrapperConstructor":
-        return f"see the param groups that optim_wrapper.constructor={constructor!r} makes"
-    if not (optim_wrapper.get("optimizer") or {}).get("weight_decay"):
-        return "set optim_wrapper.optimizer.weight_decay (the paper: 5e-4, on COCO 1e-4)"
-    rules = optim_wrapper.get("paramwise_cfg") or {}
-    keys = rules.get("custom_keys") or {}
-    for key in sorted(sorted(keys), key=len, reverse=True):
-        if key in name:
-            return f"change decay_mult in optim_wrapper.paramwise_cfg.custom_keys[{key!r}]"
-    for rule in ("norm_decay_mult", "flat_decay_mult"):
-        if rules.get(rule) is not None:
-            return f"remove optim_wrapper.paramwise_cfg.{rule}={rules[rule]}"
-    return "see the param groups of the optimizer"
+    if not any(isinstance(hook, PsBNHook) for hook in runner.hooks):  # which says it itself
+        cfg = (getattr(runner, "cfg", None) or {}).get("optim_wrapper") or {}
+        yield from decay_warnings(model, optimizers(runner), cfg)

@@ -19,8 +19,9 @@ from torch import nn
 
 from psbn_mmdet import collapse, norm
 from psbn_mmdet.collapse import measure, trace
-from psbn_mmdet.collapse.hook import SparsityLoggerHook, responsible_key, undecayed_betas
+from psbn_mmdet.collapse.hook import SparsityLoggerHook
 from psbn_mmdet.decay.hook import AnchoredBiasDecay
+from psbn_mmdet.norm.hook import decay_warnings, responsible_key
 from psbn_mmdet.python38 import removeprefix
 from tests.helpers import distributed
 from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
@@ -420,9 +421,10 @@ class TestWarnings:
         for parameter in frozen.parameters():
             parameter.requires_grad_(parameter is frozen.bn1.beta)
         optimizer = torch.optim.SGD(frozen.parameters(), 0.1)  # as mmengine's, frozen ones too
-        assert undecayed_betas(frozen, optimizer) == ["bn1.beta"]
+        (warning,) = decay_warnings(frozen, [optimizer], {})
+        assert "beta of 1 layers (e.g. bn1.beta)" in warning
         bn = Net()
-        assert undecayed_betas(bn, torch.optim.SGD(bn.parameters(), 0.1)) == []
+        assert not [*decay_warnings(bn, [torch.optim.SGD(bn.parameters(), 0.1)], {})]
 
     def test_the_longest_custom_key_rules_as_in_mmengine(self):
         keys = {"bn": {"decay_mult": 0}, "block.bn1": {"decay_mult": 0}}
