@@ -54,7 +54,7 @@ def _plain(kind: type[nn.Module]) -> type[nn.Module] | None:
     if kind is psBNAct2d:
         module, _, name = _TIMM.rpartition(".")
         return getattr(import_module(module), name)
-    return _TO_PLAIN.get(kind)  # type: ignore[call-overload]
+    return _TO_PLAIN.get(kind)  # type: ignore[arg-type]
 
 
 def to_psbn(model: nn.Module, alpha: float = 0.1, *, shift: bool = False) -> nn.Module:
@@ -105,8 +105,8 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, *, shift: bool = False) -> nn.
         elif isinstance(getattr(module, "bias", None), nn.Parameter):
             raise TypeError(
                 f"{name or 'the model'} is a {type(module).__name__}, a kind of normalization that "
-                "has no post-shifted twin; replace it by torch's own layer and what it does besides "
-                "(and materialise lazy ones) before to_psbn"
+                "has no post-shifted twin; replace it by torch's own layer and what it does "
+                "besides (and materialise lazy ones) before to_psbn"
             )
     if not layers:
         raise ValueError("the model has no BatchNorm or InstanceNorm with a trained bias")
