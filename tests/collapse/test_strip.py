@@ -409,7 +409,7 @@ def test_wrong_models_are_refused_in_one_line():
 
     pruned = with_statistics(chain())
     prune.l1_unstructured(pruned[0][0], "weight", 0.3)
-    with pytest.raises(StripError, match="cannot be copied.*permanent") as error:
+    with pytest.raises(StripError, match=r"cannot be copied.*permanent") as error:
         strip(pruned, SIZE)
     assert "\n" not in str(error.value)
     model = with_statistics(chain())
