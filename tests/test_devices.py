@@ -12,7 +12,6 @@ from psbn_mmdet import psBN, psBN2d, psSyncBN, to_psbn
 from psbn_mmdet.collapse import measure
 from psbn_mmdet.decay import anchor_bias_decay
 from psbn_mmdet.launch import load_config
-from psbn_mmdet.norm import lift
 from tests.helpers.anchored import small_net
 from tests.helpers.devices import CUDA
 from tests.helpers.distributed import run
@@ -44,8 +43,8 @@ def test_a_step_is_bns(device, shape, autocast):
     bn = randomize(nn.BatchNorm2d(shape[0])).to(device)
     psbn = psBN2d(shape[0]).to(device)
     psbn.load_state_dict(bn.state_dict())
-    lift(psbn)  # beta is then the BN's bias to the bit
     with torch.no_grad():
+        psbn.beta.copy_(bn.bias)
         bn.bias += psbn.alpha
     x = torch.randn(2, *shape, device=device)
     results = []

@@ -55,9 +55,11 @@ def test_names_are_all_that_is_added_to_mmengine_and_torch():
         print(sorted({k[2] for k in added}))
         """).strip() == str(
         sorted(
-            ["psBN", "psBN1d", "psBN2d", "psBN3d", "psIN", "psIN1d", "psIN2d", "psIN3d"]
-            + ["psSyncBN", "ToPsBN", "Stripped"]
-            + ["AnchoredBiasDecay", "PsBNHook", "SparsityLoggerHook"]
+            [
+                *("psBN", "psBN1d", "psBN2d", "psBN3d", "psIN", "psIN1d", "psIN2d", "psIN3d"),
+                *("psSyncBN", "ToPsBN", "Stripped"),
+                *("AnchoredBiasDecay", "PsBNHook", "SparsityLoggerHook"),
+            ]
         )
     )
 

@@ -1,7 +1,9 @@
 """Benchmarks of comparing AP: the speed against hotcoco, and how often the interval is right.
 
-python tools/benchmark_ap.py speed      # 1,000 paired resamples at the size of COCO val2017
+python tools/benchmark_ap.py speed      # from files to verdict at the size of COCO val2017
 python tools/benchmark_ap.py coverage   # simulated comparisons whose true difference is known
+python tools/benchmark_ap.py images     # two equal detectors on few images, by several methods
+python tools/benchmark_ap.py paired     # runs that share their seeds, by how correlated they are
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from scipy.special import expit
 from psbn_mmdet.ap import compare, evaluate, matching
 from psbn_mmdet.ap.coco_files import Annotations, Results
 from psbn_mmdet.errors import PsbnError, errors_in_one_line
-from psbn_mmdet.python38 import zip_strict
 
 
 def simulate_objects(rng: np.random.Generator, images: int, classes: int) -> Annotations:
@@ -93,13 +94,14 @@ def simulate_detector(
 
 def write_annotations(truth: Annotations, path: Path) -> None:
     """As a COCO annotation file."""
-    objects = zip_strict(truth.image, truth.cls, truth.box, truth.area, truth.crowd)
+    objects = zip(truth.image, truth.cls, truth.box, truth.area, truth.crowd, strict=True)
     data = {
         "images": [
-            {"id": i, "file_name": f} for i, f in zip_strict(truth.image_ids, truth.file_names)
+            {"id": i, "file_name": f}
+            for i, f in zip(truth.image_ids, truth.file_names, strict=True)
         ],
         "categories": [
-            {"id": c, "name": n} for c, n in zip_strict(truth.class_ids, truth.class_names)
+            {"id": c, "name": n} for c, n in zip(truth.class_ids, truth.class_names, strict=True)
         ],
         "annotations": [
             {
@@ -118,7 +120,7 @@ def write_annotations(truth: Annotations, path: Path) -> None:
 
 def write_results(truth: Annotations, found: Results, path: Path) -> None:
     """As a COCO result file."""
-    boxes = zip_strict(found.image, found.cls, found.box, found.score)
+    boxes = zip(found.image, found.cls, found.box, found.score, strict=True)
     path.write_text(
         json.dumps(
             [
@@ -134,7 +136,7 @@ def write_results(truth: Annotations, found: Results, path: Path) -> None:
     )
 
 
-def bench_speed(images: int = 5000, classes: int = 80, resamples: int = 1000) -> None:
+def bench_speed(images: int = 5000, classes: int = 80, resamples: int = 500) -> None:
     """From two result files to the verdict, and a paired resample here against hotcoco.compare.
 
     The two take turns in one process; a round is as many of ours as take about as long as one of
@@ -148,7 +150,7 @@ def bench_speed(images: int = 5000, classes: int = 80, resamples: int = 1000) ->
     with tempfile.TemporaryDirectory() as folder:
         ann, *files = (Path(folder, f"{name}.json") for name in ("ann", "a", "b"))
         write_annotations(truth, ann)
-        for results, file in zip_strict(found, files):
+        for results, file in zip(found, files, strict=True):
             write_results(truth, results, file)
         boxes = " and ".join(f"{len(r.score):,}" for r in found)
         print(f"{images:,} images, {len(truth.image):,} objects, {boxes} boxes\n")
@@ -179,7 +181,7 @@ def bench_speed(images: int = 5000, classes: int = 80, resamples: int = 1000) ->
         subprocess.run(command, check=True, capture_output=True)
         command_took = time.perf_counter() - begin
         command_cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu
-    ratio = statistics.median(t / o for t, o in zip_strict(theirs, ours))
+    ratio = statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
     print(f"| {'per paired resample, median of 7 turns':44} | time |\n| --- | ---: |")
     print(f"| {'evaluate.resample, 2 threads':44} | {1e3 * statistics.median(ours):.2f} ms |")
     print(f"| {'hotcoco.compare, its own threads':44} | {1e3 * statistics.median(theirs):.1f} ms |")
@@ -258,8 +260,8 @@ def _true_ap(setting: Setting, arm: int, quantile: float, images: int = 10000) -
     return 100 * float(evaluate.mean_over_classes(per_class))
 
 
-def _draw(setting: Setting, number: int) -> tuple[float, float, float, float]:
-    """One simulated comparison: our interval, and the one that drops repeated images."""
+def _draw(setting: Setting, number: int) -> tuple[float, float]:
+    """The interval of one simulated comparison."""
     rng = np.random.default_rng([2, number])
     truth, hardness = setting.images_of(rng, setting.images)
     quantiles = rng.random((2, max(setting.runs)))
@@ -275,31 +277,24 @@ def _draw(setting: Setting, number: int) -> tuple[float, float, float, float]:
     n = setting.runs[0]
     arms = {"a": list(range(n)), "b": list(range(n, len(results)))}
     measured = compare.measure(truth, results, 200, seed=number, threads=1)
-    d = compare.compare(measured, arms, seed=number).differences[0]
-    if max(setting.runs) > 1:
-        return d.low[0], d.high[0], np.nan, np.nan
-    once = np.minimum(evaluate.draw_images(setting.images, 200, rng), 1)
-    a, b = (
-        evaluate.mean_over_classes(evaluate.weighted_ap(matching.match(truth, r), once)[0][..., 0])
-        for r in results
-    )
-    return d.low[0], d.high[0], *(100 * np.quantile(b - a, [0.025, 0.975], method="weibull"))
+    paired = setting.same_seeds
+    d = compare.compare(measured, arms, paired=paired).differences[0]
+    return d.low[0], d.high[0]
 
 
-def bench_coverage(draws: int = 400, processes: int = 2, only: str = "", seeds: int = 10) -> None:
+def bench_coverage(draws: int = 200, processes: int = 2, only: str = "", seeds: int = 10) -> None:
     """How often the 95% interval holds the true difference, which is known by simulation.
 
     The truth is the mean over ``seeds`` equally spaced quantiles of the seeds, each on 10,000
-    images. Beside it, where an arm has one run, how often the interval holds it that drops the
-    repeated images of a resample.
+    images.
     """
     settings = [s for s in SETTINGS if only in s.what]
     if not settings:
         names = "; ".join(s.what for s in SETTINGS)
         raise PsbnError(f"--only {only}: no arms have that in their name; there are: {names}")
     print(
-        "| arms | sd of AP between seeds | true difference | covered | below | above | width "
-        "| without repeats |\n" + "| --- " + "| ---: " * 7 + "|",
+        "| arms | sd of AP between seeds | true difference | covered | below | above | width |\n"
+        "| --- " + "| ---: " * 6 + "|",
         flush=True,
     )
     quantiles = (np.arange(seeds) + 0.5) / seeds
@@ -310,29 +305,182 @@ def bench_coverage(draws: int = 400, processes: int = 2, only: str = "", seeds: 
             ]
             true = np.mean(aps[1]) - np.mean(aps[0])
             ends = np.array(list(pool.map(_draw, [s] * draws, range(draws), chunksize=5)))
-            low, high, once_low, once_high = ends.T
+            low, high = ends.T
             covered = ((low <= true) & (true <= high)).mean()
             error = np.sqrt(covered * (1 - covered) / draws)
-            once = ((once_low <= true) & (true <= once_high)).mean()
             spread = [max(float(np.std(ap)), 0) if any(s.spread) else 0 for ap in aps]
             print(
                 f"| {s.what} | {spread[0]:.2f}, {spread[1]:.2f} | {true:.2f} AP | "
                 f"{covered:.1%} ± {error:.1%} | {(high < true).mean():.1%} | "
-                f"{(low > true).mean():.1%} | {np.mean(high - low):.2f} | "
-                f"{f'{once:.1%}' if max(s.runs) == 1 else ''} |",
+                f"{(low > true).mean():.1%} | {np.mean(high - low):.2f} |",
                 flush=True,
             )
 
 
+IMAGES = (1, 2, 3, 5, 6, 8, 10, 20, 50)
+METHODS = ("ours", "percentile", "BCa", "permutation")
+
+
+def _equal_pair(
+    classes: int, images: int, number: int
+) -> tuple[list[bool], list[tuple[int, bool]]]:
+    """Which METHODS tell two equal detectors apart; and ours per class, with its images."""
+    rng = np.random.default_rng([3, classes, images, number])
+    truth = simulate_objects(rng, images, classes)
+    # of the same skill, so neither is better on average
+    a, b = (simulate_detector(rng, truth, 1.0, 10.0) for _ in range(2))
+    if truth.crowd.all():
+        return [False] * len(METHODS), []
+    measured = compare.measure(truth, [a, b], 200, seed=number, threads=1)
+    d = compare.compare(measured, {"a": [0], "b": [1]}).differences[0]
+    ours = (d.low > 0) | (d.high < 0)
+    per_class = [(int(n), bool(x)) for n, x in zip(measured.images[3:], ours[3:], strict=True) if n]
+    runs, value = measured.matches["all"], float(d.value[0])
+    weights = evaluate.draw_images(images, 200, rng)
+    draws = _difference(runs[0], runs[1], weights, weights)
+    left_out = [evaluate.leave_one_out(m, 1) for m in runs]
+    intervals = [_percentile(value, draws), _bca(value, draws, left_out[0] - left_out[1])]
+    p = _swapped(truth, a, b, value, rng)
+    told = [bool(ours[0]), *(bool(low > 0 or high < 0) for low, high in intervals), p <= 0.05]
+    return told, per_class
+
+
+def _difference(
+    a: matching.Matches, b: matching.Matches, weights_a: np.ndarray, weights_b: np.ndarray
+) -> np.ndarray:
+    """Of AP, b minus a, with images so weighted; without the draws in which there is no object."""
+    aps = [
+        evaluate.mean_over_classes(evaluate.weighted_ap(m, w)[0][..., 0])
+        for m, w in ((a, weights_a), (b, weights_b))
+    ]
+    difference = 100 * (aps[1] - aps[0])
+    return difference[~np.isnan(difference)]
+
+
+def _percentile(value: float, draws: np.ndarray) -> np.ndarray:
+    return np.quantile(draws - draws.mean() + value, [0.025, 0.975], method="weibull")
+
+
+def _bca(value: float, draws: np.ndarray, without: np.ndarray) -> np.ndarray:
+    """The bias-corrected and accelerated interval; ``without`` image i, minus the difference."""
+    from scipy.special import ndtr, ndtri
+
+    off = without[~np.isnan(without)]
+    off = off - off.mean() if len(off) else off
+    skew = (off**3).sum() / (6 * max((off**2).sum(), 1e-300) ** 1.5)
+    bias = ndtri(np.clip((draws < value).mean() + (draws == value).mean() / 2, 0.001, 0.999))
+    moved = bias + ndtri([0.025, 0.975])
+    ends = ndtr(bias + moved / (1 - skew * moved))
+    return np.quantile(draws, np.where(np.isnan(ends), [0.025, 0.975], ends))
+
+
+def _swapped(
+    truth: Annotations, a: Results, b: Results, value: float, rng: np.random.Generator
+) -> float:
+    """P by permutation: two models change sides image by image, as often as not."""
+
+    def twice(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([x, x])
+
+    images = len(truth.image_ids)
+    both = dataclasses.replace(
+        truth,
+        image_ids=list(range(2 * images)),
+        image=np.append(truth.image, truth.image + images),
+        cls=twice(truth.cls),
+        box=twice(truth.box),
+        area=twice(truth.area),
+        crowd=twice(truth.crowd),
+        nameless=twice(truth.nameless),
+    )
+    joined = Results(
+        path="both",
+        image=np.append(a.image, b.image + images),
+        cls=np.append(a.cls, b.cls),
+        box=np.vstack([a.box, b.box]),
+        score=np.append(a.score, b.score),
+    )
+    m, side = matching.match(both, joined), rng.integers(0, 2, (200, images))
+    swapped = _difference(m, m, np.hstack([1 - side, side]), np.hstack([side, 1 - side]))
+    return float((1 + (np.abs(swapped) >= abs(value) - 1e-9).sum()) / (1 + len(swapped)))
+
+
+def bench_images(draws: int = 200, processes: int = 2) -> None:
+    """How often two equal detectors are told apart, by the number of images; 5% is right.
+
+    Beside our intervals those of the resamples' percentiles and of BCa, and the permutation test
+    of the paired images, which is exact but gives no interval. Then the intervals of single
+    classes, by the images that have the class.
+    """
+    print("| classes | images | " + " | ".join(METHODS) + " |\n" + "| ---: " * 6 + "|", flush=True)
+    by_images: dict[int, list[bool]] = {}
+    with ProcessPoolExecutor(processes) as pool:
+        for classes in (1, 80):
+            for images in IMAGES:
+                args = [classes] * draws, [images] * draws, range(draws)
+                told = []
+                for apart, per_class in pool.map(_equal_pair, *args, chunksize=5):
+                    told.append(apart)
+                    for n, a in per_class if classes > 1 else ():
+                        by_images.setdefault(n, []).append(a)
+                shares = " | ".join(f"{x:.1%}" for x in np.mean(told, 0))
+                print(f"| {classes} | {images} | {shares} |", flush=True)
+    print("\n| images with the class | classes | told apart |\n| ---: | ---: | ---: |")
+    for low, high in ((1, 5), (6, 7), (8, 9), (10, 14), (15, 19), (20, 50)):
+        of = [a for n, told in by_images.items() if low <= n <= high for a in told]
+        print(f"| {low} to {high} | {len(of):,} | {np.mean(of):.1%} |", flush=True)
+
+
+def bench_paired(draws: int = 200) -> None:
+    """Two arms whose runs share their seeds: intervals of paired and of unpaired runs.
+
+    AP of a run is its method's, plus the seed's part (deviation 1, correlated between the arms),
+    plus what the images make of it (deviation 0.3 each), which the resamples see. The true
+    difference is 1.
+    """
+    print(
+        "| seeds | correlation | covered, paired | shown | covered, unpaired | shown |\n"
+        + "| ---: " * 6
+        + "|"
+    )
+    for seeds in (2, 3, 5, 10):
+        for correlation in (0.0, 0.5, 0.83, 0.95):
+            rng = np.random.default_rng([4, seeds, round(100 * correlation)])
+            held = np.empty((draws, 2, 2))
+            for i in range(draws):
+                shared, own = rng.normal(size=(1, seeds)), rng.normal(size=(2, seeds))
+                ap = np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * own
+                ap = (ap + rng.normal(0, 0.3, (2, seeds)) + [[36], [37]]).ravel()
+                measured = compare.Measured(
+                    names=["AP"],
+                    overall=1,
+                    images=np.array([1000]),
+                    observed=ap[:, None],
+                    draws=(ap + rng.normal(0, 0.3, (200, 2 * seeds)))[..., None],
+                    curve=np.zeros((2 * seeds, 3, 101)),
+                    curve_resampled=np.zeros((1, 2 * seeds, 3, 101)),
+                )
+                arms = {"a": list(range(seeds)), "b": list(range(seeds, 2 * seeds))}
+                for j, paired in enumerate((True, False)):
+                    d = compare.compare(measured, arms, paired=paired).differences[0]
+                    held[i, j] = d.low[0] <= 1 <= d.high[0], d.low[0] > 0
+            cells = " | ".join(f"{x:.1%}" for x in held.mean(0).ravel())
+            print(f"| {seeds} | {correlation} | {cells} |", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["speed", "coverage"])
-    parser.add_argument("--draws", type=int, default=400, help="of coverage")
-    parser.add_argument("--processes", type=int, default=2, help="of coverage")
+    parser.add_argument("what", choices=["speed", "coverage", "images", "paired"])
+    parser.add_argument("--draws", type=int, default=200, help="of each row, but for speed")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", default="", help="coverage of the arms whose name has this in it")
     args = parser.parse_args()
     with errors_in_one_line():
         if args.what == "speed":
             bench_speed()
+        elif args.what == "images":
+            bench_images(args.draws, args.processes)
+        elif args.what == "paired":
+            bench_paired(args.draws)
         else:
             bench_coverage(args.draws, args.processes, args.only)

@@ -6,9 +6,8 @@ pycocotools' own. :func:`resample` is what a bootstrap over images needs: AP whe
 
 Why a resample is cheap. Drawing images with replacement changes no match between boxes, only how
 often each image counts. A detection that is no true positive changes precision but never recall,
-so the precision-recall curve can only have its corners at true positives. Per class and IoU
-threshold we therefore keep just those, and read the number of detections above each from one
-running sum of weights that all ten thresholds share.
+so the precision-recall curve can only have its corners at true positives. Between those of a class
+only weights are summed up, once for all ten IoU thresholds, and behind the last one nothing is.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import numpy as np
 
 from .coco_files import Annotations, Results
-from .matching import AREAS, IGNORED, MAX_BOXES, TRUE, Matches, match
+from .compiled import compiled
+from .matching import FALSE, IGNORED, MAX_DETS, SIZES, TRUE, Matches, match_areas
 
 RECALL = np.linspace(0.0, 1.0, 101)
+_BLOCK = 8  # resamples that a thread takes at a time
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _weighted_ap(
     weight,
     status,
     image,
-    class_start,
     tied,
+    class_start,
     event,
-    event_kind,
     event_start,
     object_image,
     object_start,
@@ -50,10 +49,11 @@ def _weighted_ap(
     the copies of the image then alternate between them, and are walked one by one.
     """
     eps = np.finfo(np.float64).eps  # pycocotools' guard against 0 / 0
-    n_thr, n_rec = status.shape[0], len(recall)
-    above = np.empty(len(image) + 1, np.int64)  # weight of the detections up to here, per class
+    n_thr, n_rec = status.shape[1], len(recall)
     need = np.empty(n_rec + 1, np.int64)
-    best = np.empty(n_rec)
+    true, ignored = np.empty(n_thr, np.int64), np.empty(n_thr, np.int64)
+    reached = np.empty(n_thr, np.int64)  # the last recall of which there were enough
+    best = np.empty((n_thr, n_rec))
     curve[:] = 0.0
     present = 0
     for k in classes:
@@ -64,10 +64,6 @@ def _weighted_ap(
             ap[k] = np.nan
             continue
         present += 1
-        d0 = class_start[k]
-        above[d0] = 0
-        for d in range(d0, class_start[k + 1]):
-            above[d + 1] = above[d] + weight[image[d]]
         # need[r]: the fewest true positives with need / positives >= recall[r], in floats
         need[n_rec] = np.iinfo(np.int64).max
         for r in range(n_rec):
@@ -77,45 +73,61 @@ def _weighted_ap(
             while n / positives < recall[r]:
                 n += 1
             need[r] = n
+        true[:], ignored[:], reached[:], best[:] = 0, 0, 0, 0.0
+        above = 0  # weight of the detections so far
+        d = class_start[k]
+        for e in range(event_start[k], event_start[k + 1]):
+            while d < event[e]:
+                above += weight[image[d]]
+                d += 1
+            w = weight[image[d]]
+            run = tied[d]
+            if w > 0:
+                for t in range(n_thr):
+                    if run == 1 and status[d, t] == FALSE:
+                        continue
+                    if run > 1 and _mixed(status, d, run, t):
+                        seen = above - ignored[t]
+                        for _ in range(w):
+                            for i in range(d, d + run):
+                                seen += status[i, t] != IGNORED
+                                if status[i, t] == TRUE:
+                                    true[t] += 1
+                                    while true[t] >= need[reached[t] + 1]:
+                                        reached[t] += 1
+                                    precision = true[t] / (seen + eps)
+                                    if precision > best[t, reached[t]]:
+                                        best[t, reached[t]] = precision
+                        ignored[t] = above + w * run - seen
+                        continue
+                    for i in range(run):
+                        if status[d + i, t] == TRUE:
+                            found = true[t] + w
+                            true[t] = found
+                            r = reached[t]
+                            while found >= need[r + 1]:
+                                r += 1
+                            reached[t] = r
+                            precision = found / ((above + (i + 1) * w - ignored[t]) + eps)
+                            best[t, r] = max(best[t, r], precision)
+                        elif status[d + i, t] == IGNORED:
+                            ignored[t] += w
+            above += w * run
+            d += run
         total = 0.0
         for t in range(n_thr):
-            best[:] = 0.0
-            true, ignored, reached = 0, 0, 0
-            for e in range(event_start[k * n_thr + t], event_start[k * n_thr + t + 1]):
-                d = event[e]
-                w = weight[image[d]]
-                if event_kind[e] == TRUE:
-                    true += w
-                    while true >= need[reached + 1]:
-                        reached += 1
-                    precision = true / ((above[d + 1] - ignored) + eps)
-                    if precision > best[reached]:
-                        best[reached] = precision
-                elif event_kind[e] == IGNORED:
-                    ignored += w
-                else:
-                    seen = above[d] - ignored
-                    for _ in range(w):
-                        for i in range(d, d + tied[d]):
-                            seen += status[t, i] != IGNORED
-                            if status[t, i] == TRUE:
-                                true += 1
-                                while true >= need[reached + 1]:
-                                    reached += 1
-                                best[reached] = max(best[reached], true / (seen + eps))
-                    ignored = above[d] + w * tied[d] - seen
             here = 0.0
             for r in range(n_rec - 1, -1, -1):  # precision: the best at this recall or beyond
-                if r < n_rec - 1 and best[r + 1] > best[r]:
-                    best[r] = best[r + 1]
-                here += best[r]
-                curve[0, r] += best[r]
+                if r < n_rec - 1 and best[t, r + 1] > best[t, r]:
+                    best[t, r] = best[t, r + 1]
+                here += best[t, r]
+                curve[0, r] += best[t, r]
             total += here
             if t == 0 or t == 5:
                 which = 1 if t == 0 else 2
                 ap[k, which] = here / n_rec
                 for r in range(n_rec):
-                    curve[which, r] += best[r]
+                    curve[which, r] += best[t, r]
         ap[k, 0] = total / (n_rec * n_thr)
     for r in range(n_rec):
         curve[0, r] /= max(present, 1) * n_thr
@@ -123,7 +135,16 @@ def _weighted_ap(
         curve[2, r] /= max(present, 1)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
+def _mixed(status, first, run, threshold):
+    true, false = False, False
+    for i in range(first, first + run):
+        true |= status[i, threshold] == TRUE
+        false |= status[i, threshold] == FALSE
+    return true and false
+
+
+@compiled
 def _weighted_aps(weights, arrays, recall, ap, curve):
     classes = np.arange(ap.shape[1])
     for b in range(len(weights)):
@@ -135,10 +156,9 @@ def _arrays(m: Matches) -> tuple[np.ndarray, ...]:
     return (
         m.status,
         m.image,
-        m.class_start,
         m.tied,
+        m.class_start,
         m.event,
-        m.event_kind,
         m.event_start,
         m.object_image,
         m.object_start,
@@ -179,7 +199,7 @@ def draw_images(images: int, resamples: int, rng: np.random.Generator) -> np.nda
 
 def resample(
     runs: Sequence[Matches],
-    resamples: int = 1000,
+    resamples: int | range = 500,
     seed: int = 0,
     threads: int = 2,
     progress: Callable[[Iterator], Iterator] = iter,
@@ -190,7 +210,7 @@ def resample(
     three times counts three times.
 
     Args:
-        resamples: 1000 puts the ends of a 95% interval within about 5% of its width.
+        resamples: How many, or the numbers of those to draw: each has a generator of its own.
         progress: wraps the iterator over resamples, e.g. ``tqdm``.
 
     Returns:
@@ -199,19 +219,26 @@ def resample(
     images = runs[0].images
     if any(m.images != images for m in runs):
         raise ValueError(f"runs on {sorted({m.images for m in runs})} images cannot be paired")
+    numbers = resamples if isinstance(resamples, range) else range(resamples)
     classes = len(runs[0].class_start) - 1
-    ap = np.empty((resamples, len(runs), classes, 3))
-    curve = np.empty((resamples, len(runs), 3, len(RECALL)))
+    ap = np.empty((len(numbers), len(runs), classes, 3))
+    curve = np.empty((len(numbers), len(runs), 3, len(RECALL)))
 
-    def one(b: int) -> None:
+    def some(part: range) -> range:
         # a generator per resample: the result does not depend on the number of threads
-        weights = draw_images(images, 1, np.random.default_rng([seed, b]))
+        weights = np.concatenate(
+            [draw_images(images, 1, np.random.default_rng([seed, numbers[b]])) for b in part]
+        )
         for m, run in enumerate(runs):
-            a, c = weighted_ap(run, weights)
-            ap[b, m], curve[b, m] = a[0], c[0]
+            ap[part.start : part.stop, m], curve[part.start : part.stop, m] = weighted_ap(
+                run, weights
+            )
+        return part
 
+    starts = range(0, len(numbers), _BLOCK)
+    blocks = [range(b, min(b + _BLOCK, len(numbers))) for b in starts]
     with ThreadPoolExecutor(threads) as pool:  # the compiled code releases the GIL
-        for _ in progress(pool.map(one, range(resamples))):
+        for _ in progress(b for part in pool.map(some, blocks) for b in part):
             pass
     return ap, curve
 
@@ -233,7 +260,7 @@ def leave_one_out(matches: Matches, threads: int = 2) -> np.ndarray:
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _leave_out(first, last, arrays, recall, touched, touched_start, base, out):
     weight = np.ones(len(out), np.int32)
     ap = np.empty((len(base), 3))
@@ -255,30 +282,41 @@ def _leave_out(first, last, arrays, recall, touched, touched_start, base, out):
         out[i] = out[i] / count if count else np.nan
 
 
-def evaluate(annotations: Annotations, results: Results) -> tuple[dict[str, float], np.ndarray]:
-    """The twelve numbers of pycocotools for boxes, and AP per class.
+def evaluate(
+    annotations: Annotations, results: Results, max_dets: int | None = None
+) -> tuple[dict[str, float], np.ndarray]:
+    """The numbers of pycocotools, twelve for boxes and masks, ten for keypoints; AP per class.
+
+    Args:
+        annotations: The data set.
+        results: Of the same kind.
+        max_dets: Detections that count per image and class; by default 100, of keypoints 20.
 
     Returns:
         ``{"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm",
         "ARl"}``, in [0, 1], and (K,) AP in the order of ``annotations.class_ids``. As in
-        pycocotools, -1 says that there was no object to measure on.
+        pycocotools, -1 says that there was no object to measure on. Of keypoints there are
+        ``"AR", "AR50", "AR75"`` for ``"AR1", "AR10", "AR100"`` and neither ``"APs"`` nor
+        ``"ARs"``. With another ``max_dets`` than 100, ``"AR100"`` is named by it.
     """
-    stats: dict[str, float] = {}
-    per_class = np.empty(0)
-    for area in AREAS:
-        m = match(annotations, results, area)
-        ap = weighted_ap(m, np.ones((1, m.images), int))[0][0]
-        if area == "all":
-            per_class = np.nan_to_num(ap[:, 0], nan=-1.0)
-            for i, name in enumerate(("AP", "AP50", "AP75")):
-                stats[name] = mean_over_classes(ap[None, :, i])[0]
-            for n in (1, 10, 100):
-                stats[f"AR{n}"] = _recall(m, n)
-        else:
-            stats[f"AP{area}"] = mean_over_classes(ap[None, :, 0])[0]
-            stats[f"AR{area}"] = _recall(m, MAX_BOXES)
-    order = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-    return {k: float(np.nan_to_num(stats[k], nan=-1.0)) for k in order}, per_class
+    most = max_dets or MAX_DETS[annotations.kind]
+    areas = SIZES[annotations.kind]
+    matches = match_areas(annotations, results, ["all", *areas], most)
+    aps = {a: weighted_ap(m, np.ones((1, m.images), int))[0][0] for a, m in matches.items()}
+    stats = {
+        name: mean_over_classes(aps["all"][None, :, i])[0]
+        for i, name in enumerate(("AP", "AP50", "AP75"))
+    }
+    stats |= {f"AP{a}": mean_over_classes(aps[a][None, :, 0])[0] for a in areas}
+    whole = matches["all"]
+    if annotations.kind == "keypoints":
+        at = {"AR": slice(None), "AR50": slice(0, 1), "AR75": slice(5, 6)}
+        stats |= {name: _recall(whole, most, thresholds) for name, thresholds in at.items()}
+    else:
+        stats |= {f"AR{n}": _recall(whole, n) for n in (1, 10, most)}
+    stats |= {f"AR{a}": _recall(matches[a], most) for a in areas}
+    per_class = np.nan_to_num(aps["all"][:, 0], nan=-1.0)
+    return {k: float(np.nan_to_num(v, nan=-1.0)) for k, v in stats.items()}, per_class
 
 
 def mean_over_classes(ap: np.ndarray) -> np.ndarray:
@@ -288,11 +326,14 @@ def mean_over_classes(ap: np.ndarray) -> np.ndarray:
     return np.where(count, np.where(present, ap, 0).sum(-1) / np.maximum(count, 1), np.nan)
 
 
-def _recall(m: Matches, boxes: int) -> float:
-    """AR: the share of objects found by the first ``boxes`` of each image and class."""
+def _recall(m: Matches, dets: int, thresholds: slice = slice(None)) -> float:
+    """AR: the share of objects found by the first ``dets`` of each image and class."""
     objects = np.diff(m.object_start)
     classes = len(objects)
     cls = np.repeat(np.arange(classes), np.diff(m.class_start))
-    found = [np.bincount(cls[(s == TRUE) & (m.rank < boxes)], minlength=classes) for s in m.status]
+    found = [
+        np.bincount(cls[(s == TRUE) & (m.rank < dets)], minlength=classes)
+        for s in m.status.T[thresholds]
+    ]
     recall = np.mean(found, axis=0) / np.where(objects, objects, np.nan)
     return float(mean_over_classes(recall))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from ..python38 import zip_strict
 from . import tables
 from .evaluate import RECALL
 from .images import SHOWN_SCORE
@@ -46,18 +46,30 @@ def page(report: tables.Report, images: Sequence[Mapping[str, Any]]) -> str:
     pairs = [
         {
             "data": p,
-            "overall": _figure(f"overall{n}", _differences(p, p.overall)),
-            "classes": _figure(f"classes{n}", _differences(p, p.sorted_classes)),
-            "curves": _figure(f"curves{n}", _curves(p)),
+            "header": tables.row_header(p),
+            "rows": [tables.row_cells(row) for row in p.overall],
+            "overall": _figure(
+                f"overall{n}", _differences(p, p.overall), f"{p.headline}; the table above says all"
+            ),
+            "classes": _figure(
+                f"classes{n}",
+                _differences(p, p.sorted_classes),
+                "differences per class: "
+                + "; ".join(f"{r.name} {r.difference.text('+')}" for r in p.sorted_classes),
+            ),
+            "curves": _figure(
+                f"curves{n}", _curves(p), f"precision against recall of {' and '.join(p.curves)}"
+            ),
             "images": _script_json(weights),
         }
-        for n, (p, weights) in enumerate(zip_strict(report.pairs, images))
+        for n, (p, weights) in enumerate(zip(report.pairs, images, strict=True))
     ]
     return _TEMPLATES.get_template("page.html").render(
         title=f"AP: {title}",
         report=report,
         pairs=pairs,
         table2=[tables.table2_cells(row) for row in report.table2],
+        plans=[(tables.plan_title(p), *tables.plan_cells(p)) for p in report.plans],
         run_header=tables.RUN_HEADER,
         run_rows=[tables.run_cells(run) for run in report.runs],
         shown_score=SHOWN_SCORE,
@@ -83,8 +95,8 @@ def _differences(pair: tables.Pair, rows: Sequence[tables.Row]) -> go.Figure:
             mode="markers",
             marker=dict(color=color, size=8),
             error_x=dict(
-                array=[x.high - x.value for x in d],
-                arrayminus=[x.value - x.low for x in d],
+                array=np.nan_to_num([x.high - x.value for x in d]),  # no interval: a dot
+                arrayminus=np.nan_to_num([x.value - x.low for x in d]),
                 color=color,
             ),
             customdata=[[r.arm.value, r.baseline.value, r.difference.text("+")] for r in shown],
@@ -93,7 +105,7 @@ def _differences(pair: tables.Pair, rows: Sequence[tables.Row]) -> go.Figure:
                 f"{pair.baseline} %{{customdata[1]:.2f}}<extra></extra>"
             ),
         )
-    figure.add_vline(0, line=dict(color="#333", width=1))
+    figure.add_vline(0, line=dict(color="#888", width=1))
     figure.update_layout(
         height=110 + 18 * max(len(rows), 3),
         showlegend=False,
@@ -113,7 +125,7 @@ def _curves(pair: tables.Pair) -> go.Figure:
     figure = go.Figure()
     thresholds = ("IoU 0.50:0.95", "IoU 0.50", "IoU 0.75")
     for t in range(len(thresholds)):
-        for (arm, curves), color in zip_strict(pair.curves.items(), _COLORS):
+        for (arm, curves), color in zip(pair.curves.items(), _COLORS, strict=True):
             figure.add_scatter(
                 x=[*RECALL, *RECALL[::-1]],
                 y=np.append(curves.high[t], curves.low[t, ::-1]).round(4),
@@ -149,7 +161,8 @@ def _curves(pair: tables.Pair) -> go.Figure:
     return figure
 
 
-def _figure(name: str, figure: go.Figure) -> str:
+def _figure(name: str, figure: go.Figure, alt: str) -> str:
+    """Its HTML, with a text for those who do not see it."""
     figure.update_layout(
         template="simple_white",
         margin=dict(l=50, r=12, t=40, b=50),
@@ -157,9 +170,10 @@ def _figure(name: str, figure: go.Figure) -> str:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
     )
-    return figure.to_html(
+    html = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
         div_id=name,
         config=dict(responsive=True, displaylogo=False, displayModeBar=False),
     )
+    return f'<div role="img" aria-label="{escape(alt)}">{html}</div>'

@@ -7,9 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..python38 import zip_strict
 from .coco_files import InputError
-from .compare import METHODS, NOT_SHOWN, Comparison, Curves, Difference, Estimate
+from .compare import (
+    METHODS,
+    NOT_SHOWN,
+    Comparison,
+    Curves,
+    Difference,
+    Estimate,
+    Plan,
+    fewest_images,
+)
 from .runs import RunFiles
 
 # arXiv 2001.11216, Table 2: AP on COCO-2017, one run each as far as the paper says
@@ -19,12 +27,15 @@ TABLE2_ARMS = [("bn_500", "psbn_500"), ("bn_800", "psbn_800")]
 
 @dataclass(frozen=True)
 class Cell:
-    """A number in AP points and its interval; all NaN where nothing could be measured."""
+    """A number in AP points and its interval.
+
+    All are NaN where nothing could be measured, the interval where images are too few for one.
+    """
 
     value: float
     low: float
     high: float
-    p_positive: float = math.nan  # of a difference: the share of the draws above 0
+    p_positive: float = math.nan  # of a difference: 1 - p of the one-sided t-test
 
     @property
     def measured(self) -> bool:
@@ -36,7 +47,12 @@ class Cell:
         if not self.measured:
             return "–"
         v, low, high = (f"{x:{sign}.2f}" for x in (self.value, self.low, self.high))
-        return f"{v} ({low} to {high})"
+        return f"{v} ({low} to {high})" if self.has_interval else f"{v} (no interval)"
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether there were images enough."""
+        return not math.isnan(self.low)
 
     @property
     def p_text(self) -> str:
@@ -54,6 +70,7 @@ class Row:
     """A metric or a class: AP of the baseline, of the arm, and their difference."""
 
     name: str
+    images: int  # that have an object that counts for it
     baseline: Cell
     arm: Cell
     difference: Cell
@@ -115,6 +132,7 @@ class Report:
     carries: str  # what the intervals carry
     warnings: list[str]
     expected: dict[str, bool] = field(default_factory=dict)
+    plans: list[Plan] = field(default_factory=list)
 
 
 def report(
@@ -123,6 +141,8 @@ def report(
     settings: dict[str, Any],
     table2: bool = False,
     expected: dict[str, bool] | None = None,
+    pairing: str = "",
+    plans: Sequence[Plan] = (),
 ) -> Report:
     """Put a comparison into tables.
 
@@ -132,6 +152,8 @@ def report(
         settings: What a reader needs to repeat it; ``images`` is the number of images.
         table2: Lay Table 2 of the paper beside it.
         expected: Expectation -> whether it holds.
+        pairing: Which runs were paired, in a sentence.
+        plans: What further seeds and images would show.
     """
     pairs = [_pair(c, d) for d in c.differences]
     by_arms = {(p.baseline, p.arm): p for p in pairs}
@@ -140,27 +162,28 @@ def report(
         settings=settings,
         confidence=c.confidence,
         pairs=pairs,
-        arms={a: list(zip_strict(names, cells(e))) for a, e in c.arms.items()},
+        arms={a: list(zip(names, cells(e), strict=True)) for a, e in c.arms.items()},
         metrics=c.measured.overall,
         runs=[
-            RunRow(run, {n: _known(v) for n, v in zip_strict(names[:3], ap[:3])})
-            for run, ap in zip_strict(runs, c.measured.observed)
+            RunRow(run, {n: _known(v) for n, v in zip(names[:3], ap[:3], strict=True)})
+            for run, ap in zip(runs, c.measured.observed, strict=True)
         ],
         table2=[
             Table2Row(scale, *PAPER[scale], by_arms.get(arms))
-            for scale, arms in zip_strict(PAPER, TABLE2_ARMS)
+            for scale, arms in zip(PAPER, TABLE2_ARMS, strict=True)
             if table2
         ],
-        carries=_carries(c, settings["images"]),
+        carries=f"{_carries(c, settings['images'])} {pairing}".strip(),
         warnings=list(c.warnings),
         expected=expected or {},
+        plans=list(plans),
     )
 
 
 def cells(e: Estimate) -> Iterator[Cell]:
     """An estimate, name by name."""
     positive = e.positive if isinstance(e, Difference) else [math.nan] * len(e.value)
-    for numbers in zip_strict(e.value, e.low, e.high, positive):
+    for numbers in zip(e.value, e.low, e.high, positive, strict=True):
         yield Cell(*map(float, numbers))
 
 
@@ -170,10 +193,12 @@ def _known(x: float) -> float | None:
 
 def _pair(c: Comparison, d: Difference) -> Pair:
     columns = map(cells, (c.arms[d.baseline], c.arms[d.arm], d))
-    rows = [Row(*row) for row in zip_strict(c.measured.names, *columns)]
+    names = c.measured.names, map(int, c.measured.images)
+    rows = [Row(*row) for row in zip(*names, *columns, strict=True)]
     overall, classes = rows[: c.measured.overall], rows[c.measured.overall :]
-    measured = [r for r in classes if r.difference.measured]
-    apart = sum(r.difference.apart for r in measured)
+    judged = [r for r in classes if r.difference.has_interval]
+    few = sum(r.difference.measured for r in classes) - len(judged)
+    apart = sum(r.difference.apart for r in judged)
     return Pair(
         arm=d.arm,
         baseline=d.baseline,
@@ -183,14 +208,16 @@ def _pair(c: Comparison, d: Difference) -> Pair:
         further_seeds=d.further_seeds,
         reason=d.reason,
         headline=(
-            f"{d.arm} against {d.baseline}: {d.verdict}, "
-            f"{overall[0].difference.text('+')} AP with a {c.confidence:.0%} interval"
+            f"{d.arm} against {d.baseline}: {d.verdict}, {overall[0].difference.text('+')} AP"
+            + f" with a {c.confidence:.0%} interval" * overall[0].difference.has_interval
         ),
         overall=overall,
         classes=classes,
         classes_apart=(
-            f"{apart} of {len(measured)} classes have an interval without 0; "
-            f"about {(1 - c.confidence) * len(measured):.0f} would by chance alone"
+            f"{apart} of {len(judged)} classes have an interval without 0; "
+            f"about {(1 - c.confidence) * len(judged):.0f} would by chance alone"
+            + f". {few} others have objects on fewer than {fewest_images(c.confidence)} images, "
+            "too few for an interval" * bool(few)
         ),
         curves={a: c.curves[a] for a in (d.baseline, d.arm)},
     )
@@ -201,16 +228,18 @@ def _carries(c: Comparison, images: int) -> str:
     several = [a for a, runs in c.runs.items() if len(runs) > 1]
     single = [a for a in c.runs if a not in several]
     said = (
-        f"AP in points, with {c.confidence:.0%} intervals from {len(c.measured.resampled)} paired "
-        f"resamples of {images} images"
+        f"AP in points, with {c.confidence:.0%} intervals from {len(c.measured.draws)} paired "
+        f"resamples of {images} images, {c.measured.images[0]} of them with an object"
     )
     if not several:
         return f"{said}. They carry no seeds: every arm has one run."
     if not single:
-        return f"{said} and of the runs."
+        paired = ", paired in the differences" if c.paired else ""
+        return f"{said}, and from the spread of the runs{paired}."
     return (
-        f"{said} and, for {', '.join(several)}, of the runs. Those of {', '.join(single)}, with "
-        "one run each, and of differences that involve them carry no seeds."
+        f"{said}, and for {', '.join(several)} from the spread of the runs. Those of "
+        f"{', '.join(single)}, with one run each, and of differences that involve them carry no "
+        "seeds."
     )
 
 
@@ -235,13 +264,15 @@ def as_json(r: Report) -> dict[str, Any]:
     def numbers(cell: Cell) -> dict[str, float | None]:
         return {"value": _known(cell.value), "low": _known(cell.low), "high": _known(cell.high)}
 
-    def difference(row: Row) -> dict[str, float | None]:
-        return {**numbers(row.difference), "p_positive": _known(row.difference.p_positive)}
+    def difference(row: Row) -> dict[str, float | int | None]:
+        known = _known(row.difference.p_positive)
+        return {**numbers(row.difference), "p_positive": known, "images": row.images}
 
     return {
         "settings": {"confidence": r.confidence, **r.settings},
         "warnings": r.warnings,
         "runs": [{**vars(run.files), **run.ap} for run in r.runs],
+        "plans": [vars(plan) for plan in r.plans],
         "arms": {
             arm: {
                 **{name: numbers(x) for name, x in named[: r.metrics]},
@@ -273,7 +304,8 @@ def markdown(r: Report, extremes: int = 5) -> str:
 
     Args:
         r: The report.
-        extremes: How many of the classes with the largest gain and the largest loss to list.
+        extremes: How many of the classes with the largest gain and the largest loss to list, of
+            those that have an interval.
     """
     lines = []
     if r.table2:
@@ -284,28 +316,50 @@ def markdown(r: Report, extremes: int = 5) -> str:
         )
     for p in r.pairs:
         lines += [f"## {p.headline}", "", p.reason, ""]
-        classes = p.sorted_classes
+        classes = [row for row in p.sorted_classes if row.difference.has_interval]
         ends = [
             row for n, row in enumerate(classes) if n < extremes or n >= len(classes) - extremes
         ]
-        lines += _markdown_table(
-            ["", p.baseline, p.arm, "difference", "P(difference > 0)"],
-            [
-                [
-                    row.name,
-                    row.baseline.text(),
-                    row.arm.text(),
-                    row.difference.text("+"),
-                    row.difference.p_text,
-                ]
-                for row in [*p.overall, *ends]
-            ],
-        )
+        lines += _markdown_table(row_header(p), [row_cells(row) for row in [*p.overall, *ends]])
         lines += [f"{p.classes_apart}.", ""]
+    for plan in r.plans:
+        lines += [f"## {plan_title(plan)}", ""]
+        lines += _markdown_table(*plan_cells(plan))
     lines += ["## Runs", ""]
     lines += _markdown_table(RUN_HEADER, [run_cells(run) for run in r.runs], left=(0, 4, 5))
     lines += [r.carries, *(f"Warning: {w}." for w in r.warnings)]
     return "\n".join(lines) + "\n"
+
+
+def row_header(pair: Pair) -> list[str]:
+    """Over the rows of a pair."""
+    return ["", pair.baseline, pair.arm, "difference", "P(difference > 0)", "images"]
+
+
+def row_cells(row: Row) -> list[str]:
+    """A metric or class under :func:`row_header`."""
+    d = row.difference
+    return [
+        row.name, row.baseline.text(), row.arm.text(), d.text("+"), d.p_text, str(row.images)
+    ]  # fmt: skip
+
+
+def plan_title(plan: Plan) -> str:
+    """What the numbers of a plan are."""
+    return (
+        f"{plan.arm} against {plan.baseline}: the probability of showing a true difference of "
+        f"{plan.difference:.2f} AP"
+    )
+
+
+def plan_cells(plan: Plan) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a plan."""
+    times = ["these images", *(f"{n} times as many" for n in plan.images[1:])]
+    rows = [
+        [f"+{k}" if k else "none", *(f"{p:.0%}" for p in powers)]
+        for k, powers in zip(plan.further_seeds, plan.power, strict=True)
+    ]
+    return ["further seeds per arm", *times], rows
 
 
 RUN_HEADER = ["arm", "AP", "AP50", "AP75", "results", "checkpoint", "seed"]

@@ -1,6 +1,7 @@
 """Collapsed filters: found in a model, a checkpoint or a training run, and shown.
 
-- :mod:`.criteria`: what collapsed, dead, constant and inactive mean
+- :mod:`.criteria`: what a filter does: the one place that decides
+- :mod:`.backward`: what one backward pass tells of each
 - :mod:`.layers`: the normalization layers of a model or a state dict
 - :mod:`.pairs`: the convolution in front of each
 - :mod:`.report`: ``measure`` and what it returns
@@ -26,6 +27,7 @@ from .criteria import (
     constant,
     count,
     dead,
+    does,
     filter_l1,
     inactive,
     nearly_linear,
@@ -53,6 +55,7 @@ __all__ = [
     "constant",
     "count",
     "dead",
+    "does",
     "filter_l1",
     "gather",
     "inactive",

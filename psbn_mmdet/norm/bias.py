@@ -93,11 +93,11 @@ class Bias(Tensor):
         The latter within `torch.func`, on the meta device, of shards, in inference mode.
         """
         if _is_compiling() or torch.jit.is_tracing() or type(layer.beta) is not nn.Parameter:
-            return layer.beta + layer.alpha
+            return layer.beta + layer.initial_alpha
         if layer.beta.is_inference():
-            return layer.beta + layer.alpha
+            return layer.beta + layer.initial_alpha
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            total = layer.beta + layer.alpha
+            total = layer.beta + layer.initial_alpha
         if type(total) is not Tensor or total.is_meta:
             return total
         return _guarded(total, _Origin(layer, total))
@@ -133,8 +133,8 @@ class _Origin:
                 "read layer.bias again before writing"
             )
         with torch.no_grad():
-            old, new = self.beta + self.layer.alpha, self.total.detach()
-            self.beta.copy_(torch.where(new == old, self.beta, new - self.layer.alpha))
+            old, new = self.beta + self.layer.initial_alpha, self.total.detach()
+            self.beta.copy_(torch.where(new == old, self.beta, new - self.layer.initial_alpha))
         self.layer.preserved = True
         self.version = self.beta._version
 
@@ -142,9 +142,9 @@ class _Origin:
         """`layer.bias.data = value`, which may have another shape, as after pruning channels."""
         value = _to_plain(value).detach()
         with torch.no_grad():
-            beta = value - self.layer.alpha
+            beta = value - self.layer.initial_alpha
             if value.shape == self.beta.shape:
-                beta = torch.where(value == self.beta + self.layer.alpha, self.beta, beta)
+                beta = torch.where(value == self.beta + self.layer.initial_alpha, self.beta, beta)
         self.layer.beta.data = beta
         self.layer.preserved = True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from .followed import without_rectifier
@@ -108,7 +109,7 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, *, shift: bool = False) -> nn.
     betas: dict[nn.Parameter, nn.Parameter] = {}  # tied biases become tied betas
     for module in layers.values():
         if isinstance(module, PostShift):
-            source, old = module.beta, module.alpha
+            source, old = module.beta, module.initial_alpha
         else:
             source, old = module._parameters.pop("bias"), 0.0
             module.__class__ = _post_shifted(type(module))
@@ -119,7 +120,8 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, *, shift: bool = False) -> nn.
             beta = rebase(source.detach(), old, alpha).clone()
             betas[source] = nn.Parameter(beta, source.requires_grad)
         module.beta = betas[source]
-        module.alpha = alpha
+        module.register_buffer("alpha", torch.tensor(alpha).to(module.weight))
+        module.initial_alpha = alpha
     if shift:
         lift(model)
     return model
@@ -149,12 +151,13 @@ def to_bn(model: nn.Module) -> nn.Module:
     biases: dict[nn.Parameter, nn.Parameter] = {}
     layer: Any
     for _, layer in shifted:
-        bias = (layer.beta + layer.alpha).detach()
+        bias = (layer.beta + layer.initial_alpha).detach()
         beta = layer._parameters.pop("beta")
         if beta not in biases:
             biases[beta] = nn.Parameter(bias, beta.requires_grad)
-        for name in ("alpha", "preserved"):
+        for name in ("initial_alpha", "preserved"):
             delattr(layer, name)
+        del layer._buffers["alpha"]
         layer.__class__ = _TO_PLAIN[type(layer)]
         layer.bias = biases[beta]
     return model
@@ -165,7 +168,7 @@ def _refuse_tied(layers: dict[str, Any]) -> None:
     alphas: dict[nn.Parameter, float] = {}
     for name, layer in layers.items():
         if isinstance(layer, PostShift) and (
-            alphas.setdefault(layer.beta, layer.alpha) != layer.alpha
+            alphas.setdefault(layer.beta, layer.initial_alpha) != layer.initial_alpha
         ):
             raise TypeError(
                 f"{name} shares its beta with a layer of another alpha: give each a beta of its "

@@ -35,7 +35,7 @@ class PsBNHook(Hook):
             return
         taken_over = sum(layer.preserved for layer in layers.values())
         lifted = self.shift and runner.iter == 0 and lift(runner.model) > 0
-        alphas = sorted({layer.alpha for layer in layers.values()})
+        alphas = sorted({layer.initial_alpha for layer in layers.values()})
         said = f"psBN: {len(layers)} layers, alpha {', '.join(f'{alpha:g}' for alpha in alphas)}"
         if runner.iter > 0:
             said += "; resumed"

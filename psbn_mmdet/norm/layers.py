@@ -112,7 +112,8 @@ class PostShift(nn.Module):
     if TYPE_CHECKING:  # TorchScript would read them and knows no annotation that is not evaluated
         weight: nn.Parameter
         beta: nn.Parameter
-        alpha: float
+        alpha: Tensor
+        initial_alpha: float
         preserved: bool
         running_mean: Tensor | None
         running_var: Tensor | None
@@ -157,26 +158,30 @@ class PostShift(nn.Module):
         )
         del self._parameters["bias"]
         self.affine = True
-        # A number and no buffer: it is not averaged, rounded, broadcast or left out by to_empty().
-        self.alpha = alpha
+        # What is added is this number. The buffer is its place in state dicts and for whoever goes
+        # by a module's tensors (FSDP's loading, export): averages and casts round it, and
+        # to_empty() leaves it to chance.
+        self.initial_alpha = alpha
         self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         self.beta = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.register_buffer("alpha", torch.tensor(alpha, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set gamma = 1, beta = 0, running statistics of N(0, 1)."""
+        """Set gamma = 1, beta = 0, alpha as constructed, running statistics of N(0, 1)."""
         self.reset_running_stats()
         # Whether beta is a BN's bias minus alpha, loaded or written into `bias`, so can be lifted.
         self.preserved = False
         if self.affine:  # not yet when the base class calls
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.beta)
+            self.alpha.fill_(self.initial_alpha)
 
     @property
     def bias(self) -> Tensor:
         """``beta + alpha``, what the layer adds; see :class:`Bias` for writing into it."""
         if torch.jit.is_scripting():
-            return self.beta + self.alpha
+            return self.beta + self.initial_alpha
         else:  # or the compiler would look into what it cannot compile
             return Bias.of(self)
 
@@ -191,15 +196,17 @@ class PostShift(nn.Module):
         return super().__call__(input)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, alpha={self.alpha:g}"
+        return f"{super().extra_repr()}, alpha={self.initial_alpha:g}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         beta = self.beta if keep_vars else self.beta.detach()
-        destination[prefix + "bias"] = beta + self.alpha
-        destination[prefix + "alpha"] = torch.tensor(
-            self.alpha, dtype=beta.dtype, device=beta.device
-        )
+        destination[prefix + "bias"] = beta + self.initial_alpha
+        destination[prefix + "alpha"] = self._saved(beta)
+
+    def _saved(self, beta: Tensor) -> Tensor:
+        """Alpha as a state dict holds it, beside a beta."""
+        return torch.tensor(self.initial_alpha, dtype=beta.dtype, device=beta.device)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         """Take over a psBN or a plain BN state dict; what it computed is preserved.
@@ -216,12 +223,11 @@ class PostShift(nn.Module):
         """
         name = prefix.rstrip(".") or type(self).__name__
         bias = state_dict.pop(prefix + "bias", None)
-        saved = state_dict.pop(prefix + "alpha", None)
-        beta = state_dict.get(prefix + "beta")
+        beta, saved = state_dict.get(prefix + "beta"), state_dict.get(prefix + "alpha")
         if "beta" not in self._parameters:  # pruned or parametrized: it is under other keys
             return super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         try:
-            old = None if saved is None else saved_alpha(saved, self.alpha)
+            old = None if saved is None else saved_alpha(saved, self.initial_alpha)
         except ValueError as error:
             raise RuntimeError(f"{name}: {error}") from None
         if bias is None and (beta is None) != (saved is None):
@@ -230,22 +236,33 @@ class PostShift(nn.Module):
                 "computed is unknown; save it with state_dict(), which holds all three"
             )
         assign = local_metadata.get("assign_to_params_buffers", False)
+        new = self.initial_alpha
 
         def based(tensor: Tensor, old: float) -> Tensor:
-            return rebase(tensor, old, self.alpha, tensor.dtype if assign else self.beta.dtype)
+            return rebase(tensor, old, new, tensor.dtype if assign else self.beta.dtype)
 
-        from_bn = bias is not None and (beta is None or old is None)
+        # torch.distributed.checkpoint fills in what it does not find from the module itself.
+        from_bn = bias is not None and (beta is None or saved is None or saved is self.alpha)
         if from_bn:
-            state_dict[prefix + "beta"] = based(bias, 0)
+            if hasattr(self.beta, "placements") and not hasattr(bias, "placements"):
+                raise RuntimeError(
+                    f"{name}: the whole state dict of a BN cannot be spread over shards of psBN: "
+                    "convert it before, with psbn_mmdet.checkpoint.psbn_state_dict"
+                )
+            beta = based(bias, 0)
         elif beta is not None and old is not None:
-            state_dict[prefix + "beta"] = based(beta, old)
+            kept = based(beta, old)
             if _comparable(bias, beta) and not (same := agree(bias, beta, old)).all():
                 warnings.warn(
                     f"{name}: in {int((~same).sum())} of {same.numel()} channels of the checkpoint "
                     "bias is not beta + alpha; bias counts there, as for every reader of BN",
                     stacklevel=2,
                 )
-                state_dict[prefix + "beta"] = torch.where(same, based(beta, old), based(bias, 0))
+                kept = torch.where(same, kept, based(bias, 0))
+            beta = kept
+        if beta is not None:
+            state_dict[prefix + "beta"] = beta
+            state_dict[prefix + "alpha"] = self._saved(beta)
         if assign or not self.beta.is_meta:
             self.preserved = from_bn
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
@@ -276,7 +293,7 @@ def lift(model: nn.Module) -> int:
     """
     layers = [m for m in model.modules() if isinstance(m, PostShift) and m.preserved]
     with torch.no_grad():
-        for beta, alpha in {m.beta: m.alpha for m in layers}.items():
+        for beta, alpha in {m.beta: m.initial_alpha for m in layers}.items():
             beta.add_(alpha)
     for layer in layers:
         layer.preserved = False
@@ -315,7 +332,7 @@ class _PostShiftBN(PostShift):
             self.running_mean if tracks else None,
             self.running_var if tracks else None,
             self.weight,
-            self.beta + self.alpha,
+            self.beta + self.initial_alpha,
             self.training or self.running_mean is None,
             momentum,
             self.eps,
@@ -335,7 +352,7 @@ class psBN2d(_PostShiftBN, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
         y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \alpha
 
     Parameters ``weight`` (gamma, initially 1) and ``beta`` (initially 0), shape
-    (C,); the number ``alpha``; BN's own buffers. ``bias`` is ``beta + alpha``, what
+    (C,); buffers ``alpha`` (0-dim) and BN's own. ``bias`` is ``beta + alpha``, what
     the layer adds. Writing into it, as ``nn.init.zeros_(m.bias)`` or
     ``m.bias.data.mul_(mask)`` do, sets beta to what was written minus alpha
     (:class:`.bias.Bias`). So a network whose code sets the biases of its
@@ -399,7 +416,7 @@ class _PostShiftIN(PostShift):
             self.running_mean,
             self.running_var,
             self.weight,
-            self.beta + self.alpha,
+            self.beta + self.initial_alpha,
             self.training or not self.track_running_stats,
             0.0 if self.momentum is None else self.momentum,
             self.eps,

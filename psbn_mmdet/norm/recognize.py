@@ -32,9 +32,9 @@ def is_norm_layer(module: nn.Module) -> bool:
     These are: torch's own layers, synchronised, lazy and post-shifted ones and all other
     subclasses; their scripted forms; and whatever holds ``weight``, ``bias``, ``running_mean`` and
     ``running_var`` as one-dimensional tensors, such as the FrozenBatchNorm2d of mmdet and
-    torchvision, mmcv's SyncBatchNorm or a layer of an exported program. Of an exported post-shifted
-    layer, ``weight`` and ``beta`` are what there is. What only passes its attributes on, as a
-    wrapper for activation checkpointing or a compiled layer does, is none.
+    torchvision, mmcv's SyncBatchNorm or a layer of an exported program. Of an exported
+    post-shifted layer, ``weight``, ``beta`` and ``alpha`` are what there is. What only passes its
+    attributes on, as a wrapper for activation checkpointing or a compiled layer does, is none.
     """
     if isinstance(module, (_BatchNorm, _InstanceNorm)):
         return True
@@ -44,12 +44,12 @@ def is_norm_layer(module: nn.Module) -> bool:
         return True
     if all(_has_dim(module, name, 1) for name in _BN):
         return True
-    return _has_dim(module, "beta", 1) and _has_dim(module, "weight", 1)
+    return is_post_shifted(module) and _has_dim(module, "weight", 1)
 
 
 def is_post_shifted(module: nn.Module) -> bool:
-    """Whether a module adds ``beta + alpha``: a psBN layer, also scripted or traced."""
-    return _has_dim(module, "beta", 1) and isinstance(getattr(module, "alpha", None), float)
+    """Whether a module adds ``beta + alpha``: a psBN layer, also scripted, traced or exported."""
+    return _has_dim(module, "beta", 1) and _has_dim(module, "alpha", 0)
 
 
 def _has_dim(module: nn.Module, name: str, dim: int) -> bool:
@@ -61,17 +61,10 @@ def _has_dim(module: nn.Module, name: str, dim: int) -> bool:
 
 
 def added_bias(module: nn.Module) -> Tensor | None:
-    """What a normalization layer adds, detached; None if it adds nothing.
-
-    Raises:
-        TypeError: A traced or exported psBN layer, whose alpha is within the graph.
-    """
+    """What a normalization layer adds, detached; None if it adds nothing."""
     if is_post_shifted(module):
-        return module.beta.detach() + module.alpha  # type: ignore[operator,union-attr]
-    if _has_dim(module, "beta", 1) and not hasattr(module, "bias"):
-        raise TypeError(
-            "alpha of a traced or exported psBN layer is within the graph: measure the model itself"
-        )
+        alpha = getattr(module, "initial_alpha", module.alpha)
+        return (module.beta + alpha).detach()  # type: ignore[operator]
     bias = getattr(module, "bias", None)
     return bias.detach() if isinstance(bias, Tensor) else None
 

@@ -56,7 +56,7 @@ class psSyncBN(_PostShiftBN, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
         """Normalize ``input``, (N, C, ...); see the class."""
         if torch.jit.is_scripting():
             assert not self.training, "a scripted psSyncBN cannot synchronise: script it in eval()"
-            bias = self.beta + self.alpha
+            bias = self.beta + self.initial_alpha
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, bias, eps=self.eps
             )
@@ -87,7 +87,7 @@ class psSyncBN(_PostShiftBN, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
         total = _SumOverGroup.apply(torch.cat([local, count]), group)
         count = total[-1].detach()
         if count == 0:  # no process has a sample; all of them take this way
-            return input * self.weight.view(per_channel) + (self.beta + self.alpha).view(
+            return input * self.weight.view(per_channel) + (self.beta + self.initial_alpha).view(
                 per_channel
             )
         if count == 1:
@@ -113,7 +113,7 @@ class psSyncBN(_PostShiftBN, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
 
         scale = self.weight * torch.rsqrt(var + self.eps).to(x.dtype)
-        y = centred * scale.view(per_channel) + (self.beta + self.alpha).view(per_channel)
+        y = centred * scale.view(per_channel) + (self.beta + self.initial_alpha).view(per_channel)
         return y.to(input.dtype)
 
 

@@ -1,12 +1,13 @@
 """COCO files into columns, and every way in which they can be wrong, each in one line."""
 
+import codecs
+import gzip
 import json
 
 import numpy as np
 import pytest
 
 from psbn_mmdet.ap.coco_files import InputError, read_annotations, read_results
-from psbn_mmdet.python38 import removeprefix
 from tests.helpers.ap import change_json, dataset
 
 NAN, INF = float("nan"), float("inf")
@@ -33,7 +34,7 @@ def refused(ann, results=None):
     assert "\n" not in line
     path = f"{results or ann}: "
     assert line.startswith(path)
-    return removeprefix(line, path)
+    return line.removeprefix(path)
 
 
 def test_columns_are_what_the_files_say(files):
@@ -182,3 +183,136 @@ def test_empty_result_file_is_read(files):
     ann, results = files
     results.write_text("[]")
     assert read_results(results, read_annotations(ann)).box.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        gzip.compress,
+        lambda b: codecs.BOM_UTF8 + b,
+        lambda b: b.decode().encode("utf-16"),
+        lambda b: gzip.compress(codecs.BOM_UTF16_BE + b.decode().encode("utf-16-be")),
+    ],
+)
+def test_packed_and_other_encodings_are_read(files, packed):
+    ann, results = files
+    plain = read_results(results, read_annotations(ann))
+    for path in files:
+        path.write_bytes(packed(path.read_bytes()))
+    got = read_results(results, read_annotations(ann))
+    np.testing.assert_array_equal(got.box, plain.box)
+    results.write_bytes(gzip.compress(b"[]" * 500)[:20])
+    assert "cannot be unpacked" in refused(ann, results)
+    results.write_bytes(b"\xff\xfe[")  # half a letter
+    assert "cannot be unpacked" in refused(ann, results)
+
+
+@pytest.mark.parametrize("key", ["segmentation", "keypoints"])
+def test_masks_are_not_taken_for_boxes(files, key):
+    ann, results = files
+    change_json(results, lambda d: d[3].update({key: None}))
+    read_results(results, read_annotations(ann))
+    change_json(results, lambda d: d[3].update({key: [1, 2, 3]}))
+    kind = {"segmentation": "segm"}.get(key, key)
+    assert f"its records hold {key}; pass --type {kind}" in refused(ann, results)
+
+
+def test_lvis_is_named(files):
+    change_json(files[0], lambda d: d["images"][1].update(neg_category_ids=[]))
+    assert refused(files[0]).startswith("LVIS annotations")
+
+
+def boxes_as(results, change):
+    def all_of_them(data):
+        for record in data:
+            record["bbox"] = change(*record["bbox"])
+
+    change_json(results, all_of_them)
+
+
+@pytest.mark.parametrize("sizes", [True, False])
+def test_corners_and_fractions_are_said(tmp_path, sizes):
+    dataset(tmp_path, images=40)
+    ann, results = tmp_path / "ann.json", tmp_path / "bn_0.bbox.json"
+    if sizes:
+        change_json(ann, lambda d: [i.update(width=200, height=200) for i in d["images"]])
+    kept = results.read_text()
+    boxes_as(results, lambda x, y, w, h: [x, y, x + w, y + h])
+    assert "look like two corners; wanted [x, y, w, h]" in refused(ann, results)
+    results.write_text(kept)
+    boxes_as(results, lambda x, y, w, h: [x / 200, y / 200, w / 200, h / 200])
+    assert "they look like fractions of the image" in refused(ann, results)
+    results.write_text(kept)
+    read_results(results, read_annotations(ann))
+
+
+def test_boxes_as_large_as_their_image_are_no_corners(tmp_path):
+    dataset(tmp_path, images=40)
+    boxes_as(tmp_path / "bn_0.bbox.json", lambda x, y, w, h: [0, 0, 190, 190])
+    read_results(tmp_path / "bn_0.bbox.json", read_annotations(tmp_path / "ann.json"))
+
+
+def test_negative_areas_are_counted(files):
+    change_json(files[0], lambda d: d["annotations"][3].update(area=-1))
+    (said,) = read_annotations(files[0]).warnings
+    assert said.endswith("1 objects have a negative area and do not count, as in pycocotools")
+
+
+def test_classes_that_were_not_asked_for_are_left_out(files):
+    ann, results = files
+    some = read_annotations(ann, classes=["class 3", "class 1"])
+    assert some.class_names == ["class 1", "class 3"] and some.class_ids == [1, 3]
+    data = [o for o in json.loads(ann.read_text())["annotations"] if o["category_id"] != 2]
+    np.testing.assert_array_equal(some.box, [o["bbox"] for o in data])
+    assert some.left_out == 0
+    found = [b for b in json.loads(results.read_text()) if b["category_id"] != 2]
+    np.testing.assert_array_equal(read_results(results, some).box, [b["bbox"] for b in found])
+    with pytest.raises(InputError, match="has no class 'cat'; its classes are class 1"):
+        read_annotations(ann, classes=["cat"])
+
+
+BAD_SHAPES = {
+    "short keypoints": ("keypoints", dict(keypoints=[1.0] * 50), "50 numbers of keypoints"),
+    "a box": ("segm", dict(), "missing required field segmentation"),
+    "another size": (
+        "segm",
+        dict(segmentation=dict(size=[9, 9], counts="0")),
+        "a mask of height and width [9, 9] on an image of [",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_SHAPES)
+def test_bad_masks_and_keypoints_are_named(files, bad):
+    kind, change, message = BAD_SHAPES[bad]
+    ann, results = files
+    change_json(ann, lambda d: [i.update(width=200, height=200) for i in d["images"]])
+    change_json(
+        ann,
+        lambda d: [
+            o.update(segmentation=[[0, 0, 9, 0, 9, 9]], keypoints=[1] * 51, num_keypoints=17)
+            for o in d["annotations"]
+        ],
+    )
+    good = dict(segmentation=dict(size=[200, 200], counts=[40000]), keypoints=[1.0] * 51)
+    change_json(results, lambda d: [r.update(good) for r in d])
+    annotations = read_annotations(ann, kind)
+    read_results(results, annotations)
+
+    def spoil(data):
+        data[2].pop("segmentation")
+        data[2].update(change)
+
+    change_json(results, spoil)
+    with pytest.raises(InputError, match=r"record 2|: 2: ") as error:
+        read_results(results, annotations)
+    assert message in str(error.value)
+
+
+def test_polygons_need_the_size_of_their_image(files):
+    change_json(
+        files[0],
+        lambda d: [o.update(segmentation=[[0, 0, 9, 0, 9, 9]]) for o in d["annotations"]],
+    )
+    with pytest.raises(InputError, match="polygons need the height and width of their image"):
+        read_annotations(files[0], "segm")

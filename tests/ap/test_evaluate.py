@@ -6,13 +6,15 @@ import json
 
 import numpy as np
 import pytest
+from pycocotools import mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from psbn_mmdet.ap import evaluate, matching
 from psbn_mmdet.ap.coco_files import read_annotations, read_results
-from psbn_mmdet.python38 import zip_strict
+from psbn_mmdet.ap.compiled import compiled
 
+KEYPOINT_STATS = ["AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"]
 STATS = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
 
@@ -69,7 +71,7 @@ def repeated(annotations, results, weights):
     """The same data set with image i there weights[i] times, copies next to each other."""
     order = sorted(i["id"] for i in annotations["images"])
     ids = {id_: [] for id_ in order}
-    for id_, w in zip_strict(order, weights):
+    for id_, w in zip(order, weights, strict=True):
         for _ in range(w):
             ids[id_].append(1 + sum(map(len, ids.values())))
     objects = [
@@ -85,33 +87,34 @@ def repeated(annotations, results, weights):
     )
 
 
-def by_pycocotools(annotations, results):
+def by_pycocotools(annotations, results, kind="bbox"):
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO()
         gt.dataset = json.loads(json.dumps(annotations))
         gt.createIndex()
-        e = COCOeval(gt, gt.loadRes(json.loads(json.dumps(results))), "bbox")
+        e = COCOeval(gt, gt.loadRes(json.loads(json.dumps(results))), kind)
         e.evaluate()
         e.accumulate()
         e.summarize()
-    precision = e.eval["precision"][:, :, :, 0, 2]  # IoU, recall, class
+    names = KEYPOINT_STATS if kind == "keypoints" else STATS
+    precision = e.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class
     means = [[p[p > -1].mean() if (p > -1).any() else -1 for p in np.moveaxis(x, 2, 0)]
              for x in (precision, precision[:1], precision[5:6])]  # fmt: skip
-    return dict(zip_strict(STATS, e.stats)), np.array(means).T, precision
+    return dict(zip(names, e.stats, strict=True)), np.array(means).T, precision
 
 
-def read(tmp_path, annotations, results):
+def read(tmp_path, annotations, results, kind="bbox"):
     (tmp_path / "ann.json").write_text(json.dumps(annotations))
     (tmp_path / "res.json").write_text(json.dumps(results))
-    a = read_annotations(tmp_path / "ann.json")
+    a = read_annotations(tmp_path / "ann.json", kind)
     return a, read_results(tmp_path / "res.json", a)
 
 
-def assert_parity(tmp_path, annotations, results):
-    want, want_class, precision = by_pycocotools(annotations, results)
-    a, r = read(tmp_path, annotations, results)
+def assert_parity(tmp_path, annotations, results, kind="bbox"):
+    want, want_class, precision = by_pycocotools(annotations, results, kind)
+    a, r = read(tmp_path, annotations, results, kind)
     got, got_class = evaluate.evaluate(a, r)
-    assert list(got) == STATS
+    assert list(got) == list(want)
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=0, atol=1e-12)
     np.testing.assert_allclose(got_class, want_class[:, 0], rtol=0, atol=1e-12)
     m = matching.match(a, r)
@@ -123,6 +126,123 @@ def assert_parity(tmp_path, annotations, results):
         np.testing.assert_allclose(curve[0, 1], shown[0].mean(1), rtol=0, atol=1e-12)
         np.testing.assert_allclose(curve[0, 2], shown[5].mean(1), rtol=0, atol=1e-12)
     return got
+
+
+def as_masks(annotations, results, rng):
+    """The same boxes as masks: ellipses, as polygons, RLE of numbers and RLE of text."""
+    height, width = 340, 360
+
+    def polygon(box):
+        x, y, w, h = box
+        angle = np.linspace(0, 2 * np.pi, 13)[:-1] + rng.uniform(0, 0.3)
+        corners = [x + w * (1 + np.cos(angle)) / 2, y + h * (1 + np.sin(angle)) / 2]
+        return [np.stack(corners, 1).round(2).ravel().tolist()]
+
+    def rle(polygons):
+        one = mask.merge(mask.frPyObjects(polygons, height, width))
+        return {"size": one["size"], "counts": one["counts"].decode()}
+
+    def counts(polygons):
+        """Lengths of the runs of 0 and 1, column by column."""
+        flat = mask.decode(mask.merge(mask.frPyObjects(polygons, height, width))).ravel("F")
+        ends = np.flatnonzero(np.diff(np.concatenate([[0], flat, [2]])))
+        return {"size": [height, width], "counts": np.diff(ends, prepend=0).tolist()}
+
+    for image in annotations["images"]:
+        image.update(height=height, width=width)
+    for n, o in enumerate(annotations["annotations"]):
+        o["segmentation"] = (lambda x: x, counts, rle)[n % 3](polygon(o["bbox"]))
+    return annotations, [
+        dict({k: r[k] for k in r if k != "bbox"}, segmentation=rle(polygon(r["bbox"])))
+        for r in results
+    ]
+
+
+def as_keypoints(annotations, results, rng):
+    """17 points in every box; some objects have none labelled, some of their points are not."""
+
+    def points(box, third):
+        x, y, w, h = box
+        at = [x + w * rng.random(17), y + h * rng.random(17)]
+        return np.stack([*at, third], 1)
+
+    where = {}
+    for o in annotations["annotations"]:
+        seen = rng.integers(0, 3, 17) * (rng.random() < 0.8)
+        p = points(o["bbox"], seen)
+        o.update(keypoints=p.round(1).ravel().tolist(), num_keypoints=int((seen > 0).sum()))
+        where.setdefault((o["image_id"], o["category_id"]), []).append((o, p))
+    found = []
+    for r in results:
+        p = points(r["bbox"], np.ones(17))
+        if near := where.get((r["image_id"], r["category_id"])):
+            o, q = near[rng.integers(len(near))]
+            p[:, :2] = q[:, :2] + rng.normal(0, 0.12, (17, 2)) * np.sqrt(o["area"]) * rng.random()
+        shown = {k: r[k] for k in r if k != "bbox"}
+        found.append(dict(shown, keypoints=p.round(2).ravel().tolist()))
+    return annotations, found
+
+
+SHAPES = {"segm": as_masks, "keypoints": as_keypoints}
+
+
+def shaped(kind, seed, **kwargs):
+    rng = np.random.default_rng(seed)
+    annotations, results = problem(rng, images=8, classes=3, **kwargs)
+    return SHAPES[kind](annotations, results, rng)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", SHAPES)
+def test_masks_and_keypoints_are_equal_to_pycocotools(tmp_path, kind, seed):
+    got = assert_parity(tmp_path, *shaped(kind, seed, decimals=1 + seed % 3), kind)
+    assert 0.03 < got["AP50"] < 0.97
+
+
+def test_more_than_20_poses_of_an_image_do_not_count(tmp_path):
+    annotations, results = shaped("keypoints", 0, boxes=8)
+    rng = np.random.default_rng(0)
+    results = [dict(r, score=round(r["score"] * f, 2)) for r in results for f in rng.random(4)]
+    cells = [(r["image_id"], r["category_id"]) for r in results]
+    assert max(map(cells.count, set(cells))) > 20
+    assert_parity(tmp_path, annotations, results, "keypoints")
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_weights_of_masks_and_keypoints_are_physical_repetition(tmp_path, kind):
+    annotations, results = shaped(kind, 20)
+    a, r = read(tmp_path, annotations, results, kind)
+    m = matching.match(a, r)
+    weights = evaluate.draw_images(m.images, 4, np.random.default_rng(0))
+    got, _ = evaluate.weighted_ap(m, weights)
+    for w, g in zip(weights, got, strict=True):
+        again = repeated(annotations, results, w)
+        for image in again[0]["images"]:
+            image.update(height=340, width=360)
+        _, want, _ = by_pycocotools(*again, kind)
+        np.testing.assert_allclose(np.nan_to_num(g, nan=-1), want, rtol=0, atol=1e-12)
+
+
+def test_another_number_of_detections_counts(tmp_path):
+    """As pycocotools with maxDets 1000, as mmdet takes it."""
+    annotations, results = problem(np.random.default_rng(0), images=3, classes=2, boxes=120)
+    cells = [(r["image_id"], r["category_id"]) for r in results]
+    assert max(map(cells.count, set(cells))) > 100
+    a, r = read(tmp_path, annotations, results)
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO(str(tmp_path / "ann.json"))
+        e = COCOeval(gt, gt.loadRes(str(tmp_path / "res.json")), "bbox")
+        e.params.maxDets = [1, 10, 1000]
+        e.evaluate()
+        e.accumulate()
+    got, _ = evaluate.evaluate(a, r, 1000)
+    for name, area in (("AP", 0), ("APs", 1), ("APm", 2), ("APl", 3)):
+        p = e.eval["precision"][:, :, :, area, -1]
+        assert got[name] == pytest.approx(p[p > -1].mean(), rel=0, abs=1e-12)
+        p = e.eval["recall"][:, :, area, -1]
+        shown = got["AR1000" if area == 0 else f"AR{name[2:]}"]
+        assert shown == pytest.approx(p[p > -1].mean(), rel=0, abs=1e-12)
+    assert got["AP"] != evaluate.evaluate(a, r)[0]["AP"]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -217,11 +337,11 @@ def test_weights_are_exactly_physical_repetition(tmp_path, seed):
     annotations, results = problem(rng, images=8, classes=3, decimals=6 if seed % 2 else 1)
     a, r = read(tmp_path, annotations, results)
     m = matching.match(a, r)
-    assert (m.event_kind == 3).any() == (seed % 2 == 0)  # ties, or none, are what is tested
+    assert (m.tied.max() > 1) == (seed % 2 == 0)  # ties, or none, are what is tested
     weights = evaluate.draw_images(m.images, 6, rng)
     assert weights.max() > 2
     got, _ = evaluate.weighted_ap(m, weights)
-    for w, g in zip_strict(weights, got):
+    for w, g in zip(weights, got, strict=True):
         _, want, _ = by_pycocotools(*repeated(annotations, results, w))
         np.testing.assert_allclose(np.nan_to_num(g, nan=-1), want, rtol=0, atol=1e-12)
 
@@ -268,6 +388,13 @@ def test_weights_that_are_no_counts_are_refused(tmp_path):
     for weights in (np.ones((1, m.images)), np.ones((1, 3), int), -np.ones((1, m.images), int)):
         with pytest.raises(ValueError, match="weights: got"):
             evaluate.weighted_ap(m, weights)
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_all_the_same():
+    """numba refuses to cache a function whose file is not there."""
+    made = {}
+    exec("def twice(x):\n    return 2 * x", made)
+    assert compiled(made["twice"])(21) == 42
 
 
 def test_draws_are_as_many_images_as_there_are():

@@ -5,13 +5,13 @@ import pytest
 
 from psbn_mmdet.ap import compare, expect
 from psbn_mmdet.ap.coco_files import InputError
-from tests.helpers.ap import measured
+from tests.helpers.ap import measured, two_arms
 
 
 @pytest.fixture(scope="module")
 def comparison():
-    """Difference 1.0, interval 0.5 to 1.5: draws are uniform within 0.5 / 0.95 of it."""
-    half = 0.5 / 0.95
+    """Difference 1.0, interval 0.5 to 1.5: 1.96 standard deviations of uniform draws."""
+    half = 0.5 / 1.959964 * np.sqrt(3)
     draws = np.linspace(1 - half, 1 + half, 4001)
     m = measured([36.0, 37.0], np.stack([np.full(4001, 36.0), 36 + draws], 1))
     return compare.compare(m, {"bn": [0], "psbn": [1]})
@@ -61,6 +61,31 @@ def test_what_could_not_be_measured_holds_for_nothing():
     for claim in ("psbn-bn>=-99", "psbn-bn<=99"):
         for observed in (False, True):
             assert not expect.parse(claim, ["bn", "psbn"], observed).check(c)[0]
+
+
+def test_of_methods_fails_for_checkpoints(comparison):
+    holds, said = expect.parse("psbn-bn>=0.3 of methods", ["bn", "psbn"]).check(comparison)
+    assert not holds and said.endswith("an arm has one run, so methods are not compared")
+    two = two_arms(np.random.default_rng(1), 3, 3.0, 0.2, 0.1, 0.1, whole=True)
+    assert expect.parse("psbn-bn>=0.3 of methods", ["bn", "psbn"]).check(two)[0]
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_no_claim_holds_where_images_are_too_few(observed):
+    m = measured([36.0, 66.0], np.tile([36.0, 66.0], (100, 1)), images=5)
+    c = compare.compare(m, {"bn": [0], "psbn": [1]})
+    for claim in ("psbn-bn>=20", "psbn-bn<=40"):
+        holds, said = expect.parse(claim, ["bn", "psbn"], observed).check(c)
+        assert not holds and said.endswith(
+            "5 images with an object, too few for an interval, which takes 6"
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "bound"), [("1e-1", 0.1), ("-2.5E+0", -2.5), (".5", 0.5), ("3.", 3.0), ("+1", 1.0)]
+)
+def test_numbers_as_people_write_them(text, bound):
+    assert expect.parse(f"a-b>={text}", ["a", "b"]).bound == bound
 
 
 def test_arms_with_a_dash_are_known():

@@ -24,13 +24,14 @@ def report(arms, table2=False, pairs=None, classes=CLASSES, seed=0, **kwargs):
             ap = 36 + 2 * i + 0.1 * s
             observed.append([ap, ap + 20, ap + 1, *(40 + i * d for d in classes.values())])
     observed = np.array(observed)
-    resampled = observed + rng.normal(0, 0.1, (400, *observed.shape))
+    draws = observed + rng.normal(0, 0.1, (400, *observed.shape))
     m = len(runs)
     measured = Measured(
         names=["AP", "AP50", "AP75", *classes],
         overall=3,
         observed=observed,
-        resampled=resampled,
+        draws=draws,
+        images=np.full(3 + len(classes), 50),
         curve=np.zeros((m, 3, 101)),
         curve_resampled=np.zeros((400, m, 3, 101)),
     )
@@ -66,7 +67,11 @@ def test_markdown_says_verdict_reason_rows_and_runs():
     assert "This interval" not in text and "not about psbn and bn as methods" in text
     assert [row[0] for row in table(text, "| AP")] == ["| AP", "| AP50", "| AP75"]
     (row,) = table(text, "| AP |")
-    assert row[1].startswith("36.00 (") and row[2].startswith("38.00 (") and row[4] == "1.000 |"
+    assert (
+        row[1].startswith("36.00 (")
+        and row[2].startswith("38.00 (")
+        and row[4:] == ["1.000", "50 |"]
+    )
     assert "2 of 3 classes have an interval without 0; about 0 would by chance alone." in text
     assert text.index("| cat |") < text.index("| a\\|b |") < text.index("| dog |")
     assert "unicorn" not in text
@@ -85,11 +90,14 @@ def test_only_the_extremes_of_many_classes_are_listed():
 @pytest.mark.parametrize(
     ("arms", "said"),
     [
-        ({"bn": 2, "psbn": 3}, "resamples of 50 images and of the runs."),
+        (
+            {"bn": 2, "psbn": 3},
+            "of 50 images, 50 of them with an object, and from the spread of the runs.",
+        ),
         ({"bn": 1, "psbn": 1}, "no seeds: every arm has one run."),
         (
             {"bn": 3, "psbn": 1},
-            "for bn, of the runs. Those of psbn, with one run each, and of differences",
+            "for bn from the spread of the runs. Those of psbn, with one run each",
         ),
     ],
 )
@@ -105,10 +113,11 @@ def test_json_is_the_same_numbers_and_null_where_there_are_none():
     (d,) = data["differences"]
     assert (d["verdict"], d["shown"], d["seeds_in_interval"]) == ("better", True, True)
     assert set(d["classes"]) == set(CLASSES)
-    assert set(d["classes"]["unicorn"].values()) == {None}
+    assert set(d["classes"]["unicorn"].values()) == {None, 50}
     cell = r.pairs[0].overall[0].difference
     assert d["AP"] == {
         "value": cell.value, "low": cell.low, "high": cell.high, "p_positive": cell.p_positive,
+        "images": 50,
     }  # fmt: skip
     assert data["arms"]["psbn"]["AP"]["value"] == pytest.approx(38.05)
     assert data["arms"]["psbn"]["classes"]["dog"]["value"] == pytest.approx(37)

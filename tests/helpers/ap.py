@@ -8,18 +8,18 @@ import numpy as np
 
 from psbn_mmdet.ap import compare
 from psbn_mmdet.ap.compare import Measured
-from psbn_mmdet.python38 import zip_strict
 
 
-def measured(observed, resampled):
-    """Made-up runs: AP alone, no class; observed (M,), resampled (B, M)."""
+def measured(observed, resampled, images=10**9):
+    """Made-up runs: AP alone, no class; observed (M,), resampled (B, M), by default many images."""
     observed, resampled = np.array(observed, float), np.array(resampled, float)
     b, m = resampled.shape
     return Measured(
         names=["AP"],
         overall=1,
+        images=np.array([images]),
         observed=observed[:, None],
-        resampled=resampled[..., None],
+        draws=resampled[..., None],
         curve=np.zeros((m, 3, 101)),
         curve_resampled=np.zeros((b, m, 3, 101)),
     )
@@ -37,12 +37,13 @@ def crossed(rng, mean, seed_sd, own_sd, shared_sd, runs, resamples=2000):
     return observed, observed + noise
 
 
-def two_arms(rng, runs, difference, seed_sd, own_sd, shared_sd, resamples=2000):
+def two_arms(rng, runs, difference, seed_sd, own_sd, shared_sd, resamples=2000, whole=False):
     a = crossed(rng, 36.0, seed_sd, own_sd, shared_sd, runs, resamples)
     b = crossed(rng, 36.0 + difference, seed_sd, own_sd, shared_sd, runs, resamples)
     m = measured(np.append(a[0], b[0]), np.hstack([a[1], b[1]]))
     arms = {"bn": list(range(runs)), "psbn": list(range(runs, 2 * runs))}
-    return compare.compare(m, arms).differences[0]
+    c = compare.compare(m, arms)
+    return c if whole else c.differences[0]
 
 
 def dataset(folder, images=40, seed=0, quality=(0.03, 0.12), seeds=1):
@@ -66,7 +67,7 @@ def dataset(folder, images=40, seed=0, quality=(0.03, 0.12), seeds=1):
     )
     (folder / "ann.json").write_text(json.dumps(annotations))
     files = []
-    for arm, noise in zip_strict(("bn", "psbn"), quality):
+    for arm, noise in zip(("bn", "psbn"), quality, strict=True):
         for s in range(seeds):
             boxes = [
                 dict(

@@ -108,7 +108,7 @@ def test_dtype_of_parameters_alpha_and_bias(dtype):
     except RuntimeError as error:
         pytest.skip(f"needs torch > {torch.__version__}: {error}")  # float16 on the CPU in 2.1
     layer = psBN(3).to(dtype)
-    assert {layer.weight.dtype, layer.beta.dtype, layer.bias.dtype} == {dtype}
+    assert {layer.weight.dtype, layer.beta.dtype, layer.alpha.dtype, layer.bias.dtype} == {dtype}
     assert layer.eval()(torch.randn(2, 3, 4, 4, dtype=dtype)).dtype == dtype
 
 
@@ -266,7 +266,7 @@ def test_loading_another_alpha_rebases_and_the_same_is_exact():
     other.load_state_dict(source.state_dict())
     same.load_state_dict(source.state_dict())
     assert_close(other(x), source(x))
-    assert other.alpha == 0.1
+    assert other.alpha == torch.tensor(0.1)
     assert torch.equal(same.beta, source.beta)
 
 
