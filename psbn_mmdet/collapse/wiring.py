@@ -247,12 +247,24 @@ class Wiring:
         return found & (low == 0) if block.survives == "zero" else found
 
     def frozen_inputs(self, reader: str) -> np.ndarray:
-        """(C_in,) bool, the input channels of a layer that carry nothing but frozen numbers."""
+        """(C_in,) bool, the input channels of a layer that carry nothing but frozen numbers.
+
+        Args:
+            reader: Name of its weight.
+        """
         found = self.readers[reader]
         steady = np.ones(found.inputs, dtype=bool)
         index, node = found.slots.T
         np.logical_and.at(steady, index, self.frozen[node])
         return steady
+
+    def free_inputs(self, reader: str) -> np.ndarray:
+        """(C_in,) bool, those that get nothing of the network's input: a DETR's first queries."""
+        found = self.readers[reader]
+        free = np.ones(found.inputs, dtype=bool)
+        index, node = found.slots.T
+        np.logical_and.at(free, index, self.free[node])
+        return free
 
     # Forwards from a channel -------------------------------------------------------------
 
