@@ -67,7 +67,7 @@ def test_no_accepted_network_differs(seed):
 
 @pytest.mark.slow
 def test_of_many_networks_none_is_refused_and_most_of_what_was_killed_goes():
-    """PSBN_TEST_NETS of them; 37 seconds for 100 on one core."""
+    """PSBN_TEST_NETS of them."""
     counts = collections.Counter()
     for seed in range(1000, 1000 + int(os.environ.get("PSBN_TEST_NETS", "100"))):
         check(seed, counts)
