@@ -11,7 +11,7 @@ import importlib
 import sys
 from typing import Any
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 _LAYERS = ["psBN", "psBN1d", "psBN2d", "psBN3d", "psIN", "psIN1d", "psIN2d", "psIN3d", "psSyncBN"]
 _ROOMS = ["ap", "checkpoint", "collapse", "decay", "launch", "norm", "registry", "theory"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -58,7 +59,8 @@ def refuse_to_overwrite(*paths: str | os.PathLike | None, overwrite: bool = Fals
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file whole or not at all: what stands at its path stays until the new one is done.
 
-    A link stays one, to the new content; a device or pipe is written as it is.
+    A link stays one, to the new content, and a file keeps its mode; a device or pipe is written as
+    it is.
 
     Args:
         path: Where the file is to stand.
@@ -76,6 +78,8 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield part
         if part != target:
+            if target.exists():
+                shutil.copymode(target, part)
             part.replace(target)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's for a full disk
         said = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -114,4 +118,8 @@ def errors_in_one_line(program: str | None = None) -> Iterator[None]:
         yield
     except PsbnError as error:
         print(f"{program or Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except MemoryError as error:
+        said = str(error).splitlines()[0] if str(error) else "what is read does not fit"
+        print(f"{program or Path(sys.argv[0]).name}: out of memory: {said}", file=sys.stderr)
         sys.exit(BAD_INPUT)

@@ -21,13 +21,21 @@ check_environment()  # before anything below fails in a less helpful way
 from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
 from mmengine.registry import HOOKS as MMENGINE_HOOKS  # noqa: E402
 from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
-from mmengine.registry import Registry  # noqa: E402
+from mmengine.registry import RUNNERS as MMENGINE_RUNNERS  # noqa: E402
+from mmengine.registry import Registry, build_runner_from_cfg  # noqa: E402
 
 from . import norm  # noqa: E402
 from .norm.model import to_psbn_model  # noqa: E402
 
 MODELS = Registry("model", scope="psbn_mmdet", parent=MMENGINE_MODELS, locations=["psbn_mmdet"])
 HOOKS = Registry("hook", scope="psbn_mmdet", parent=MMENGINE_HOOKS, locations=["psbn_mmdet"])
+RUNNERS = Registry(
+    "runner",
+    build_func=build_runner_from_cfg,
+    scope="psbn_mmdet",
+    parent=MMENGINE_RUNNERS,
+    locations=["psbn_mmdet.launch.runner"],  # for runner_type="psbn_mmdet.Runner" in a config
+)
 
 
 def _register(own: Registry, root: Registry, name: str, thing: Any) -> None:
@@ -44,10 +52,11 @@ MODULE2PACKAGE["psbn_mmdet"] = "psbn_mmdet"
 
 # Behind the registries, which mmengine.hooks, a second's import, finds filled.
 from .collapse.hook import SparsityLoggerHook  # noqa: E402
-from .collapse.stripping.model import stripped_model  # noqa: E402
+from .collapse.narrow import stripped_model  # noqa: E402
+from .collapse.revive_hook import ReviveFilters  # noqa: E402
 from .decay.hook import AnchoredBiasDecay  # noqa: E402
 from .norm.hook import PsBNHook  # noqa: E402
 
-for _hook in (SparsityLoggerHook, AnchoredBiasDecay, PsBNHook):
+for _hook in (SparsityLoggerHook, AnchoredBiasDecay, PsBNHook, ReviveFilters):
     _register(HOOKS, MMENGINE_HOOKS, _hook.__name__, _hook)
 _register(MODELS, MMENGINE_MODELS, "Stripped", stripped_model)

@@ -10,7 +10,6 @@ TOOLS = {
     "compare_ap": ("numba", "ap", ["a.json", "b.json", "--ann", "c.json"]),
     "plot_collapse": ("matplotlib", "report", ["run", "--png", "pictures"]),
     "theory_figures": ("scipy", "theory", ["pictures"]),
-    "strip_checkpoint": ("torch_pruning", "strip", ["config.py", "checkpoint.pth", "out"]),
     "train": ("mmdet", "mmdet", ["config.py"]),
     "test": ("mmdet", "mmdet", ["config.py", "checkpoint.pth"]),
 }

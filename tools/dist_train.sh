@@ -7,4 +7,4 @@
 # PORT=29500 before it. PYTHON names another interpreter.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,7s/^# \?//p' "$0" >&2; exit 2; }
-exec bash "$(dirname "$0")/launch.sh" "$2" train.py "$1" "${@:3}"
+exec bash "$(dirname "$(readlink -f "$0")")/launch.sh" "$2" train.py "$1" "${@:3}"

@@ -1,15 +1,18 @@
-"""Find the collapsed filters in checkpoints of any PyTorch project.
+"""Find out what the filters in checkpoints of any PyTorch project do.
 
     tools/inspect_checkpoint.py resnet50.pth
+    tools/inspect_checkpoint.py epoch_12.pth --data data/coco/val2017
     tools/inspect_checkpoint.py round_1.pth round_2.pth round_3.pth --html course.html
     tools/inspect_checkpoint.py model.safetensors --fail-above 5
 
-A layer is where weight, bias, running_mean, running_var stand together, or weight,
-beta, alpha; an InstanceNorm without running statistics cannot be recognised. Nothing
-that a file carries is run. What follows a layer is not in a checkpoint: a ReLU is
-assumed where filters are called dead, constant or inactive. Exit status: 0; 1 if
---fail-above says so, which it also does where gamma or bias of a filter is not finite;
-2 if a checkpoint cannot be read or a file exists already.
+A checkpoint tells which filters have collapsed: a layer is where a gamma stands
+beside running_mean, or weight, beta, alpha together; an InstanceNorm without running
+statistics cannot be recognised. With images of your own (--data) a detector of mmdet
+is built from CONFIG, or the config that the checkpoint carries, and what each filter
+does is measured: is it stuck, idle or carrying, and how often does ReLU fire? Nothing
+that a file carries is run. Exit status: 0; 1 if --fail-above says so, which it also
+does where gamma or bias of a filter is not finite or a gamma cannot be read; 2 if a
+checkpoint cannot be read or a file exists already.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 
 from psbn_mmdet.checkpoint import load, state_dict_of
 from psbn_mmdet.collapse import INACTIVE_BELOW, THRESHOLD, Report, check_thresholds, measure
+from psbn_mmdet.collapse.detectors import build, carried_config, read_images
 from psbn_mmdet.errors import (
     FAILED,
     PsbnError,
@@ -31,7 +35,6 @@ from psbn_mmdet.errors import (
     require_packages,
     written_whole,
 )
-from psbn_mmdet.python38 import zip_strict
 
 
 def course(names: list[str], reports: list[Report], limit: int | None) -> str:
@@ -56,7 +59,7 @@ def course(names: list[str], reports: list[Report], limit: int | None) -> str:
         lines.append(f"{layer:<{width}}{cells}")
     if len(ranked) < len(percent):
         lines.append(f"... and {len(percent) - len(ranked)} more layers")
-    for name, report in zip_strict(names, reports):
+    for name, report in zip(names, reports, strict=True):
         lines += ["", f"{name}:", report.summary()]
     return "\n".join(lines)
 
@@ -69,6 +72,9 @@ def failures(report: Report, fail_above: float) -> list[str]:
             f"{totals['not_finite']} of {totals['filters']} filters have a gamma or bias that is "
             "not finite"
         )
+    if report.missing:
+        name, why = next(iter(report.missing.items()))
+        reasons.append(f"{len(report.missing)} layers cannot be read, as {name}: {why}")
     if totals["collapsed_percent"] > fail_above:
         reasons.append(
             f"{totals['collapsed_percent']:.2f}% of the filters collapsed, more than "
@@ -79,8 +85,15 @@ def failures(report: Report, fail_above: float) -> list[str]:
 
 def inspect(name: str, args: argparse.Namespace) -> Report:
     try:
-        state_dict = state_dict_of(load(name), name)
-        return measure(state_dict, args.threshold, args.inactive_below)
+        checkpoint = load(name)
+        thresholds = args.threshold, args.inactive_below
+        if args.data is None:
+            return measure(state_dict_of(checkpoint, name), None, *thresholds)
+        from psbn_mmdet.launch import load_config
+
+        cfg = load_config(args.config) if args.config else carried_config(checkpoint, name)
+        model = build(cfg, checkpoint, name)
+        return measure(model, read_images(cfg, model, args.data, args.images), *thresholds)
     except (PsbnError, ValueError) as error:
         text = str(error)
         raise PsbnError(text if text.startswith(name) else f"{name}: {text}") from error
@@ -92,6 +105,10 @@ def run(args: argparse.Namespace) -> int:
     check_thresholds(args.threshold, args.inactive_below)
     if args.fail_above is not None and not 0 <= args.fail_above <= 100:
         raise PsbnError(f"--fail-above is a percentage from 0 to 100, got {args.fail_above}")
+    if args.config and not args.data:
+        raise PsbnError("--config builds the model, and --data FOLDER says on which images it runs")
+    if args.data:
+        require_packages("mmdet", "mmdet")
     refuse_to_overwrite(args.json, args.html, overwrite=args.overwrite)
     reports = [inspect(name, args) for name in args.checkpoints]
     if args.html:
@@ -109,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         content = [
             {"checkpoint": name, **json.loads(report.to_json())}
-            for name, report in zip_strict(args.checkpoints, reports)
+            for name, report in zip(args.checkpoints, reports, strict=True)
         ]
         with written_whole(args.json) as part:
             part.write_text(json.dumps({"checkpoints": content}, indent=1) + "\n")
@@ -120,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
         print(course(args.checkpoints, reports, limit))
     status = 0
     if args.fail_above is not None:
-        for name, report in zip_strict(args.checkpoints, reports):
+        for name, report in zip(args.checkpoints, reports, strict=True):
             for reason in failures(report, args.fail_above):
                 status = FAILED
                 print(f"inspect_checkpoint.py: {name}: {reason}", file=sys.stderr)
@@ -133,6 +150,11 @@ def main() -> None:
     )
     parser.add_argument(
         "checkpoints", nargs="+", metavar="CKPT", help=".pth, .pt, .safetensors, or a URL"
+    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="images to measure on")
+    parser.add_argument("--config", help="of the detector; by default what the checkpoint carries")
+    parser.add_argument(
+        "--images", type=int, default=4, metavar="N", help="how many of them (default %(default)s)"
     )
     parser.add_argument(
         "--threshold", type=float, default=THRESHOLD, help="of |gamma| (default %(default)s)"

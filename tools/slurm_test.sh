@@ -6,4 +6,4 @@
 # The variables: as in tools/slurm_train.sh.
 set -euo pipefail
 [ $# -ge 4 ] || { sed -n '2,6s/^# \?//p' "$0" >&2; exit 2; }
-exec bash "$(dirname "$0")/srun.sh" "$1" "$2" test.py "$3" "$4" "${@:5}"
+exec bash "$(dirname "$(readlink -f "$0")")/srun.sh" "$1" "$2" test.py "$3" "$4" "${@:5}"

@@ -6,4 +6,4 @@
 # GPUS_PER_NODE (8), CPUS_PER_TASK (5) and SRUN_ARGS as in mmdet's own script.
 set -euo pipefail
 [ $# -ge 4 ] || { sed -n '2,6s/^# \?//p' "$0" >&2; exit 2; }
-exec bash "$(dirname "$0")/srun.sh" "$1" "$2" train.py "$3" --work-dir "$4" "${@:5}"
+exec bash "$(dirname "$(readlink -f "$0")")/srun.sh" "$1" "$2" train.py "$3" --work-dir "$4" "${@:5}"

@@ -2,7 +2,7 @@
 # tools/srun.sh PARTITION JOB_NAME PROGRAM ARGUMENTS: run a program of this
 # folder in GPUS tasks of a Slurm job. GPUS_PER_NODE=0 asks for none.
 set -euo pipefail
-tools=$(dirname "$0")
+tools=$(dirname "$(readlink -f "$0")")
 GPUS=${GPUS:-8}
 per_node=${GPUS_PER_NODE:-8}
 [ "$GPUS" -ge "$per_node" ] || per_node=$GPUS

@@ -6,9 +6,10 @@
 
 OUT, a new folder, gets model.pth, record.json (what went and why, what stayed and
 why, and the proof) and config.py, which inherits CONFIG and works with mmdet's own
-tools too; training goes on from model.pth. The stripped network is run beside the
-original on your images, or on random ones; if the outputs differ by more than the
-tolerance, nothing is written. psBN becomes BN, which computes the same.
+tools too; training goes on from model.pth. What is left is proved to be wired as
+before, and the outputs are compared channel by channel, on your images or on random
+ones; if they differ by more than the tolerance, nothing is written. If nothing can
+go, record.json alone is, which says why. psBN becomes BN, which computes the same.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from psbn_mmdet.checkpoint import load, require_fit, state_dict_of
+from psbn_mmdet.checkpoint import load, load_weights
 from psbn_mmdet.collapse import INACTIVE_BELOW, THRESHOLD
 from psbn_mmdet.collapse.stripping import (
     TOLERANCE,
+    Calls,
     StripError,
     difference,
-    runner,
     strip,
     summary,
     time_in_pairs,
@@ -54,7 +55,7 @@ _base_ = {base!r}
 model = dict(
     type="psbn_mmdet.Stripped",
     original={original!r},
-    record={records!r},
+    checkpoint="{{{{ fileDirname }}}}/model.pth",
 )
 load_from = "{{{{ fileDirname }}}}/model.pth"
 '''
@@ -64,8 +65,7 @@ def build(cfg: Config, checkpoint: Any, name: str) -> nn.Module:
     """The model of a config with the weights of a checkpoint, in eval mode."""
     init_default_scope(cfg.get("default_scope", "mmengine"))
     model = MODELS.build(cfg.model)
-    require_fit(model, checkpoint, name, strict=True)
-    model.load_state_dict(state_dict_of(checkpoint, name), strict=False)
+    load_weights(model, checkpoint, name)
     model.eval()
     return model
 
@@ -111,12 +111,10 @@ def write(folder: Path, cfg: Config, args: argparse.Namespace, stripped: Any, ol
     (folder / "record.json").write_text(json.dumps(stripped.record, indent=1) + "\n")
     base = args.config if "::" in args.config else str(Path(args.config).resolve())
     name = Path(args.config.rpartition("::")[2]).name
-    original, records = cfg.model.type, ["{{ fileDirname }}/record.json"]
+    original = cfg.model.type
     if original in ("Stripped", "psbn_mmdet.Stripped"):  # again
-        before = cfg.model.record
-        records = [*([before] if isinstance(before, str) else before), *records]
         original = cfg.model.original
-    text = CONFIG.format(name=name, base=base, original=original, records=records)
+    text = CONFIG.format(name=name, base=base, original=original)
     (folder / "config.py").write_text(text)
 
 
@@ -143,8 +141,11 @@ def run(args: argparse.Namespace) -> None:
     )
     record = stripped.record
     if not record["filters"]["removed"]:
-        raise StripError(f"{args.checkpoint}: no filter can go, so nothing is written")
-    call, _ = runner(model, inputs)
+        with new_folder(args.out) as folder:
+            (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+        print(f"{summary(record)}\nwritten to {args.out}: record.json alone, as nothing can go")
+        return
+    call = Calls(model, inputs).first
     if args.rounds:
         pairs = time_in_pairs(model, stripped.model, call, args.rounds)
         images = len(inputs) if isinstance(inputs, Tensor) else 2
@@ -214,7 +215,6 @@ def main() -> None:
     args = parser.parse_args()
     with errors_in_one_line():
         require_packages("mmdet", "mmdet")
-        require_packages("strip", "torch_pruning")
         run(args)
 
 

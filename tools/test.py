@@ -18,13 +18,11 @@ def main() -> None:
     with errors_in_one_line():
         require_packages("mmdet", "mmdet", "mmcv")
         cfg = launch.load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
-        launcher = args.launcher if args.check is None else "none"
-        with launch.process_group(cfg, launcher):
+        if args.check is None:
+            launch.evaluate(cfg, args.checkpoint, args.launcher)
+        else:
             launch.configure_test(cfg, args.checkpoint)
-            if args.check is not None:
-                launch.check(cfg, args.check, strict=True)
-            else:
-                launch.evaluate(cfg)
+            print(*launch.check(cfg, args.check, training=False), sep="\n")
 
 
 if __name__ == "__main__":

@@ -25,15 +25,12 @@ def main() -> None:
     with errors_in_one_line():
         require_packages("mmdet", "mmdet", "mmcv")
         cfg = launch.load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
-        launcher = args.launcher if args.check is None else "none"
-        with launch.process_group(cfg, launcher):
-            launch.configure_training(
-                cfg, resume=args.resume, amp=args.amp, auto_scale_lr=args.auto_scale_lr
-            )
-            if args.check is not None:
-                launch.check(cfg, args.check, strict=False)
-            else:
-                launch.train(cfg)
+        options = dict(resume=args.resume, amp=args.amp, auto_scale_lr=args.auto_scale_lr)
+        if args.check is None:
+            launch.train(cfg, args.launcher, **options)
+        else:
+            launch.configure_training(cfg, **options)
+            print(*launch.check(cfg, args.check, training=True), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Collapsed filters: found in a model, a checkpoint or a training run, and shown.
 
-- :mod:`.criteria`: what collapsed, dead, constant and inactive mean
+- :mod:`.criteria`: what a filter does: the one place that decides
+- :mod:`.backward`: what one backward pass tells of each
 - :mod:`.layers`: the normalization layers of a model or a state dict
 - :mod:`.pairs`: the convolution in front of each
 - :mod:`.report`: ``measure`` and what it returns
 - :mod:`.flops`: how many FLOPs the collapsed filters cost
 - :mod:`.detectors`: how a model is called with images
+- :mod:`.wiring`: how a network is wired, channel by channel, found by running it
 - :mod:`.stripping`: ``strip``, which takes the collapsed filters out
+- :mod:`.narrow`: a network narrowed to the shapes of stripped weights
 - :mod:`.hook`: ``SparsityLoggerHook``, which measures while a model trains
 - :mod:`.trace`: the file it writes
 - :mod:`.course`: the states of filters over a trace
@@ -24,6 +27,7 @@ from .criteria import (
     constant,
     count,
     dead,
+    does,
     filter_l1,
     inactive,
     nearly_linear,
@@ -31,8 +35,9 @@ from .criteria import (
 )
 from .flops import Flops, probe
 from .layers import Layer, gather, norm_modules
+from .narrow import StripError, narrow
 from .report import Report, measure
-from .stripping import StripError, Stripped, strip
+from .stripping import Stripped, strip
 
 __all__ = [
     "INACTIVE_BELOW",
@@ -50,10 +55,12 @@ __all__ = [
     "constant",
     "count",
     "dead",
+    "does",
     "filter_l1",
     "gather",
     "inactive",
     "measure",
+    "narrow",
     "nearly_linear",
     "norm_modules",
     "not_finite",

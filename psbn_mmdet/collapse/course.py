@@ -1,8 +1,4 @@
-"""What a trace shows: the state of each filter at each moment, summed by layer.
-
-Where the trace knows that no ReLU follows a layer, its filters are judged accordingly
-(:mod:`.criteria`).
-"""
+"""What a trace shows: the state of each filter at each moment, summed by layer."""
 
 from __future__ import annotations
 
@@ -10,42 +6,71 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .criteria import collapsed, constant, inactive, not_finite
+from . import criteria
+from .criteria import STATES
 from .trace import Trace
 
-STATES = ("live", "inactive", "dead", "constant", "not finite")
-COLORS = {
-    "live": "#8195a8",
-    "inactive": "#e69f00",
-    "dead": "#d62839",
-    "constant": "#9b5de5",
-    "not finite": "#2a9d8f",
-}
+COLORS = dict(
+    zip(
+        STATES,
+        ("#8195a8", "#e69f00", "#d62839", "#7b1fa2", "#f08fb0", "#4c9f70", "#2a9d8f"),
+        strict=True,
+    )
+)
+MEASURES = ("collapsed", "stuck", "idle", "inactive", "not finite")
+"""What is counted over time, in the order of :func:`counted`."""
+
+
+def _known(
+    trace: Trace, index: slice | NDArray[np.int64]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gamma, bias, relu, started, does: (moments, F) each."""
+    gamma, bias, does = (
+        torch.from_numpy(np.array(values[index]))
+        for values in (trace.gamma, trace.bias, trace.does)
+    )
+    sizes = [layer.filters for layer in trace.layers]
+    relu = np.repeat([layer.followed_by == "relu" for layer in trace.layers], sizes)
+    started = torch.ones(gamma.shape, dtype=torch.bool)
+    for layer, at in zip(trace.layers, np.cumsum([0, *sizes[:-1]]), strict=True):
+        part = slice(at, at + layer.filters)
+        zero = (gamma[:, part] == 0).all(1) & (bias[:, part] == (layer.alpha or 0)).all(1)
+        started[zero, part] = False
+    return gamma, bias, torch.from_numpy(relu).expand_as(gamma), started, does
 
 
 def states(trace: Trace, index: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.uint8]:
-    """An index into STATES for each filter: (moments, F) for a slice of moments.
+    """An index into STATES for each filter: (moments, F) for a slice of moments."""
+    known, thresholds = _known(trace, index), (trace.threshold, trace.inactive_below)
+    return criteria.states(*known, *thresholds).numpy()
 
-    A collapsed filter is dead or constant, whether inactive or not.
+
+def counted(
+    trace: Trace, index: slice | NDArray[np.int64] = slice(None)
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which filters are what, and of how many that is known: (len(MEASURES), moments, F) each.
+
+    A filter may be collapsed and stuck. The shares of collapsed filters are of the finite ones,
+    those of stuck and idle of the measured, that of inactive of those with a ReLU right behind.
     """
-    gamma, bias = torch.tensor(trace.gamma[index]), torch.tensor(trace.bias[index])
-    relu = torch.tensor(trace.relu)
-    state = inactive(gamma, bias, trace.inactive_below, relu).byte()
-    state[collapsed(gamma, trace.threshold)] = 2
-    state[constant(gamma, bias, trace.threshold, relu)] = 3
-    state[not_finite(gamma, bias)] = 4
-    return state.numpy()
+    gamma, bias, relu, started, does = _known(trace, index)
+    finite = ~criteria.not_finite(gamma, bias)
+    measured = finite & (does != criteria.UNKNOWN)
+    masks = (
+        criteria.collapsed(gamma, trace.threshold) & started & finite,
+        measured & (does == criteria.STUCK),
+        measured & (does == criteria.IDLE),
+        criteria.inactive(gamma, bias, trace.inactive_below, relu, trace.threshold),
+        ~finite,
+    )
+    bases = (finite, measured, measured, finite & relu, torch.ones_like(finite))
+    return torch.stack(masks).numpy(), torch.stack(bases).numpy()
 
 
-def is_collapsed(states: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Dead or constant."""
-    return (states == 2) | (states == 3)
-
-
-def percent(states: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """(T, F) -> (T,): the share of some filters among those that are finite, in percent."""
-    finite = (states != 4).sum(1)
-    return np.divide(100 * mask.sum(1), finite, out=np.full(len(mask), np.nan), where=finite > 0)
+def percent(masks: NDArray[np.bool_], bases: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(..., F) -> (...): the share in percent, NaN where there are none."""
+    n = bases.sum(-1)
+    return np.divide(100 * masks.sum(-1), n, out=np.full(n.shape, np.nan), where=n > 0)
 
 
 def evenly(length: int, most: int) -> NDArray[np.int64]:
@@ -58,9 +83,9 @@ def starts(trace: Trace) -> NDArray[np.int64]:
     return np.cumsum([0, *(layer.filters for layer in trace.layers)])
 
 
-def sum_by_layer(trace: Trace, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """(T, F) -> (T, layers)."""
-    return np.add.reduceat(mask, starts(trace)[:-1], axis=1, dtype=np.int64)
+def sum_by_layer(trace: Trace, masks: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """(..., F) -> (..., layers)."""
+    return np.add.reduceat(masks, starts(trace)[:-1], axis=-1, dtype=np.int64)
 
 
 def non_trainable(trace: Trace, half_width: float, bottom: float) -> list[tuple[float, float]]:
@@ -77,9 +102,3 @@ def non_trainable(trace: Trace, half_width: float, bottom: float) -> list[tuple[
     if reach == half_width:
         corners += [(half_width, bottom), (-half_width, bottom)]
     return corners
-
-
-def inactive_states(trace: Trace) -> NDArray[np.bool_]:
-    """(T, F), whether a filter is inactive; it may be collapsed, too."""
-    gamma, bias = torch.tensor(trace.gamma), torch.tensor(trace.bias)
-    return inactive(gamma, bias, trace.inactive_below, torch.tensor(trace.relu)).numpy()

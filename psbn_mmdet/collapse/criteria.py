@@ -1,26 +1,29 @@
-"""What a collapsed filter is: criteria and counts.
+"""What a filter does: the one place that decides.
 
-Every measure is read off gamma (``weight``) and the added constant (``bias``)
-of a normalization layer y = gamma * x_hat + bias, x_hat of mean 0 and variance
-1. BN, SyncBN, InstanceNorm and their post-shifted twins are one case, as the
-``bias`` of the latter is beta + alpha.
+A filter is a channel of a normalization layer y = gamma * x_hat + bias, x_hat of mean 0 and
+variance 1. BN, SyncBN, InstanceNorm and their post-shifted twins are one case, as the ``bias`` of
+the latter is beta + alpha.
 
-A filter is *collapsed* when |gamma| < 1e-3, the paper's threshold (arXiv
-2001.11216, section 3.1). The filter itself then says nothing; what is left is
-the bias. Behind a ReLU two cases differ: *dead* (the output is about 0) and
-*constant* (a positive bias still comes through). A filter is *inactive* when
-its ReLU practically never fires, Phi(bias / |gamma|) < 1e-3 (Eq. 2): the
-non-trainable region, which a filter enters long before weight decay has shrunk
-gamma.
+**From the weights alone** a filter is *collapsed* when |gamma| < 1e-3 (the paper, arXiv 2001.11216,
+section 3.1). More is known only where a ReLU stands right behind the layer, before any sum
+(``relu``). There
 
-Dead and inactive speak of a ReLU, or another activation that is exactly 0 below
-0 (ReLU6), which the mask ``relu`` marks: SiLU, LeakyReLU or no activation at
-all let a negative value and its gradient through. A collapsed filter without a
-ReLU is *constant*: it passes act(bias), whatever the sign of the bias. (The last
-layer of a residual block has the addition between itself and the ReLU.)
+- a collapsed filter is *dead* (nothing comes through) or *constant* (a positive bias does);
+- one that has not collapsed is *inactive* when its ReLU practically never fires,
+  Phi(bias / |gamma|) < 1e-3 (Eq. 2), so that no gradient arrives.
 
-A filter whose gamma or bias is NaN or infinite is *not finite* and nothing
-else: it is in none of the other counts and not in the base of the percentages.
+In front of a residual sum neither follows: what else is summed decides whether the ReLU fires. Of
+such layers these words are not said. A layer whose gamma and trained bias are all exactly 0 has not
+started (``zero_init_residual``); its filters are not called collapsed.
+
+**Measured** by one backward pass (:mod:`.backward`), whatever the wiring:
+
+- *stuck*: no gradient arrives at gamma nor at bias. Weight decay alone acts.
+- *idle*: a gradient arrives, but the filter carries nothing: were it set to its mean over the
+  batch, no output would change.
+- *carrying*: the rest.
+
+A filter whose gamma or bias is NaN or infinite is *not finite* and nothing else.
 """
 
 from __future__ import annotations
@@ -53,19 +56,42 @@ explains is
 73% at P(active) = Phi(c) = 0.5, 97% at 0.9 and 98.6% at 0.95: what is left of the layer's
 nonlinearity is then a twentieth of a usual ReLU's."""
 
+ROUNDING = float(torch.finfo(torch.float32).eps)
+"""What is smaller than this beside the largest of its kind in the network counts as nothing.
+
+A filter moves the outputs by sums in which the others stand beside it: what is below half a unit
+in the last place of these is rounded away. Decay takes weights through all magnitudes down to
+1e-45, so that a limit is needed; measured on such networks, few lie within a decade of it."""
+
+UNKNOWN, STUCK, IDLE, CARRYING = range(4)
+"""What :func:`does` tells of a filter."""
+
+STATES = ("live", "inactive", "collapsed", "stuck", "idle", "carrying", "not finite")
+"""What is shown of a filter: the measured state, or where there is none that of the weights."""
+
 
 class MeasureError(PsbnError, ValueError):
     """Something cannot be measured; the message is one line that says why and what to do."""
 
 
-def collapsed(gamma: Tensor, threshold: float = THRESHOLD) -> Tensor:
-    """|gamma| < threshold, elementwise."""
-    return gamma.abs() < threshold
-
-
 def not_finite(gamma: Tensor, bias: Tensor) -> Tensor:
     """Whether gamma or bias is NaN or infinite, elementwise."""
     return ~(torch.isfinite(gamma) & torch.isfinite(bias))
+
+
+def not_started(gamma: Tensor, bias: Tensor, alpha: float | None = None) -> bool:
+    """Whether a layer is as ``zero_init_residual`` makes it: gamma and trained bias all exactly 0.
+
+    Args:
+        gamma, bias: (C,), of one layer.
+        alpha: Of a psBN layer, whose trained bias is ``bias - alpha``.
+    """
+    return not gamma.any() and bool((bias == (alpha or 0)).all())
+
+
+def collapsed(gamma: Tensor, threshold: float = THRESHOLD) -> Tensor:
+    """|gamma| < threshold, elementwise."""
+    return gamma.abs() < threshold
 
 
 def constant(
@@ -103,16 +129,23 @@ def activation_probability(gamma: Tensor, bias: Tensor) -> Tensor:
 
 
 def inactive(
-    gamma: Tensor, bias: Tensor, below: float = INACTIVE_BELOW, relu: Tensor | None = None
+    gamma: Tensor,
+    bias: Tensor,
+    below: float = INACTIVE_BELOW,
+    relu: Tensor | None = None,
+    threshold: float = THRESHOLD,
 ) -> Tensor:
-    """Activation probability < ``below``: the non-trainable region of a ReLU unit.
+    """Not collapsed, but the ReLU right behind practically never fires: no gradient arrives.
 
     Args:
         gamma, bias: (C,).
-        below: Threshold of the activation probability.
-        relu: (C,) bool, whether a ReLU follows; True everywhere by default.
+        below: Of the activation probability.
+        relu: (C,) bool, whether it is known that a ReLU stands there; True everywhere by default.
+        threshold: Of |gamma|. Of a collapsed filter bias / |gamma| tells nothing: both may be
+            1e-41, and the rounding of what stands in front is larger.
     """
-    silent = (activation_probability(gamma, bias) < below) & ~not_finite(gamma, bias)
+    silent = activation_probability(gamma, bias) < below
+    silent = silent & ~collapsed(gamma, threshold) & ~not_finite(gamma, bias)
     return silent if relu is None else silent & relu
 
 
@@ -135,6 +168,58 @@ def nearly_linear(
     carrying = ~collapsed(gamma, threshold) & ~not_finite(gamma, bias)
     mean = activation_probability(gamma, bias)[carrying].mean()  # NaN for none
     return bool(mean > above)
+
+
+def does(gradient: Tensor, effect: Tensor, unit: float = 0.0) -> Tensor:
+    """What each filter of a network does, from one backward pass.
+
+    Args:
+        gradient: (F,), of all filters of the network, the larger of |dL/dgamma| and |dL/dbias|; NaN
+            where it was not measured.
+        effect: (F,), by how much L changes, to first order, when the filter is set to its mean; in
+            any unit, as L may be.
+        unit: How much of L one output is, if that is known: in a network whose outputs hardly
+            depend on any filter the largest effect is small beside it.
+
+    Returns:
+        (F,) uint8 of UNKNOWN, STUCK, IDLE and CARRYING. Nothing is what is less than
+        :data:`ROUNDING` of the largest in the network, or of the unit.
+    """
+    known = torch.isfinite(gradient) & torch.isfinite(effect)
+    result = torch.full(gradient.shape, UNKNOWN, dtype=torch.uint8)
+    if not known.any():
+        return result
+    result[known] = CARRYING
+    result[known & (effect <= ROUNDING * max(float(effect[known].max()), unit))] = IDLE
+    result[known & (gradient <= ROUNDING * gradient[known].max())] = STUCK
+    return result
+
+
+def states(
+    gamma: Tensor,
+    bias: Tensor,
+    relu: Tensor,
+    started: Tensor,
+    measured: Tensor,
+    threshold: float = THRESHOLD,
+    inactive_below: float = INACTIVE_BELOW,
+) -> Tensor:
+    """What is shown of each filter: an index into :data:`STATES`, uint8; all of one shape.
+
+    Args:
+        gamma, bias: Of the filters.
+        relu: Bool, whether it is known that a ReLU stands right behind.
+        started: Bool, whether its layer has (:func:`not_started`).
+        measured: As :func:`does` tells it.
+        threshold: Of |gamma|.
+        inactive_below: Of the activation probability.
+    """
+    result = torch.zeros(gamma.shape, dtype=torch.uint8)
+    result[inactive(gamma, bias, inactive_below, relu, threshold)] = 1
+    result[collapsed(gamma, threshold) & started] = 2
+    result = torch.where(measured == UNKNOWN, result, measured + 2)
+    result[not_finite(gamma, bias)] = 6
+    return result
 
 
 def filter_l1(weight: Tensor, transposed: bool = False, groups: int = 1) -> Tensor:
@@ -161,6 +246,8 @@ def count(
     threshold: float = THRESHOLD,
     inactive_below: float = INACTIVE_BELOW,
     relu: Tensor | None = None,
+    started: Tensor | None = None,
+    measured: Tensor | None = None,
 ) -> dict[str, float]:
     """How many of some filters are in which state.
 
@@ -168,36 +255,45 @@ def count(
         gamma, bias: (C,), of one layer or of all of them together.
         threshold: Of |gamma|.
         inactive_below: Of the activation probability.
-        relu: (C,) bool, whether a ReLU follows the filter; True everywhere by default.
+        relu: (C,) bool, whether it is known that a ReLU stands right behind; True by default.
+        started: (C,) bool, whether the filter's layer has (:func:`not_started`); True by default.
+        measured: (C,) as :func:`does` tells it; UNKNOWN by default.
 
     Returns:
-        Counts: ``filters``, ``collapsed`` = ``dead`` + ``constant``,
-        ``inactive``, ``not_finite``. ``collapsed_percent``, ``dead_percent``,
-        ``constant_percent`` and ``inactive_percent`` of the finite filters, NaN
-        if there are none. ``activation_probability``, the mean over the finite
-        filters with a ReLU, NaN if there are none.
+        Counts: ``filters``, ``not_finite``, ``collapsed``; ``told``, those with a ReLU right
+        behind, and of these ``dead``, ``constant``, ``inactive``; ``measured``, and of these
+        ``stuck``, ``idle``, ``carrying``. ``collapsed_percent`` of the finite filters, the others
+        of those told or of those measured; NaN if there are none. ``activation_probability``,
+        the mean over the told that have not collapsed; NaN if there are none.
     """
-    unusable = not_finite(gamma, bias)
-    n_constant = int(constant(gamma, bias, threshold, relu).sum())
-    n_dead = int(dead(gamma, bias, threshold, relu).sum())
-    counts = {
+    every = torch.ones(gamma.shape, dtype=torch.bool, device=gamma.device)
+    relu = every if relu is None else relu
+    started = every if started is None else started
+    measured = torch.zeros_like(every, dtype=torch.uint8) if measured is None else measured
+    finite = ~not_finite(gamma, bias)
+    told, known = finite & relu, finite & (measured != UNKNOWN)
+    shrunk = collapsed(gamma, threshold)
+    masks = {
+        "collapsed": (finite, shrunk & started),
+        "dead": (told, dead(gamma, bias, threshold)),
+        "constant": (told, constant(gamma, bias, threshold)),
+        "inactive": (told, inactive(gamma, bias, inactive_below, relu, threshold)),
+        "stuck": (known, measured == STUCK),
+        "idle": (known, measured == IDLE),
+        "carrying": (known, measured == CARRYING),
+    }
+    counts: dict[str, float] = {
         "filters": gamma.numel(),
-        "collapsed": n_constant + n_dead,
-        "dead": n_dead,
-        "constant": n_constant,
-        "inactive": int(inactive(gamma, bias, inactive_below, relu).sum()),
-        "not_finite": int(unusable.sum()),
+        "not_finite": int((~finite).sum()),
+        "told": int(told.sum()),
+        "measured": int(known.sum()),
     }
-    finite = counts["filters"] - counts["not_finite"]
-    judged = ~unusable if relu is None else ~unusable & relu
-    return {
-        **counts,
-        **{
-            f"{name}_percent": 100 * counts[name] / finite if finite else math.nan
-            for name in ("collapsed", "dead", "constant", "inactive")
-        },
-        "activation_probability": float(activation_probability(gamma, bias)[judged].mean()),
-    }
+    for name, (base, mask) in masks.items():
+        of = int(base.sum())
+        counts[name] = int((mask & base).sum())
+        counts[f"{name}_percent"] = 100 * counts[name] / of if of else math.nan
+    probability = activation_probability(gamma, bias)[told & ~shrunk]
+    return {**counts, "activation_probability": float(probability.mean())}
 
 
 def check_thresholds(threshold: float, inactive_below: float) -> None:

@@ -1,11 +1,17 @@
-"""How a model is called with images: mmdet's detectors want more than that."""
+"""Detectors of mmdet: built with a checkpoint, given images, called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ..errors import PsbnError
 
 
 def ways_to_call(model: nn.Module, images: Tensor) -> list[Callable[[nn.Module], Any]]:
@@ -26,6 +32,20 @@ def ways_to_call(model: nn.Module, images: Tensor) -> list[Callable[[nn.Module],
         lambda m: m(images, _data_samples(images, proposals), mode="tensor"),
         lambda m: m(images, _data_samples(images, proposals), mode="predict"),
     ]
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it a model is in eval mode and draws the same numbers; all is put back then."""
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 def ways_to_compare(model: nn.Module, images: Tensor) -> list[Callable[[nn.Module], Any]]:
@@ -74,3 +94,118 @@ def _data_samples(images: Tensor, proposals: bool) -> list[Any]:
             sample.proposals = InstanceData(bboxes=images.new_tensor(boxes))
         samples.append(sample)
     return samples
+
+
+def build(cfg: Any, checkpoint: Any, name: str) -> nn.Module:
+    """The model of a config with the weights of a checkpoint, in eval mode.
+
+    Raises:
+        PsbnError: The weights do not fit.
+    """
+    from mmengine.registry import MODELS, init_default_scope
+
+    from ..checkpoint import load_weights
+
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    model = MODELS.build(cfg.model)
+    load_weights(model, checkpoint, name)
+    model.eval()  # that of mmdet's backbones returns nothing
+    return model
+
+
+def read_images(cfg: Any, model: nn.Module, folder: Path, count: int) -> Tensor:
+    """The first images of a folder as the test pipeline of a config prepares them, (N, C, H, W).
+
+    Raises:
+        PsbnError: There are fewer than two.
+    """
+    from mmcv.transforms import Compose
+    from mmdet.utils import get_test_pipeline_cfg
+
+    kinds = {".jpg", ".jpeg", ".png", ".bmp"}
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)[:count]
+    if len(paths) < 2:
+        raise PsbnError(f"{folder}: holds {len(paths)} images; at least two are needed")
+    steps = [s for s in get_test_pipeline_cfg(cfg) if "Annotations" not in s["type"]]
+    pipeline = Compose(steps)
+    data = [pipeline(dict(img_path=str(path), img_id=i)) for i, path in enumerate(paths)]
+    batch = {key: [each[key] for each in data] for key in ("inputs", "data_samples")}
+    preprocessor: Any = model.data_preprocessor
+    return preprocessor(batch, False)["inputs"]
+
+
+_SCOPES = {"mmengine", "mmcv", "mmdet", "psbn_mmdet"}
+
+
+def carried_config(checkpoint: Any, name: str) -> Any:
+    """The config that a checkpoint of mmengine's Runner carries, read without running anything.
+
+    It is the text of a Python file, of which only literals and ``dict(...)`` are understood. As a
+    ``type`` that is no registered name is imported and called when a model is built, whatever it
+    is, such names are refused.
+
+    Raises:
+        PsbnError: There is none, or it is not such a text.
+    """
+    from mmengine.config import Config
+
+    text = (checkpoint.get("meta") or {}).get("cfg") if isinstance(checkpoint, dict) else None
+    if not isinstance(text, str):
+        raise PsbnError(f"{name}: carries no config; give it with --config")
+    try:
+        steps = ast.parse(text).body
+        values = {s.targets[0].id: _literal(s.value) for s in steps}  # type: ignore[attr-defined]
+    except (SyntaxError, ValueError, AttributeError, IndexError) as error:
+        raise PsbnError(
+            f"{name}: the config that it carries is not of plain values ({error}); give one with "
+            "--config"
+        ) from error
+    keys = ("model", "test_dataloader", "default_scope")
+    kept = {key: values[key] for key in keys if key in values}
+    if unknown := sorted(_types(kept) - _registered()):
+        raise PsbnError(
+            f"{name}: the config that it carries builds {unknown[0]!r}, which is not registered "
+            "here; give a config that you trust with --config"
+        )
+    return Config(kept)
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of a literal, in which ``dict(key=value)`` may stand for a dict."""
+    if isinstance(node, ast.Call):
+        if not (isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args):
+            raise ValueError(f"a call in line {node.lineno}")
+        return {k.arg: _literal(k.value) for k in node.keywords if k.arg is not None}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        values = [_literal(each) for each in node.elts]
+        return tuple(values) if isinstance(node, ast.Tuple) else values
+    if isinstance(node, ast.Dict):
+        keys = [_literal(key) if key else None for key in node.keys]
+        return dict(zip(keys, map(_literal, node.values), strict=True))
+    return ast.literal_eval(node)
+
+
+def _types(value: Any) -> set[str]:
+    """All that a config names as ``type`` or as another scope."""
+    if isinstance(value, dict):
+        named = {str(value["type"])} if "type" in value else set()
+        if "_scope_" in value and value["_scope_"] not in _SCOPES:
+            named.add(str(value["_scope_"]))
+        return named.union(*map(_types, value.values()))
+    return set().union(*map(_types, value)) if isinstance(value, (list, tuple)) else set()
+
+
+def _registered() -> set[str]:
+    """The names that mmdet's registries know, with and without their scope."""
+    import mmdet.registry
+    import mmengine.registry
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+    names: set[str] = set()
+    for module in (mmengine.registry, mmdet.registry):
+        for registry in vars(module).values():
+            if isinstance(registry, mmengine.registry.Registry):
+                names |= {*registry.module_dict}
+    names |= {f"{scope}.{name}" for scope in _SCOPES for name in names}
+    return names | {"nms", "soft_nms"}  # which mmcv looks up by eval()

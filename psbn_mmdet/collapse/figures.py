@@ -14,18 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..python38 import zip_strict
 from .course import (
     COLORS,
-    STATES,
-    inactive_states,
-    is_collapsed,
+    MEASURES,
+    counted,
     non_trainable,
     percent,
     starts,
     states,
     sum_by_layer,
 )
+from .criteria import STATES
 from .trace import Trace, read
 
 FIGURE_STYLE = {
@@ -43,7 +42,7 @@ FIGURE_STYLE = {
 def write_figures(trace: Trace | str | os.PathLike, folder: str | os.PathLike) -> list[Path]:
     """Draw ``collapse.png``, ``layers.png``, ``norms.png`` and ``paths.png``.
 
-    The last two are of the layer with the largest share of filters that are inactive or collapsed.
+    The last two are of the layer with the largest share of filters that do nothing.
     ``norms.png`` is left out where no convolution is known in front of any layer.
 
     Args:
@@ -78,16 +77,14 @@ def write_figures(trace: Trace | str | os.PathLike, folder: str | os.PathLike) -
 
 def _draw_course(figure: Any, trace: Trace) -> bool:
     axes = figure.add_subplot()
-    state = states(trace)
-    inactive = inactive_states(trace)
-    marker = "o" if len(state) < 30 else ""
-    for label, mask, color, line in [
-        ("inactive", inactive, COLORS["inactive"], "-"),
-        ("collapsed", is_collapsed(state), COLORS["dead"], "-"),
-        ("of these constant", state == 3, COLORS["constant"], "--"),  # often all of them
-    ]:
+    shares = percent(*counted(trace))
+    for label, share in zip(MEASURES, shares, strict=True):
+        known = np.isfinite(share)
+        if not known.any() or (label == "not finite" and not share.any()):
+            continue
+        marker = "o" if known.sum() < 30 else ""
         axes.plot(
-            trace.iterations, percent(state, mask), line, marker=marker, color=color, label=label
+            trace.iterations[known], share[known], marker=marker, color=COLORS[label], label=label
         )
     axes.set(ylabel="% of the filters", title=trace.report().summary().splitlines()[0])
     axes.set_ylim(bottom=0)
@@ -105,7 +102,7 @@ def _label_time(axes: Any, trace: Trace) -> None:
 
 def _draw_heat_map(figure: Any, trace: Trace) -> bool:
     sizes = np.diff(starts(trace))
-    share = 100 * sum_by_layer(trace, is_collapsed(states(trace))) / sizes
+    share = 100 * sum_by_layer(trace, counted(trace)[0][0]) / sizes
     height = min(max(3.0, 0.14 * len(sizes) + 1), 14.0)
     figure.set_size_inches(8, height)
     axes = figure.add_subplot()
@@ -129,22 +126,23 @@ def _draw_heat_map(figure: Any, trace: Trace) -> bool:
 
 
 def _most_collapsed(trace: Trace, among: NDArray[np.bool_]) -> int:
-    """The layer among some with the largest share of filters that are not live at the end."""
+    """The layer among some with the largest share of filters that do nothing at the end."""
     state = states(trace, slice(len(trace.iterations) - 1, None))
-    share = sum_by_layer(trace, state > 0)[0] / np.diff(starts(trace))
+    well = [STATES.index("live"), STATES.index("carrying")]
+    share = sum_by_layer(trace, ~np.isin(state, well))[0] / np.diff(starts(trace))
     return int(np.where(among, share, -1).argmax())
 
 
 def _draw_norms(figure: Any, trace: Trace) -> bool:
     paired = np.array([layer.conv is not None for layer in trace.layers])
-    if not (trace.norms and paired.any()):
+    if not paired.any():
         return False
     layer = _most_collapsed(trace, paired)
     start, end = starts(trace)[layer : layer + 2]
     axes = figure.add_subplot()
-    times = sorted(trace.norms)
-    first, last = (_finite(trace.norms[t][start:end]) for t in (times[0], times[-1]))
-    labels = [f"iteration {t}" if trace.labels is None else trace.labels[t] for t in times]
+    times = sorted({0, len(trace.iterations) - 1})
+    first, last = (_finite(trace.norm[t, start:end].astype("<f4")) for t in (times[0], times[-1]))
+    labels = [trace.moment(t) for t in times]
     top = np.nanmax(np.concatenate([first, last]), initial=1e-12)
     bins = np.linspace(0, top, 41)
     if len(times) > 1:
@@ -154,7 +152,7 @@ def _draw_norms(figure: Any, trace: Trace) -> bool:
         bins,
         histtype="step",
         lw=1.8,
-        color=COLORS["dead"],
+        color=COLORS["collapsed"],
         label=labels[-1],
     )
     axes.set(
@@ -183,9 +181,9 @@ def _draw_paths(figure: Any, trace: Trace) -> bool:
     pad = 0.06 * max(high - low, 1e-6)
     low, high = low - pad, high + pad
     corners = non_trainable(trace, width, low)
-    if corners and trace.relu[start]:
+    if corners and trace.layers[layer].followed_by == "relu":
         label = f"non-trainable: P(ReLU fires) < {trace.inactive_below:g}"
-        axes.fill(*zip_strict(*corners), color="#f3d9d6", lw=0, label=label, zorder=0)
+        axes.fill(*zip(*corners, strict=True), color="#f3d9d6", lw=0, label=label, zorder=0)
     for code, state in enumerate(STATES):
         chosen = last == code
         if chosen.any():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,44 +19,55 @@ from torch import nn
 from ..decay.hook import AnchoredBiasDecay
 from ..errors import PsbnError
 from ..norm.layers import PostShift
-from .criteria import INACTIVE_BELOW, NEARLY_LINEAR_ABOVE, THRESHOLD, MeasureError, check_thresholds
-from .layers import gather, norm_modules
+from .backward import Watch
+from .criteria import (
+    INACTIVE_BELOW,
+    NEARLY_LINEAR_ABOVE,
+    THRESHOLD,
+    MeasureError,
+    check_thresholds,
+    does,
+)
+from .flops import Flops
+from .layers import norm_modules, read_filters
 from .report import Report, measure
-from .trace import FILE_NAME, TraceError, Writer, read
+from .trace import TraceError, Writer, read
 
 
 class SparsityLoggerHook(Hook):
     """Measures the filters (:mod:`psbn_mmdet.collapse`) at an interval and shows them.
 
     - A line in the log and, at the same iteration, a point in every visualization
-      backend: ``collapse/collapsed_percent`` and ``collapse/dead_percent``,
-      ``collapse/constant_percent``, ``collapse/inactive_percent``, the mean
-      ``collapse/activation_probability``, and how many filters have a gamma or bias
-      that is ``collapse/not_finite`` (the percentages leave them out). With psBN or
-      ``AnchoredBiasDecay`` also ``collapse/nearly_linear_layers``, those whose ReLU
-      passes nearly everything.
-    - gamma and bias of every filter go into ``WORK_DIR/collapse.trace``
-      (:mod:`psbn_mmdet.collapse.trace`). A resumed run goes on in the same file,
-      without a gap or a double. A record takes about 6 bytes per filter: 160 kB for
-      a ResNet-50.
+      backend: ``collapse/collapsed_percent``; by the forward and backward pass of that
+      iteration ``collapse/stuck_percent``, ``collapse/idle_percent`` and
+      ``collapse/carrying_percent``; of layers with a ReLU right behind
+      ``collapse/inactive_percent`` and the mean ``collapse/activation_probability``; and
+      how many filters have a gamma or bias that is ``collapse/not_finite`` (the
+      percentages leave them out). With psBN or ``AnchoredBiasDecay`` also
+      ``collapse/nearly_linear_layers``, those whose ReLU passes nearly everything. What
+      is not known, as stuck before the first iteration, gets no point.
+    - gamma, bias and state of every filter go into ``WORK_DIR/collapse.trace``
+      (:mod:`psbn_mmdet.collapse.trace`), or ``collapse-1.trace``, ... where another run
+      has one. A resumed run goes on in the same file, without a gap or a double. A
+      record takes 11 bytes per filter: 290 kB for a ResNet-50.
     - At the end figures and an HTML page are drawn into the run's log folder.
 
-    It measures before the first iteration, at the interval and after the last.
+    It measures before the first iteration, at the interval and after the last. gamma and
+    bias are those after the iteration's step; the pass was made with those before it.
+    Layers that are frozen are not told stuck or carrying.
 
     Where mmengine's ``EMAHook`` averages the weights, all this is of the weights that
     are trained, which weight decay acts on. Those that are evaluated and saved are
     the averaged ones: they are measured, too, as ``collapse/ema_collapsed_percent``
     and so on.
 
-    Only rank 0 measures, with one synchronisation of the device. The training is
-    not touched: weights come out equal to the bit with and without the hook. What
-    cannot be written or drawn, as on a full disk, or measured, as the FLOPs of a
-    model that wants more than images, gets a warning and ends no training.
+    Only rank 0 measures, on its share of the batch, with two synchronisations of the
+    device. The training is not touched: weights come out equal to the bit with and
+    without the hook. What cannot be written or drawn, as on a full disk, or measured,
+    as the FLOPs of a model that wants more than images, gets a warning and ends no training.
 
     It warns of psBN layers whose beta is not decayed, which psBN needs to do
-    anything; of layers that start with gamma = 0, as the last one of a residual
-    block often does (they read as collapsed until they have moved, but they are
-    not); and, once they appear, of values that are not finite and of layers whose
+    anything; and, once they appear, of values that are not finite and of layers whose
     alpha makes ReLU pass nearly everything (:func:`.criteria.nearly_linear`).
 
     Args:
@@ -99,9 +112,12 @@ class SparsityLoggerHook(Hook):
         self._warned: set[str] = set()
         self._writer: Writer | None = None
         self._last: int | None = None  # iteration that was measured
-        for warning in [*_decay_warnings(model, runner), *_zero_gamma_warnings(model, runner.iter)]:
+        self._watch: Watch | None = None
+        for warning in _decay_warnings(model, runner):
             runner.logger.warning(warning)
         start = self._report(runner)
+        modules: dict[str | None, Any] = dict(model.named_modules())
+        self._convs = [modules.get(layer.conv) if layer.conv else None for layer in start.layers]
         self._lifted = {x.name for x in start.layers if x.alpha is not None} | _anchored(runner)
         self._measured = {"": (start, norm_modules(model).values())}
         if (averaged := _averaged(runner)) is not None:
@@ -111,20 +127,29 @@ class SparsityLoggerHook(Hook):
                 "evaluated and saved; all else is of the weights that are trained"
             )
         self._open_trace(runner, start)
-        if self._writer and runner.iter == 0:
-            with self._writing(runner):
-                self._writer.write_norms(0, start)
         # Also after a resume: the last record may have been lost with the machine.
         if (not self.by_epoch and runner.iter % self.interval == 0) or runner.iter == 0:
             self._measure(runner, runner.iter)
         runner.logger.info(f"before training:\n{start.summary()}")
 
+    def before_train_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:
+        if not is_main_process():
+            return
+        if self.by_epoch:
+            last = self.end_of_epoch(runner.train_dataloader, batch_idx)
+            due = last and self.every_n_epochs(runner, self.interval)
+        else:
+            due = self.every_n_train_iters(runner, self.interval)
+        if due or self.is_last_train_iter(runner):
+            self._watch = Watch(norm_modules(_unwrapped(runner.model)).values())
+            self._watch.start()
+
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        if (
-            not self.by_epoch
-            and is_main_process()
-            and self.every_n_train_iters(runner, self.interval)
-        ):
+        if not is_main_process():
+            return
+        if self._watch is not None:
+            self._watch.stop()
+        if not self.by_epoch and self.every_n_train_iters(runner, self.interval):
             self._measure(runner, runner.iter + 1)
 
     def after_train_epoch(self, runner: Runner) -> None:
@@ -140,48 +165,45 @@ class SparsityLoggerHook(Hook):
         if self._writer is None:
             return
         with self._writing(runner):
-            self._writer.write_norms(runner.iter, report)
-        with self._writing(runner):
             self._writer.close()
         if self.figures:
-            self._draw(runner, self._writer.path)
+            self._draw(runner, self._writer.path, report.flops)
 
     def _report(self, runner: Runner) -> Report:
         """On the model as it is, with FLOPs if they are wanted and can be counted."""
         model = _unwrapped(runner.model)
         if self.input_size:
             try:
-                return measure(model, *self.thresholds, self.input_size)
+                return measure(model, self.input_size, *self.thresholds)
             except MeasureError as error:
                 self._warn_once(runner, "flops", f"no FLOPs of the collapsed filters: {error}")
-        return measure(model, *self.thresholds)
+        return measure(model, None, *self.thresholds)
 
     def _open_trace(self, runner: Runner, report: Report) -> None:
-        path = Path(runner.work_dir, FILE_NAME)
         try:
-            self._writer = Writer(path, report, runner.iter)
+            self._writer = Writer(runner.work_dir, report, runner.iter)
         except OSError as error:
             runner.logger.warning(f"no trace of the filters in this run: {error}")
             return
-        if self._writer.moved_to:
-            runner.logger.info(
-                f"the trace of another run was moved aside to {self._writer.moved_to}"
-            )
+        runner.logger.info(f"the filters of this run go into {self._writer.path}")
 
     def _measure(self, runner: Runner, iteration: int) -> None:
         if iteration == self._last:
             return
         self._last = iteration
+        told = None if self._watch is None else does(*self._watch.seen())
+        self._watch = None
         scalars: dict[str, float] = {
             "iter": iteration
         }  # as LoggerHook: for trackers that know no steps
         lines = []
         for prefix, (layers, modules) in self._measured.items():
-            gamma, bias = gather(modules)
+            gamma, bias, norm = read_filters(modules, None if prefix else self._convs)
+            report = layers.at(gamma, bias, None if prefix else told)
             if self._writer and not prefix:
+                seen = torch.cat([layer.does for layer in report.layers])
                 with self._writing(runner):
-                    self._writer.write(iteration, gamma, bias)
-            report = layers.at(gamma, bias)
+                    self._writer.write(iteration, gamma, bias, norm, seen)
             self._warn_of(runner, iteration, report)
             values = _scalars(report, self._lifted)
             scalars.update({f"collapse/{prefix}{name}": v for name, v in values.items()})
@@ -201,7 +223,7 @@ class SparsityLoggerHook(Hook):
             self._warn_once(
                 runner,
                 "trace",
-                f"{FILE_NAME} misses a record, and more until it can be written: {error}",
+                f"the trace misses a record, and more until it can be written: {error}",
             )
         else:
             self._warned.discard("trace")
@@ -232,12 +254,12 @@ class SparsityLoggerHook(Hook):
             self._warned.add(subject)
             runner.logger.warning(text)
 
-    def _draw(self, runner: Runner, path: Path) -> None:
+    def _draw(self, runner: Runner, path: Path, flops: Flops | None) -> None:
         try:
             from .figures import write_figures
             from .page import write_page
 
-            trace = read(path)
+            trace = dataclasses.replace(read(path), flops=flops)
             folder = Path(runner.log_dir, "collapse")
             write_figures(trace, folder)
             write_page({runner.experiment_name: trace}, folder / "collapse.html")
@@ -257,15 +279,17 @@ def _anchored(runner: Runner) -> set[str]:
 
 
 def _scalars(report: Report, lifted: Collection[str]) -> dict[str, float]:
-    """What is logged of a report: name -> value.
+    """What is logged of a report: name -> value; nothing that is not known.
 
     Args:
         report: It.
         lifted: The layers that have an alpha.
     """
     totals = report.totals
-    names = ["collapsed_percent", "dead_percent", "constant_percent", "inactive_percent"]
-    scalars = {name: totals[name] for name in [*names, "activation_probability", "not_finite"]}
+    names = ("collapsed", "stuck", "idle", "carrying", "inactive")
+    keys = [*(f"{name}_percent" for name in names), "activation_probability", "not_finite"]
+    # A NaN would make a line of scalars.json that is no JSON.
+    scalars = {key: totals[key] for key in keys if math.isfinite(totals[key])}
     if lifted:
         scalars["nearly_linear_layers"] = len(report.nearly_linear_of(lifted))
     return scalars
@@ -277,11 +301,11 @@ def _line(report: Report) -> str:
     finite = t["filters"] - t["not_finite"]
     if not finite:
         return f"none of {t['filters']} filters has a finite gamma and bias"
-    line = (
-        f"{t['collapsed_percent']:.2f}% of {finite} filters collapsed "
-        f"({t['dead_percent']:.2f}% dead, {t['constant_percent']:.2f}% constant), "
-        f"{t['inactive_percent']:.2f}% inactive, mean P(active) {t['activation_probability']:.3f}"
-    )
+    line = f"{t['collapsed_percent']:.2f}% of {finite} filters collapsed"
+    if t["measured"]:
+        line += f", {t['stuck_percent']:.2f}% stuck, {t['idle_percent']:.2f}% idle"
+    if t["told"]:
+        line += f", {t['inactive_percent']:.2f}% of {t['told']} with a ReLU right behind inactive"
     return line + (f", {t['not_finite']} not finite" if t["not_finite"] else "")
 
 
@@ -356,19 +380,3 @@ def responsible_key(name: str, optim_wrapper: Mapping[str, Any]) -> str:
         if rules.get(rule) is not None:
             return f"remove optim_wrapper.paramwise_cfg.{rule}={rules[rule]}"
     return "see the param groups of the optimizer"
-
-
-def _zero_gamma_warnings(model: nn.Module, iteration: int) -> Iterator[str]:
-    if iteration > 0:
-        return
-    zero = [
-        name
-        for name, module in norm_modules(model).items()
-        if isinstance(module.weight, torch.Tensor) and not module.weight.any()
-    ]
-    if zero:
-        yield (
-            f"{len(zero)} layers (as {zero[0]}) start with gamma = 0 in all filters, as the last "
-            "one of a residual block by zero_init_residual: they read as collapsed at step 0, but "
-            "are not"
-        )

@@ -1,7 +1,8 @@
-"""The normalization layers of a model or a state dict, each with the convolution in front."""
+"""The normalization layers of a model or a state dict, each with what is known of it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,25 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..norm import added_bias, followed_by, is_post_shifted, norm_kinds, norm_layers
-from ..python38 import zip_strict
-from .criteria import MeasureError, collapsed, filter_l1
+from ..norm import added_bias, followed_by, is_post_shifted, norm_layers
+from .criteria import MeasureError, collapsed, filter_l1, not_started
 from .flops import filters_of
 from .pairs import natural_order, pair_by_name, pair_in_order
+from .wiring import Wiring
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A normalization layer, and what stands in front of it and behind it if that is known.
+    """A normalization layer, and what is known of it.
 
     Args:
         name: In the model or state dict.
         gamma, bias: (C,), float32 on the CPU.
         conv: The convolution that it normalizes.
         filter_l1: L1 norms of that convolution's filters, (C,), float32 on the CPU.
-        followed_by: As :func:`psbn_mmdet.norm.followed_by` has it: ``"relu"``, ``"leaky"``,
-            ``"other"``, ``"none"`` or ``"unknown"``.
+        followed_by: As :func:`psbn_mmdet.norm.followed_by` has it without looking through sums:
+            ``"relu"``, ``"leaky"``, ``"other"``, ``"none"``, ``"sum"`` or ``"unknown"``.
         alpha: The shift of a psBN layer; None for other layers.
+        does: What each filter does (:func:`.criteria.does`), (C,) uint8; UNKNOWN by default.
+        firing: The share of positions where the rectifiers behind each filter let a gradient
+            through, (C,) float32, NaN where there is none; None where that was not measured.
     """
 
     name: str
@@ -37,16 +41,22 @@ class Layer:
     filter_l1: Tensor | None = None
     followed_by: str = "unknown"
     alpha: float | None = None
+    does: Tensor = None  # type: ignore[assignment]  # replaced at once
+    firing: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.does is None:
+            object.__setattr__(self, "does", torch.zeros(self.gamma.shape, dtype=torch.uint8))
 
     @property
     def relu(self) -> Tensor:
-        """(C,) bool, whether a ReLU follows each filter; assumed where it is not known."""
-        return torch.full(self.gamma.shape, judged_as_relu(self.followed_by))
+        """(C,) bool, whether it is known that a ReLU stands right behind."""
+        return torch.full(self.gamma.shape, self.followed_by == "relu")
 
-
-def judged_as_relu(followed_by: str) -> bool:
-    """Whether filters of a layer are judged as ones that a ReLU follows: assumed if unknown."""
-    return followed_by in ("relu", "unknown")
+    @property
+    def started(self) -> Tensor:
+        """(C,) bool, False in a layer that is as ``zero_init_residual`` made it."""
+        return torch.full(self.gamma.shape, not not_started(self.gamma, self.bias, self.alpha))
 
 
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -74,27 +84,57 @@ def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def gather(modules: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """Read gamma and bias of some layers, concatenated, float32 on the CPU, (C,) each.
+def read_filters(
+    modules: Iterable[Any], convs: Iterable[Any] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read gamma and bias of some layers, and the L1 norms of the filters in front of them.
 
     They are joined on the device and copied at once: one synchronisation.
+
+    Args:
+        modules: The layers.
+        convs: For each the convolution in front, or None; by default no norms are read.
+
+    Returns:
+        gamma, bias and norm of all layers concatenated, (F,) each, float32 on the CPU; the norm is
+        NaN where there is no convolution.
     """
     modules = list(modules)
     device = modules[0].weight.device
     gammas = [m.weight.detach() for m in modules]
     biases = [
         torch.zeros_like(g) if (bias := added_bias(m)) is None else bias
-        for m, g in zip_strict(modules, gammas)
+        for m, g in zip(modules, gammas, strict=True)
     ]
-    joined = torch.cat([t.to(device, torch.float32) for t in gammas + biases]).cpu()
-    gamma, bias = joined.chunk(2)
-    return gamma, bias
+    norms = [
+        torch.full_like(g, torch.nan) if conv is None else l1_norms(conv)
+        for conv, g in zip(convs or [None] * len(gammas), gammas, strict=True)
+    ]
+    joined = torch.cat([t.to(device, torch.float32) for t in gammas + biases + norms]).cpu()
+    gamma, bias, norm = joined.chunk(3)
+    return gamma, bias, norm
+
+
+def gather(modules: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Gamma and bias of some layers as :func:`read_filters` reads them."""
+    return read_filters(modules)[:2]
+
+
+def l1_norms(conv: Any) -> Tensor:
+    """Of the filters of a convolution or linear layer, (C,)."""
+    return filter_l1(
+        conv.weight.detach(), getattr(conv, "transposed", False), getattr(conv, "groups", 1)
+    )
 
 
 def live_filters(model: nn.Module, threshold: float) -> dict[nn.Module, Tensor]:
     """Which filters of each normalization layer have not collapsed, (C,) bool, for `probe`."""
-    norms: Any = norm_modules(model).values()
-    return {m: ~collapsed(m.weight.detach(), threshold) for m in norms}
+    live = {}
+    for module in norm_modules(model).values():
+        gamma, bias = gather([module])
+        alpha = float(module.alpha) if is_post_shifted(module) else None  # type: ignore[arg-type]
+        live[module] = ~collapsed(gamma, threshold) | not_started(gamma, bias, alpha)
+    return live
 
 
 def layers_of_model(model: nn.Module) -> list[Layer]:
@@ -110,80 +150,175 @@ def layers_of_model(model: nn.Module) -> list[Layer]:
             convs[name] = module
             order.append((name, True, channels))
     pairs = pair_in_order(order)
-    l1 = {}
-    for name in norms:
-        if conv := convs.get(pairs.get(name)):
-            l1[name] = filter_l1(
-                conv.weight.detach(),
-                getattr(conv, "transposed", False),
-                getattr(conv, "groups", 1),
-            )
-    gamma, bias = gather(norms.values())
-    norms_l1 = torch.cat([v.float() for v in l1.values()]).cpu() if l1 else torch.empty(0)
+    gamma, bias, norm = read_filters(norms.values(), [convs.get(pairs.get(name)) for name in norms])
     sizes = [module.weight.numel() for module in norms.values()]
-    l1 = dict(zip_strict(l1, norms_l1.split([v.numel() for v in l1.values()])))
-    followers = followed_by(model)
+    followers = followed_by(model, through_sums=False)
     return [
         Layer(
             name,
             g,
             b,
             pairs.get(name),
-            l1.get(name),
+            l1 if name in pairs else None,
             followers[name],
             float(module.alpha) if is_post_shifted(module) else None,
         )
-        for (name, module), g, b in zip_strict(norms.items(), gamma.split(sizes), bias.split(sizes))
+        for (name, module), g, b, l1 in zip(
+            norms.items(), *(v.split(sizes) for v in (gamma, bias, norm)), strict=True
+        )
     ]
 
 
-def layers_of_state_dict(state_dict: Mapping[str, Tensor]) -> list[Layer]:
+_FOLLOWED_BY = {"leaky": "leaky", "smooth": "other", "sum": "sum", "none": "none", "relu": "relu"}
+
+
+def layers_as_wired(model: nn.Module, layers: list[Layer], wired: Wiring) -> list[Layer]:
+    """The layers with what running the network tells: convolution in front, what is behind.
+
+    ``firing`` is that of the rectifier behind a filter; of several, on several ways, the largest.
+    """
+    convs: dict[str | None, Any] = dict(model.named_modules())
+    found = []
+    for layer in layers:
+        if layer.name not in wired.norms:  # it did not run
+            found.append(layer)
+            continue
+        channels = wired.channels(layer.name)
+        producers = {each for channel in channels for each, _ in channel.producers}
+        alike = all([i for _, i in c.producers] == [c.index] for c in channels)
+        conv = producers.pop() if len(producers) == 1 and alike else None
+        known = conv is not None and filters_of(convs[conv]) > 0
+        kinds = {channel.activation for channel in channels}
+        kind = kinds.pop() if len(kinds) == 1 else "mixed"
+        firing = [max((r.firing for r in c.rectifiers), default=torch.nan) for c in channels]
+        found.append(
+            dataclasses.replace(
+                layer,
+                conv=conv if known else None,
+                filter_l1=l1_norms(convs[conv]).float().cpu() if known else None,
+                followed_by=_FOLLOWED_BY.get(kind, layer.followed_by),
+                firing=torch.tensor(firing),
+            )
+        )
+    return found
+
+
+def layers_of_state_dict(
+    state_dict: Mapping[str, Tensor],
+) -> tuple[list[Layer], dict[str, str]]:
     """The layers that names and shapes prove, in the natural order of the names.
 
+    A layer has a ``running_mean``, or ``beta`` and ``alpha``. Its gamma is ``weight``, or of a
+    pruned one ``weight_orig`` times ``weight_mask``, of shape (C,) or (1, C, 1, 1). A module beside
+    it that holds nothing but a one-dimensional ``weight`` is a PReLU.
+
+    Returns:
+        The layers, and those whose gamma cannot be read: name -> why. :data:`NO_GAMMA` is the why
+        of those that have none (``affine=False``).
+
     Raises:
-        MeasureError: There is none.
+        MeasureError: None can be read.
     """
-    kinds = norm_kinds(state_dict)
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
+        if isinstance(value, Tensor):
             prefix, _, name = key.rpartition(".")
             groups.setdefault(prefix, {})[name] = value
-    norms, convs, alphas = {}, {}, {}
+    gammas: dict[str, Tensor] = {}
+    biases, alphas, convs, unread = {}, {}, {}, {}
     for prefix in sorted(groups, key=natural_order):
         tensors = groups[prefix]
-        weight = tensors.get("weight")
-        if weight is None:
-            continue
-        if kinds.get(prefix) == "psbn":
-            alphas[prefix] = float(tensors["alpha"])
-            bias = tensors["beta"].float() + tensors["alpha"].float()
-        elif kinds.get(prefix) == "bn":
-            bias = tensors["bias"].float()
-        else:
-            if weight.dim() >= 2:
+        shifted = {"beta", "alpha"} <= {*tensors}
+        weight = _masked(tensors)
+        if not shifted and not {"running_mean", "running_var"} & {*tensors}:
+            if weight is not None and weight.dim() >= 2 and weight.is_floating_point():
                 convs[prefix] = weight
             continue
-        norms[prefix] = weight.float().cpu(), bias.cpu()
-    if not norms:
+        channels = tensors[
+            "beta" if shifted else next(k for k in tensors if "running" in k)
+        ].numel()
+        parametrized = f"{prefix}.parametrizations.weight".lstrip(".") in groups
+        if why := _why_not_gamma(weight, channels, {*tensors}, parametrized):
+            unread[prefix] = why
+            continue
+        assert weight is not None
+        gammas[prefix] = weight.flatten().float().cpu()
+        if shifted:
+            alphas[prefix] = float(tensors["alpha"])
+            bias = tensors.get("bias", tensors["beta"] + tensors["alpha"]).float()
+        else:
+            bias = tensors.get("bias", torch.zeros(channels)).float()
+        biases[prefix] = bias.flatten().cpu()
+    if not gammas:
+        name, why = next(iter(unread.items()), ("", ""))
         raise MeasureError(
-            "no normalization layer found (weight, bias, running_mean, running_var or weight, "
-            "beta, alpha side by side); layers without running statistics cannot be recognised "
-            "in a state dict: measure the model itself"
+            "no normalization layer found (a gamma beside running_mean, or weight, beta, alpha "
+            "side by side); layers without running statistics cannot be recognised in a state "
+            "dict: measure the model itself"
+            + (f". {len(unread)} could not be read, as {name}: {why}" if unread else "")
         )
     pairs = pair_by_name(
-        {name: gamma.numel() for name, (gamma, _) in norms.items()},
+        {name: gamma.numel() for name, gamma in gammas.items()},
         {name: tuple(weight.shape) for name, weight in convs.items()},
         groups,
     )
-    return [
+    leaky = _before_prelu(groups, gammas)
+    layers = [
         Layer(
             name,
             gamma,
-            bias,
+            biases[name],
             pairs.get(name),
             filter_l1(convs[pairs[name]]).float().cpu() if name in pairs else None,
-            alpha=alphas.get(name),
+            "leaky" if name in leaky else "unknown",
+            alphas.get(name),
         )
-        for name, (gamma, bias) in norms.items()
+        for name, gamma in gammas.items()
     ]
+    return layers, unread
+
+
+NO_GAMMA = "has no gamma (affine=False), so it cannot collapse"
+
+
+def _masked(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The weight of a module, also of one pruned by ``torch.nn.utils.prune``."""
+    if {"weight_orig", "weight_mask"} <= {*tensors}:
+        return tensors["weight_orig"] * tensors["weight_mask"]
+    return tensors.get("weight")
+
+
+def _why_not_gamma(
+    weight: Tensor | None, channels: int, names: set[str], parametrized: bool
+) -> str | None:
+    if parametrized:
+        return "its gamma is parametrized; remove the parametrization, or measure the model"
+    if weight is None:
+        others = names - {"running_mean", "running_var", "num_batches_tracked"}
+        return f"no gamma under a known name beside {sorted(others)}" if others else NO_GAMMA
+    if weight.is_quantized or not weight.is_floating_point():
+        return f"its gamma is stored as {weight.dtype}; measure the network before quantization"
+    if weight.numel() != channels or max(weight.shape, default=1) != channels:
+        return f"its weight has shape {tuple(weight.shape)}, its statistics {channels} channels"
+    return None
+
+
+def _before_prelu(
+    groups: Mapping[str, Mapping[str, Tensor]], gammas: Mapping[str, Tensor]
+) -> set[str]:
+    """The layers with a PReLU behind: the only layer beside it, or the one numbered before it."""
+    beside: dict[str, list[str]] = {}
+    for name in gammas:
+        beside.setdefault(name.rpartition(".")[0], []).append(name)
+    found = set()
+    for prefix, tensors in groups.items():
+        weight = tensors.get("weight")
+        if {*tensors} != {"weight"} or weight is None or weight.dim() != 1:
+            continue
+        parent, _, leaf = prefix.rpartition(".")
+        norms = beside.get(parent, [])
+        if leaf.isdigit():
+            norms = [n for n in norms if n.rpartition(".")[2] == str(int(leaf) - 1)]
+        if len(norms) == 1 and weight.numel() in (1, gammas[norms[0]].numel()):
+            found.add(norms[0])
+    return found

@@ -1,10 +1,12 @@
 "use strict";
 const RUN_COLORS = { light: ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9"],
                      dark: ["#4aa3df", "#f0803c", "#2bbf95", "#e39ac3", "#d9ac3a", "#8fd0f5"] };
+const MEASURES = {{ measures | list | tojson }};
 const COLORS = {{ colors.items() | list | tojson }};
 const STATES = COLORS.map(c => c[0]), STATE_COLORS = COLORS.map(c => c[1]);
 const HEAT = { light: ["#f3f1ec", "#fed98e", "#fe9929", "#d95f0e", "#8c1d04"],
                dark: ["#262a2f", "#6b3d12", "#b85c12", "#f08a24", "#ffe08a"] };
+const WELL = new Set(["live", "carrying"].map(s => STATES.indexOf(s)));  // nothing to look after
 const MOST_PATHS = 250;
 const $ = id => document.getElementById(id);
 const escaped = s => String(s).replace(/&/g, "&amp;").replace(/</g, "&lt;");
@@ -31,19 +33,22 @@ const runs = JSON.parse($("data").textContent).map((run, i) => {
   return { ...run, layers, filters: at, number: i, on: true,
     byName: new Map(layers.map((l, j) => [l.name, { ...l, index: j }])),
     counts: words(run.counts, Uint32Array), gamma: words(run.gamma, Uint16Array),
-    bias: words(run.bias, Uint16Array), state: bytes(run.state), norms: words(run.norms, Float32Array) };
+    bias: words(run.bias, Uint16Array), state: bytes(run.state), norms: words(run.norms, Uint16Array) };
 });
 const shown = () => runs.filter(r => r.on);
 const countOf = (r, measure, t, layer) => r.counts[(measure * r.times.length + t) * r.layers.length + layer];
-// Percent of the finite filters, of one layer or of all; null if there are none.
+const knownOf = (r, measure, t, layer) => countOf(r, measure + MEASURES.length, t, layer);
+// Percent of the filters of which it is known, of one layer or of all; null if there are none.
 function percentOf(r, measure, t, layer) {
-  let sum = 0, finite = 0;
-  for (const [j, l] of layer === undefined ? r.layers.entries() : [[layer, r.layers[layer]]]) {
+  let sum = 0, known = 0;
+  for (const j of layer === undefined ? r.layers.keys() : [layer]) {
     sum += countOf(r, measure, t, j);
-    finite += l.size - countOf(r, 4, t, j);
+    known += knownOf(r, measure, t, j);
   }
-  return finite ? 100 * sum / finite : null;
+  return known ? 100 * sum / known : null;
 }
+const lastKnown = (r, measure) => { for (let t = r.times.length - 1; t >= 0; t--) if (percentOf(r, measure, t) !== null) return percentOf(r, measure, t); return null; };
+const joined = r => !r.labels;  // checkpoints may be of different runs: no line between them
 const percentText = value => value === null ? "-" : value.toFixed(2) + "%";
 const momentName = (r, time) => r.labels ? r.labels[time] : `iteration ${time}`;
 
@@ -54,7 +59,7 @@ const chosen = { measure: 0, layer: names[0], filter: null, time: 1 };
   let best = -1;
   for (const r of runs) r.layers.forEach((l, j) => {
     let other = 0;
-    for (let f = l.start; f < l.start + l.size; f++) other += r.state[(r.pathTimes.length - 1) * r.filters + f] > 0;
+    for (let f = l.start; f < l.start + l.size; f++) other += !WELL.has(r.state[(r.pathTimes.length - 1) * r.filters + f]);
     const share = other / l.size;
     if (share > best && l.size > 1) { best = share; chosen.layer = l.name; }
   });
@@ -62,7 +67,8 @@ const chosen = { measure: 0, layer: names[0], filter: null, time: 1 };
 
 // ------------------------------------------------------------ drawing
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const dark = () => matchMedia("(prefers-color-scheme: dark)").matches;
+let printing = false;
+const dark = () => !printing && matchMedia("(prefers-color-scheme: dark)").matches;
 const colorOf = r => RUN_COLORS[dark() ? "dark" : "light"][r.number % RUN_COLORS.light.length];
 function layout(extra) {
   const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), automargin: true };
@@ -118,8 +124,10 @@ function timeAxis(r) {
 const measureName = () => $("measure").selectedOptions[0].textContent;
 
 function drawCourse() {
+  $("h-course").parentElement.hidden = shown().every(r => r.times.length < 2);
   const data = shown().map(r => ({
-    name: escaped(r.name), x: r.times, mode: r.times.length < 30 ? "lines+markers" : "lines",
+    name: escaped(r.name), x: r.times, mode: !joined(r) ? "markers" : r.times.length < 30 ? "lines+markers" : "lines", connectgaps: true,
+    marker: { size: joined(r) ? 6 : 11 },
     y: r.times.map((_, t) => percentOf(r, chosen.measure, t)),
     text: r.times.map(t => escaped(momentName(r, t))),
     hovertemplate: "%{text}<br>%{y:.2f}%<extra>" + escaped(r.name) + "</extra>",
@@ -140,6 +148,18 @@ function drawMaps() {
   const colors = HEAT[dark() ? "dark" : "light"];
   cards("maps", list, r => r.name).forEach(({ chart, note }, i) => {
     const r = list[i], many = r.layers.length;
+    const note2 = j0 => (j0 === undefined ? "" : ` ${chosen.layer} is layer ${j0}.`);
+    if (r.times.length === 1) {
+      const j0 = r.byName.get(chosen.layer)?.index, ink = css("--ink"), bar = colorOf(r);
+      draw(chart, [{ type: "bar", x: r.layers.map((_, j) => j), y: z[i].map(row => row[0]), marker: { color: r.layers.map((_, j) => j === j0 ? ink : bar) },
+        customdata: r.layers.map(l => escaped(l.name)), hovertemplate: "%{customdata}<br>%{y:.1f}%<extra></extra>" }],
+        { height: 260, bargap: .15, xaxis: { title: { text: "layer", standoff: 6 }, ...(many < 12 ? { dtick: 1 } : { nticks: 10, tickformat: "d" }) }, yaxis: { rangemode: "tozero", ticksuffix: "%" } },
+        `${measureName()} by layer, ${r.name}`);
+      note.textContent = note2(j0).trim();
+      chart.removeAllListeners?.("plotly_click");
+      chart.on("plotly_click", e => choose({ layer: r.layers[e.points[0].x].name, filter: null }));
+      return;
+    }
     const data = [{ type: "heatmap", x: r.times, y: r.layers.map((_, j) => j), z: z[i], zmin: 0, zmax: top,
       colorscale: colors.map((c, k) => [k / (colors.length - 1), c]),
       colorbar: { thickness: 8, ticksuffix: "%", outlinewidth: 0, len: .9 },
@@ -151,7 +171,7 @@ function drawMaps() {
     draw(chart, data, { height: Math.min(560, Math.max(200, 9 * many + 70)), shapes, margin: { l: 46, r: 6, t: 6, b: 40 },
       xaxis: { ...timeAxis(r), showgrid: false }, yaxis: { autorange: "reversed", showgrid: false, nticks: 8, title: { text: "layer", standoff: 4 } } },
       `Heat map of ${measureName()} by layer over training, ${r.name}`);
-    note.textContent = `Strongest colour: ${top.toFixed(1)}% or more.` + (j === undefined ? "" : ` ${chosen.layer} is layer ${j}.`);
+    note.textContent = `Strongest colour: ${top.toFixed(1)}% or more.` + note2(j);
     chart.removeAllListeners?.("plotly_click");
     chart.on("plotly_click", e => choose({ layer: r.layers[e.points[0].y].name, filter: null }));
   });
@@ -174,8 +194,8 @@ function planeOf({ r, l }) {  // half width in gamma, lowest and highest bias of
   return [width * 1.05, low - pad, high + pad];
 }
 
-const hasReLU = l => l.follows === "relu" || l.follows === "unknown";
-const FOLLOWS = { relu: "A ReLU follows it.", unknown: "What follows it is not known: a ReLU is assumed.",
+const hasReLU = l => l.follows === "relu";
+const FOLLOWS = { relu: "A ReLU stands right behind it.", unknown: "What follows it is not known", sum: "A sum follows it",
   leaky: "A leaky activation follows it", other: "Something other than a ReLU follows it", none: "No activation follows it" };
 
 function drawPaths() {
@@ -195,13 +215,16 @@ function drawPaths() {
         fillcolor: css("--zone"), line: { width: 0 }, hoverinfo: "skip" });
     }
     // Those that are not live first, then the others evenly.
-    const order = [...Array(l.size).keys()].sort((a, b) => (stateNow(b) > 0) - (stateNow(a) > 0) || (a * 7919) % l.size - (b * 7919) % l.size);
+    const order = [...Array(l.size).keys()].sort((a, b) => WELL.has(stateNow(a)) - WELL.has(stateNow(b)) || (a * 7919) % l.size - (b * 7919) % l.size);
     const drawn = order.slice(0, MOST_PATHS);
     hidden = Math.max(hidden, l.size - drawn.length);
-    STATES.forEach((state, code) => {
+    // The rarest state on top: filters lie on each other where they have come to the same point.
+    const howMany = STATES.map((_, code) => { let n = 0; for (let f = 0; f < l.size; f++) n += stateNow(f) === code; return n; });
+    [...STATES.keys()].sort((a, b) => howMany[b] - howMany[a]).forEach(code => {
+      const state = STATES[code];
       const path = { x: [], y: [], mode: "lines", hoverinfo: "skip", opacity: code ? .55 : .35,
         line: { color: STATE_COLORS[code], width: 1 } };
-      for (const f of drawn) if (stateNow(f) === code) {
+      if (joined(r)) for (const f of drawn) if (stateNow(f) === code) {
         for (let k = 0; k <= last; k++) { const [g, b] = point(k, f); path.x.push(g); path.y.push(b); }
         path.x.push(null); path.y.push(null);
       }
@@ -236,9 +259,9 @@ function drawPaths() {
     });
   });
   $("follows").textContent = [...new Set(list.map(v => FOLLOWS[v.l.follows] + (hasReLU(v.l) ? "" :
-    ": none of its filters is dead or inactive, a collapsed one is a constant.")))].join(" ");
+    ": gamma and bias alone do not tell whether a filter is inactive.")))].join(" ");
   const thin = list.filter(v => v.r.pathTimes.length < v.r.moments).map(v => `${v.r.name} at ${v.r.pathTimes.length} of ${v.r.moments} moments`);
-  $("thinned").textContent = "psBN: bias is beta + alpha. A line ends in a dot at the chosen moment."
+  $("thinned").textContent = "psBN: bias is beta + alpha." + (list.some(v => joined(v.r)) ? " A line ends in a dot at the chosen moment." : "")
     + (hidden ? ` Lines of ${MOST_PATHS} filters, dots of all.` : "")
     + (thin.length ? ` To keep the page small, paths are shown thinned: ${thin.join(", ")}.` : "");
 }
@@ -250,7 +273,8 @@ function drawSingle() {
   cards("single", list.map(v => v.r), r => `${r.name}: filter ${f}`).forEach(({ chart, note }, i) => {
     const { r, l } = list[i], at = k => k * r.filters + l.start + f;
     const line = (values, name, dash) => ({ name, x: r.pathTimes, y: r.pathTimes.map((_, k) => HALF[values[at(k)]]),
-      mode: r.pathTimes.length < 30 ? "lines+markers" : "lines", line: { color: colorOf(r), dash, width: 2 },
+      mode: !joined(r) ? "markers" : r.pathTimes.length < 30 ? "lines+markers" : "lines", line: { color: colorOf(r), dash, width: 2 },
+      marker: { color: colorOf(r), symbol: dash === "dot" ? "circle-open" : "circle" },
       hovertemplate: `%{x}<br>${name} %{y:.3g}<extra></extra>` });
     draw(chart, [line(r.gamma, "gamma", "solid"), line(r.bias, "bias", "dot")], { height: 240, showlegend: true,
       legend: { orientation: "h", y: 1.02, yanchor: "bottom" }, margin: { l: 46, r: 12, t: 30, b: 40 }, xaxis: timeAxis(r) },
@@ -265,8 +289,9 @@ function drawSingle() {
 }
 
 function drawNorms() {
-  const list = views(), usable = v => v.l.conv && Number.isFinite(v.r.norms[v.l.start]);
-  const values = v => [...v.r.norms.subarray(v.l.start, v.l.start + v.l.size)];
+  const list = views(), at = v => lastMoment(v.r) * v.r.filters + v.l.start;
+  const usable = v => v.l.conv && Number.isFinite(HALF[v.r.norms[at(v)]]);
+  const values = v => [...v.r.norms.subarray(at(v), at(v) + v.l.size)].map(h => HALF[h]);
   const top = Math.max(1e-12, ...list.filter(usable).flatMap(values).filter(Number.isFinite)) * 1.0001;
   const BINS = 40;
   cards("norms", list.map(v => v.r), r => r.name).forEach(({ chart, note }, i) => {
@@ -276,14 +301,14 @@ function drawNorms() {
       note.textContent = l.conv ? "The norms were not recorded." : "No convolution was found in front of this layer.";
       return;
     }
-    const last = r.pathTimes.length - 1, bars = STATES.map(() => new Array(BINS).fill(0));
+    const last = lastMoment(r), bars = STATES.map(() => new Array(BINS).fill(0));
     values(list[i]).forEach((v, f) => { if (Number.isFinite(v)) bars[r.state[last * r.filters + l.start + f]][Math.floor(v / top * BINS)]++; });
     const x = bars[0].map((_, b) => (b + .5) / BINS * top);
     const data = STATES.map((state, code) => ({ type: "bar", name: state, x, y: bars[code], width: top / BINS,
       marker: { color: STATE_COLORS[code] }, hovertemplate: `%{y} ${state}, norm %{x:.3g}<extra></extra>` })).filter(d => d.y.some(Boolean));
     draw(chart, data, { height: 260, barmode: "stack", bargap: .05, xaxis: { title: { text: "L1 norm", standoff: 6 }, range: [0, top] },
       yaxis: { title: { text: "filters", standoff: 4 } } }, `Histogram of the filters' L1 norms, ${r.name}`);
-    note.textContent = `${l.conv}, last recorded`;
+    note.textContent = `${l.conv}, ${momentName(r, r.pathTimes[last])}`;
   });
 }
 
@@ -293,8 +318,14 @@ function fillTable() {
   const head = document.createElement("tr");
   head.append(cell("th", "layer"), cell("th", "filters"), ...list.map(r => cell("th", r.name)));
   for (const th of head.children) th.scope = "col";
-  const collapsed = (r, name, m) => { const l = r.byName.get(name); return l && countOf(r, m, r.times.length - 1, l.index); };
-  const score = n => Math.max(...list.map(r => (collapsed(r, n, 0) ?? 0) / (r.byName.get(n)?.size ?? 1)), 0);
+  const last = r => r.times.length - 1;
+  const of = (r, name, m) => { const l = r.byName.get(name); return l && knownOf(r, m, last(r), l.index) ? countOf(r, m, last(r), l.index) : null; };
+  const text = (r, name) => {
+    if (!r.byName.has(name)) return "-";
+    const more = MEASURES.slice(1, 4).map((word, m) => of(r, name, m + 1) ? `${of(r, name, m + 1)} ${word}` : "").filter(Boolean);
+    return `${of(r, name, 0) ?? "-"}` + (more.length ? ` (${more.join(", ")})` : "");
+  };
+  const score = n => Math.max(...list.map(r => ((of(r, n, 0) ?? 0) + (of(r, n, 1) ?? 0) / 1e3 + (of(r, n, 3) ?? 0) / 1e6) / (r.byName.get(n)?.size ?? 1)), 0);
   const rows = names.map(n => [score(n), n]).sort((a, b) => b[0] - a[0]).map(([, name]) => {
     const tr = document.createElement("tr"), td = document.createElement("td");
     const button = document.createElement("button");  // a long name may break behind its dots
@@ -302,7 +333,7 @@ function fillTable() {
     button.onclick = () => { choose({ layer: name, filter: null }); $("h-layer").scrollIntoView(); };
     td.append(button);
     tr.append(td, cell("td", list.map(r => r.byName.get(name)?.size).find(Boolean) ?? ""),
-      ...list.map(r => { const c = collapsed(r, name, 0); return cell("td", c === undefined ? "-" : `${c} (${collapsed(r, name, 3)})`); }));
+      ...list.map(r => cell("td", text(r, name))));
     if (name === chosen.layer) tr.setAttribute("aria-current", "true");
     return tr;
   });
@@ -319,7 +350,8 @@ function choose(change) {
   $("filter").max = size - 1;
   const r = views()[0]?.r;
   $("moment").textContent = r ? momentName(r, r.pathTimes[lastMoment(r)]) : "";
-  if (!("time" in change) && !("filter" in change && !("layer" in change))) { drawMaps(); drawNorms(); fillTable(); }
+  if (!("time" in change) && !("filter" in change && !("layer" in change))) { drawMaps(); fillTable(); }
+  drawNorms();
   drawPaths();
   drawSingle();
 }
@@ -337,13 +369,13 @@ $("runs").append(...runs.map(r => {
   const label = document.createElement("label"), box = document.createElement("input");
   const name = document.createElement("h3"), big = document.createElement("div"), text = document.createElement("pre");
   label.className = "card run";
-  box.type = "checkbox"; box.checked = true;
+  box.type = "checkbox"; box.checked = true; box.hidden = runs.length === 1;
   box.onchange = () => { r.on = box.checked; label.classList.toggle("off", !r.on); redraw(); };
   name.append(box, " " + r.name);
   big.className = "big";
-  big.append(...[[0, "collapsed"], [1, "dead"], [3, "inactive"]].map(([measure, word]) => {
+  big.append(...MEASURES.slice(0, 4).map((word, measure) => [word, lastKnown(r, measure)]).filter(([, value]) => value !== null).map(([word, value]) => {
     const item = document.createElement("span"), number = document.createElement("b");
-    number.textContent = percentText(percentOf(r, measure, r.times.length - 1));
+    number.textContent = percentText(value);
     item.append(number, word);
     return item;
   }));
@@ -352,7 +384,8 @@ $("runs").append(...runs.map(r => {
   label.append(name, big, text);
   return label;
 }));
-document.querySelector("[data-state='4']").hidden = !runs.some(r => r.state.includes(4));
+document.querySelectorAll("[data-state]").forEach(key => { key.hidden = !runs.some(r => r.state.includes(+key.dataset.state)); });
+$("measure").append(...MEASURES.slice(0, 4).map((word, m) => Object.assign(document.createElement("option"), { value: m, textContent: word + " filters", hidden: runs.every(r => lastKnown(r, m) === null) })));
 $("layer").append(...names.map(n => Object.assign(document.createElement("option"), { value: n, textContent: n })));
 $("measure").onchange = () => { chosen.measure = +$("measure").value; drawCourse(); drawMaps(); };
 $("layer").onchange = () => choose({ layer: $("layer").value, filter: null });
@@ -367,15 +400,18 @@ $("silentFilter").onclick = () => {  // at some moment of some run
   const size = Math.max(...views().map(v => v.l.size), 1), from = chosen.filter ?? -1;
   for (let i = 1; i <= size; i++) {
     const f = (from + i + size) % size;
-    if (views().some(({ r, l }) => f < l.size && r.pathTimes.some((_, k) => r.state[k * r.filters + l.start + f] > 0)))
+    if (views().some(({ r, l }) => f < l.size && r.pathTimes.some((_, k) => !WELL.has(r.state[k * r.filters + l.start + f]))))
       return choose({ filter: f });
   }
 };
 $("same").onchange = drawPaths;
 $("time").max = Math.max(...runs.map(r => r.pathTimes.length)) - 1;
 $("time").value = $("time").max;
-$("time").disabled = +$("time").max === 0;
+$("time").closest("label").hidden = +$("time").max === 0;
 $("time").oninput = () => choose({ time: $("time").max > 0 ? $("time").value / $("time").max : 1 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+const forPrint = on => () => { printing = on; document.documentElement.classList.toggle("printing", on); redraw(); };
+addEventListener("beforeprint", forPrint(true));
+addEventListener("afterprint", forPrint(false));
 redraw();
 document.documentElement.dataset.ready = "true";

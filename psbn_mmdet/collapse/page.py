@@ -11,20 +11,10 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..errors import written_whole
-from .course import (
-    COLORS,
-    evenly,
-    inactive_states,
-    is_collapsed,
-    non_trainable,
-    states,
-    sum_by_layer,
-)
-from .criteria import activation_probability
+from .course import COLORS, MEASURES, counted, evenly, non_trainable, states, sum_by_layer
 from .trace import Trace, read
 
 MOMENTS = 300
@@ -36,7 +26,7 @@ PATH_BYTES = 8_000_000
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
 )
-_BYTES_PER_VALUE = 5  # gamma and bias as half floats, the state as a byte
+_BYTES_PER_VALUE = 7  # gamma, bias and norm as half floats, the state as a byte
 
 
 def write_page(
@@ -73,7 +63,12 @@ def write_page(
     packed = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     shown = {c: _base64_bytes(path.read_bytes()) for c, path in (pictures or {}).items()}
     page = _TEMPLATES.get_template("page.html").render(
-        title=title, pictures=shown, data=packed, colors=COLORS, plotly=get_plotlyjs()
+        title=title,
+        pictures=shown,
+        data=packed,
+        colors=COLORS,
+        measures=MEASURES,
+        plotly=get_plotlyjs(),
     )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,42 +80,39 @@ def write_page(
 def _page_data(name: str, trace: Trace, path_bytes: int) -> dict[str, Any]:
     """What the page's script reads of a run; arrays are base64, row by row."""
     shown = evenly(len(trace.iterations), MOMENTS)
-    states_shown, inactive = states(trace)[shown], inactive_states(trace)[shown]
-    masks = (
-        is_collapsed(states_shown),
-        states_shown == 2,
-        states_shown == 3,
-        inactive,
-        states_shown == 4,
-    )
-    counts = np.stack([sum_by_layer(trace, mask) for mask in masks])
+    masks, bases = counted(trace, shown)
+    counts = sum_by_layer(trace, np.concatenate([masks, bases]))
     filters = trace.gamma.shape[1]
     kept = evenly(len(trace.iterations), path_bytes * 3 // 4 // (_BYTES_PER_VALUE * filters))
-    norms = trace.norms[max(trace.norms)] if trace.norms else np.full(filters, np.nan)
-    probability = activation_probability(torch.tensor(trace.gamma), torch.tensor(trace.bias))
     corner = non_trainable(trace, 1.0, -1e9)
     return {
         "name": name,
         "layers": [layer[:4] for layer in trace.layers],  # name, filters, conv, followed_by
-        "summary": trace.report().summary(),
+        "summary": _summary(trace),
         "moments": len(trace.iterations),
         "times": trace.iterations[shown].tolist(),
         "labels": None if trace.labels is None else list(trace.labels),
-        "counts": _base64(counts.astype("<u4")),  # (5, times, layers)
-        "probability": [_number(v) for v in probability[shown].nanmean(1).tolist()],
+        "counts": _base64(counts.astype("<u4")),  # (2 * measures, times, layers)
         "pathTimes": trace.iterations[kept].tolist(),
         "gamma": _base64(trace.gamma[kept].astype("<f2")),  # (pathTimes, filters)
         "bias": _base64(trace.bias[kept].astype("<f2")),
         "state": _base64(states(trace, kept)),
-        "norms": _base64(norms.astype("<f4")),
+        "norms": _base64(trace.norm[kept].astype("<f2")),  # (pathTimes, filters)
         "threshold": trace.threshold,
         "inactiveBelow": trace.inactive_below,
         "slope": -corner[2][1] if corner else None,
     }
 
 
-def _number(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+def _summary(trace: Trace) -> str:
+    lines = [trace.report().summary()]
+    alphas = [layer.alpha for layer in trace.layers if layer.alpha is not None]
+    if alphas:
+        low, high = f"{min(alphas):.4g}", f"{max(alphas):.4g}"
+        alpha = low if low == high else f"{low} to {high}"
+        lines.append(f"psBN in {len(alphas)} of {len(trace.layers)} layers, alpha {alpha}")
+    lines.append(f"written by psbn_mmdet {trace.version}" if trace.version else "")
+    return "\n".join(filter(None, lines))
 
 
 def _base64(values: NDArray[Any]) -> str:

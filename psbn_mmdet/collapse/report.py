@@ -1,97 +1,134 @@
-"""A report on the collapsed filters of a model or a checkpoint, and on the FLOPs they cost."""
+"""A report on what the filters of a model or a checkpoint do, and on the FLOPs they cost."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..python38 import zip_strict
+from .backward import pull_back
 from .criteria import (
+    IDLE,
     INACTIVE_BELOW,
     NEARLY_LINEAR_ABOVE,
+    STUCK,
     THRESHOLD,
     MeasureError,
     check_thresholds,
     collapsed,
     constant,
     count,
+    dead,
+    does,
     inactive,
     nearly_linear,
     not_finite,
 )
+from .detectors import in_eval_mode, ways_to_compare
 from .flops import Flops, probe
-from .layers import Layer, layers_of_model, layers_of_state_dict, live_filters
+from .layers import (
+    NO_GAMMA,
+    Layer,
+    layers_as_wired,
+    layers_of_model,
+    layers_of_state_dict,
+    live_filters,
+    norm_modules,
+)
+from .wiring import trace
+
+Inputs = Tensor | tuple[int, ...] | Callable[[nn.Module], Any]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`measure` saw: rows per layer, totals, JSON, a table as text."""
+    """What :func:`measure` saw: rows per layer, totals, JSON, a table as text.
+
+    Args:
+        layers: As they were read and measured.
+        threshold, inactive_below: As :func:`measure` takes them.
+        flops: If they were counted.
+        unread: Layers of a state dict whose gamma cannot be read, with the reason.
+    """
 
     layers: tuple[Layer, ...]
     threshold: float = THRESHOLD
     inactive_below: float = INACTIVE_BELOW
     flops: Flops | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)
 
-    def at(self, gamma: Tensor, bias: Tensor) -> Report:
+    def _count(self, layers: Collection[Layer]) -> dict[str, float]:
+        gamma, bias, *known = (
+            torch.cat([getattr(layer, name) for layer in layers])
+            for name in ("gamma", "bias", "relu", "started", "does")
+        )
+        return count(gamma, bias, self.threshold, self.inactive_below, *known)
+
+    def at(self, gamma: Tensor, bias: Tensor, seen: Tensor | None = None) -> Report:
         """The same layers at another moment; their L1 norms and the FLOPs are left out.
 
         Args:
             gamma, bias: Of all layers concatenated, float32 on the CPU, as
                 :func:`.layers.gather` reads them.
+            seen: What the filters do, if it was measured, likewise.
         """
         sizes = [layer.gamma.numel() for layer in self.layers]
-        return Report(
-            tuple(
-                replace(layer, gamma=g, bias=b, filter_l1=None)
-                for layer, g, b in zip_strict(self.layers, gamma.split(sizes), bias.split(sizes))
-            ),
-            self.threshold,
-            self.inactive_below,
+        parts = (gamma, bias, torch.zeros_like(gamma, dtype=torch.uint8) if seen is None else seen)
+        layers = tuple(
+            dataclasses.replace(layer, gamma=g, bias=b, filter_l1=None, does=d, firing=None)
+            for layer, g, b, d in zip(
+                self.layers, *(part.split(sizes) for part in parts), strict=True
+            )
         )
+        return Report(layers, self.threshold, self.inactive_below)
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """For each layer in order: ``name``, the numbers of :func:`count`, and the rest.
+        """For each layer in order: ``name``, the numbers of :func:`.criteria.count`, and the rest.
 
-        ``collapsed_filters``, ``constant_filters``, ``inactive_filters`` and
-        ``not_finite_filters`` are indices; ``conv`` and ``filter_l1_median`` are
-        None where no convolution is known in front; ``followed_by`` is as
-        :func:`psbn_mmdet.norm.followed_by` has it, and ``"unknown"`` counts as a ReLU.
+        ``..._filters`` are indices. ``conv`` and ``filter_l1_median`` are None where no convolution
+        is known in front; ``followed_by`` is as :class:`.layers.Layer` has it; ``firing`` is the
+        mean over its filters, None where it was not measured.
         """
         rows = []
         for layer in self.layers:
-            gamma, bias, relu = layer.gamma, layer.bias, layer.relu
-            l1 = layer.filter_l1
-            unusable = not_finite(gamma, bias)
+            gamma, bias, relu, started = layer.gamma, layer.bias, layer.relu, layer.started
+            finite = ~not_finite(gamma, bias)
+            sets = {
+                "collapsed": collapsed(gamma, self.threshold) & started,
+                "dead": dead(gamma, bias, self.threshold) & relu,
+                "constant": constant(gamma, bias, self.threshold) & relu,
+                "inactive": inactive(gamma, bias, self.inactive_below, relu, self.threshold),
+                "stuck": layer.does == STUCK,
+                "idle": layer.does == IDLE,
+            }
+            l1, firing = layer.filter_l1, layer.firing
             rows.append(
                 {
                     "name": layer.name,
-                    **count(gamma, bias, self.threshold, self.inactive_below, relu),
+                    **self._count([layer]),
+                    "started": bool(started.all()),
                     "followed_by": layer.followed_by,
+                    "firing": None if firing is None else float(firing.nanmean()),
                     "conv": layer.conv,
                     "filter_l1_median": None if l1 is None else float(l1.median()),
-                    "collapsed_filters": _indices(collapsed(gamma, self.threshold) & ~unusable),
-                    "constant_filters": _indices(constant(gamma, bias, self.threshold, relu)),
-                    "inactive_filters": _indices(inactive(gamma, bias, self.inactive_below, relu)),
-                    "not_finite_filters": _indices(unusable),
+                    **{f"{name}_filters": _indices(mask & finite) for name, mask in sets.items()},
+                    "not_finite_filters": _indices(~finite),
                 }
             )
         return rows
 
     @cached_property
     def totals(self) -> dict[str, float]:
-        """The numbers of :func:`count` over all layers; with FLOPs, ``sparsity_percent``."""
-        gamma = torch.cat([layer.gamma for layer in self.layers])
-        bias = torch.cat([layer.bias for layer in self.layers])
-        relu = torch.cat([layer.relu for layer in self.layers])
-        totals = count(gamma, bias, self.threshold, self.inactive_below, relu)
+        """The numbers of :func:`.criteria.count` over all; with FLOPs ``sparsity_percent``."""
+        totals = self._count(self.layers)
         if self.flops is not None:
             totals["sparsity_percent"] = self.flops.sparsity
         return totals
@@ -123,6 +160,7 @@ class Report:
             "inactive_below": self.inactive_below,
             "totals": self.totals,
             "nearly_linear": self.nearly_linear,
+            "unread": dict(self.unread),
             "layers": self.rows,
         }
         if self.flops is not None:
@@ -137,8 +175,8 @@ class Report:
     def table(self, limit: int | None = None) -> str:
         """Layers with values that are not finite, then ranked by the share that collapsed.
 
-        Of equal ones those with more inactive filters come first. The totals
-        follow.
+        Of equal ones those with more stuck filters come first, then those with more inactive
+        ones. The totals follow. Columns of what is not known are left out.
 
         Args:
             limit: Show so many layers; all by default.
@@ -146,20 +184,30 @@ class Report:
         ranked = sorted(self.rows, key=_rank)
         shown = ranked[:limit]
         width = max([5, *(len(row["name"]) for row in shown)])
-        lines = [
-            f"{'layer':<{width}}  filters  collapsed      %   dead  constant  inactive"
-            "  P(active)  followed by  median L1"
+        columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+            ("filters", lambda row: f"{row['filters']}"),
+            ("collapsed", lambda row: f"{row['collapsed']}"),
+            ("%", lambda row: _number(row["collapsed_percent"], ".1f")),
         ]
-        for row in shown:
-            l1 = row["filter_l1_median"]
-            broken = f"  {row['not_finite']} not finite" if row["not_finite"] else ""
-            lines.append(
-                f"{row['name']:<{width}}  {row['filters']:7d}  {row['collapsed']:9d}"
-                f"  {row['collapsed_percent']:5.1f}  {row['dead']:5d}  {row['constant']:8d}"
-                f"  {row['inactive']:8d}  {row['activation_probability']:9.3f}"
-                f"  {row['followed_by']:>11}"
-                f"  {'-' if l1 is None else format(l1, '.3g'):>9}{broken}"
-            )
+        if self.totals["measured"]:
+            for name in ("stuck", "idle", "carrying"):
+                columns.append((name, partial(_told, name, "measured")))
+        if any(layer.firing is not None for layer in self.layers):
+            columns.append(("firing", lambda row: _number(row["firing"], ".3f")))
+        if self.totals["told"]:
+            for name in ("dead", "constant", "inactive"):
+                columns.append((name, partial(_told, name, "told")))
+            columns.append(("P(active)", lambda row: _number(row["activation_probability"], ".3f")))
+        if any(layer.followed_by != "unknown" for layer in self.layers):
+            columns.append(("followed by", lambda row: row["followed_by"]))
+        columns.append(("median L1", lambda row: _number(row["filter_l1_median"], ".3g")))
+        cells = [[name, *(text(row) for row in shown)] for name, text in columns]
+        padded = [[cell.rjust(max(map(len, column))) for cell in column] for column in cells]
+        names = [name.ljust(width) for name in ("layer", *(row["name"] for row in shown))]
+        lines = ["  ".join(parts) for parts in zip(names, *padded, strict=True)]
+        for i, row in enumerate(shown, 1):
+            if row["not_finite"]:
+                lines[i] += f"  {row['not_finite']} not finite"
         if len(shown) < len(ranked):
             lines.append(f"... and {len(ranked) - len(shown)} more layers")
         return "\n".join([*lines, "", self.summary()])
@@ -167,40 +215,56 @@ class Report:
     def summary(self) -> str:
         """The totals; the first line is ``N of M filters collapsed (P%)``.
 
-        Before it stands a line on filters that are not finite, if there are any.
+        Before it stand lines on filters that are not finite and on layers that cannot be read, if
+        there are any.
         """
-        t = self.totals
+        t, n_layers = self.totals, len(self.layers)
         lines = []
         if t["not_finite"]:
             lines.append(
                 f"{t['not_finite']} of {t['filters']} filters have a gamma or bias that is not "
                 "finite; the percentages leave them out"
             )
+        if missing := self.missing:
+            name, why = next(iter(missing.items()))
+            lines.append(f"{len(missing)} layers are not counted, as {name}: {why}")
         lines += [
             f"{t['collapsed']} of {t['filters']} filters collapsed ({t['collapsed_percent']:.2f}%)",
-            f"  |gamma| < {self.threshold:g}; {t['dead']} dead, {t['constant']} constant "
-            "(a positive bias comes through ReLU, or no ReLU follows)",
-            f"{t['inactive']} of {t['filters']} filters inactive ({t['inactive_percent']:.2f}%)",
-            f"  P(ReLU fires) < {self.inactive_below:g}; its mean is "
-            f"{t['activation_probability']:.3f}",
+            f"  |gamma| < {self.threshold:g}",
         ]
+        if t["measured"]:
+            lines += [
+                f"{t['stuck']} of {t['measured']} filters stuck ({t['stuck_percent']:.2f}%), "
+                f"{t['idle']} idle ({t['idle_percent']:.2f}%), "
+                f"{t['carrying']} carrying ({t['carrying_percent']:.2f}%)",
+                "  stuck: no gradient arrives; idle: one does, but no output would miss the filter",
+            ]
+        if t["told"]:
+            lines += [
+                f"{t['inactive']} of {t['told']} filters with a ReLU right behind inactive "
+                f"({t['inactive_percent']:.2f}%)",
+                f"  P(ReLU fires) < {self.inactive_below:g}, its mean is "
+                f"{_number(t['activation_probability'], '.3f')}; of the collapsed "
+                f"{t['dead']} dead, {t['constant']} constant (a positive bias comes through)",
+            ]
         if self.flops is not None:
             lines.append(
                 f"{self.flops.sparsity:.2f}% of FLOPs saved by removing the collapsed filters "
                 f"({self.flops.total:.4g} -> {self.flops.remaining:.4g} multiply-accumulates)"
             )
-        n_layers = len(self.layers)
-        unknown = sum(layer.followed_by == "unknown" for layer in self.layers)
-        without = sum(not layer.relu.all() for layer in self.layers)
-        if unknown == n_layers:
-            lines.append("a ReLU is assumed behind every layer: what follows is not known")
-        elif unknown:
-            lines.append(f"{unknown} of {n_layers} layers: what follows is not known, ReLU assumed")
-        if without:
+        if not t["measured"]:
+            untold = t["filters"] - t["told"] - t["not_finite"]
+            if untold > 0:
+                lines.append(
+                    f"of {untold:.0f} filters the weights do not tell whether they are inactive: "
+                    "no ReLU right behind them is known; measure the model with images"
+                )
+        if new := [row["name"] for row in self.rows if not row["started"]]:
             lines.append(
-                f"{without} of {n_layers} layers: no ReLU follows, so that none of their filters "
-                "is dead or inactive"
+                f"{len(new)} layers (as {new[0]}) have not started: gamma and bias are all 0"
             )
+        if none := [name for name, why in self.unread.items() if why == NO_GAMMA]:
+            lines.append(f"{len(none)} layers (as {none[0]}) have no gamma and cannot collapse")
         unpaired = sum(layer.conv is None for layer in self.layers)
         if unpaired:
             lines.append(f"{unpaired} of {n_layers} layers: no convolution known in front")
@@ -212,13 +276,31 @@ class Report:
             )
         return "\n".join(lines)
 
+    @property
+    def missing(self) -> dict[str, str]:
+        """The unread layers that have a gamma, of which nothing is known therefore."""
+        return {name: why for name, why in self.unread.items() if why != NO_GAMMA}
+
     def __str__(self) -> str:
         return self.table()
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[float, ...]:
     finite = max(row["filters"] - row["not_finite"], 1)
-    return -row["not_finite"], -row["collapsed"] / finite, -row["inactive"] / finite
+    return (
+        -row["not_finite"],
+        -row["collapsed"] / finite,
+        -row["stuck"] / finite,
+        -row["inactive"] / finite,
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def _told(name: str, base: str, row: Mapping[str, Any]) -> str:
+    return str(row[name]) if row[base] else "-"
 
 
 def _indices(mask: Tensor) -> list[int]:
@@ -237,57 +319,99 @@ def _without_nan(value: Any) -> Any:
 
 def measure(
     source: nn.Module | Mapping[str, Tensor],
+    inputs: Inputs | None = None,
     threshold: float = THRESHOLD,
     inactive_below: float = INACTIVE_BELOW,
-    inputs: tuple[int, ...] | Callable[[nn.Module], Any] | None = None,
 ) -> Report:
-    """Find the collapsed filters of a model or a state dict.
+    """Find out what the filters of a model or a state dict do.
+
+    With images, or a function that calls the model, the truth is measured by one
+    forward and one backward pass in eval mode: which filters are *stuck*, *idle*
+    and *carrying* (:mod:`.criteria`). Without, only the weights speak.
 
     In a model every BatchNorm and InstanceNorm with a gamma counts (subclasses,
     frozen and post-shifted ones too). A state dict has only names: a layer is
-    where ``weight, bias, running_mean, running_var`` stand together, or
-    ``weight, beta, alpha``. An InstanceNorm without running statistics cannot be
-    told from a GroupNorm or LayerNorm there and is not counted.
+    where a gamma stands beside ``running_mean``, or ``weight, beta, alpha``
+    together. An InstanceNorm without running statistics cannot be told from a
+    GroupNorm or LayerNorm there and is not counted.
 
-    The convolution in front of a layer is known in a model by name (``bn1`` -
-    ``conv1``) or as the last one defined before it among its siblings, in a state
-    dict by what names and shapes prove, whatever the order of the keys
+    The convolution in front of a layer is known by running the model with images
+    (:mod:`.wiring`); without, in a model by name (``bn1`` - ``conv1``) or as the
+    last one defined before it among its siblings, in a state dict by what names and
+    shapes prove, whatever the order of the keys
     (:mod:`.pairs`). Where none is known (a layer behind an addition or a
     concatenation, a filter that is parametrised, names that say nothing), the row
     says so. A state dict does not tell a transposed convolution from a plain one,
     so that its L1 norms are those of its input channels there.
 
-    Whether a ReLU follows a layer is read off the model
-    (:func:`psbn_mmdet.norm.followed_by`); of a state dict it is not known, and
-    assumed.
-
     Args:
         source: A model, of which nothing is changed, or a state dict, whose layers
             are reported in the natural order of their names.
+        inputs: Images (N, C, H, W), as the model gets them (of mmdet: normalised);
+            or a function that calls the model it is given and returns its outputs,
+            or a loss. The filters are measured, how often the rectifiers behind them fire
+            too, and the FLOPs counted. Or the size
+            (C, H, W) of an image: FLOPs are counted, per image, and nothing is
+            measured, as noise is no image.
         threshold: Of |gamma|.
         inactive_below: Of the activation probability.
-        inputs: Also count FLOPs: the size (C, H, W) of an input (of any model that
-            takes one, and of mmdet's detectors), or a function that calls the
-            model it is given; see :func:`.flops.probe`.
 
     Raises:
         MeasureError: A wrong threshold, no normalization layer, ``inputs`` with a
-            state dict, or of a size that the model cannot be called with.
+            state dict, or such that the model cannot be called with.
         TypeError: ``source`` is neither.
     """
     check_thresholds(threshold, inactive_below)
-    flops = None
+    flops: Flops | None = None
+    unread: dict[str, str] = {}
     if isinstance(source, nn.Module):
         layers = layers_of_model(source)
+        if inputs is not None and not isinstance(inputs, tuple):
+            layers = _measured(source, layers, inputs)
         if inputs is not None:
-            flops = probe(source, live_filters(source, threshold), inputs)
+            size = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else inputs
+            flops = probe(source, live_filters(source, threshold), size)
     elif isinstance(source, Mapping):
-        layers = layers_of_state_dict(source)
+        layers, unread = layers_of_state_dict(source)
         if inputs is not None:
-            raise MeasureError("FLOPs need the model: a state dict does not say how layers connect")
+            raise MeasureError(
+                "a state dict cannot be run: it does not say how layers connect; give the model"
+            )
     else:
         raise TypeError(
             f"measure takes a module or a state dict (a mapping of names to tensors), "
             f"got {type(source).__name__}"
         )
-    return Report(tuple(layers), threshold, inactive_below, flops)
+    return Report(tuple(layers), threshold, inactive_below, flops, unread)
+
+
+def _measured(
+    model: nn.Module, layers: list[Layer], inputs: Tensor | Callable[[nn.Module], Any]
+) -> list[Layer]:
+    """The layers with what their filters do."""
+    modules = norm_modules(model).values()
+    call: Callable[[nn.Module], Any]
+    if not isinstance(inputs, Tensor):
+        call = inputs
+        seen = pull_back(model, modules, call)
+    else:
+        for call in ways_to_compare(model, inputs):
+            try:
+                seen = pull_back(model, modules, call)
+                break
+            except MeasureError:
+                raise
+            except Exception as caught:  # whatever a forward() raises
+                error = caught
+        else:
+            reason = " ".join(str(error).split())
+            raise MeasureError(
+                f"the model cannot be called with these images: {type(error).__name__}: "
+                f"{reason[:200]}; give others, or a function that calls it"
+            ) from error
+    told = does(*seen, unit=1.0).split([layer.gamma.numel() for layer in layers])
+    layers = [
+        dataclasses.replace(layer, does=each) for layer, each in zip(layers, told, strict=True)
+    ]
+    with in_eval_mode(model):
+        return layers_as_wired(model, layers, trace(model, call))

@@ -1,23 +1,14 @@
-r"""Gamma and bias of every filter over a training run, in one append-only file.
+r"""What the filters were and did over a training run, in one append-only file.
 
-    header   b"psbn-trace 1\n", one line of JSON: threshold, inactive_below,
-             layers [[the fields of TracedLayer], ...]
-    records  struct "<4sBqII": b"REC\n", kind, iteration, length and crc32 of the
-             payload that follows
+    header   b"psbn-trace 2 CRC\n", one line of JSON: threshold, inactive_below, version, layers
+             [[the fields of TracedLayer], ...]; CRC is that line's crc32 in hexadecimal
+    records  of one size each, :func:`record_type`: crc32 of all that follows, iteration, gamma and
+             bias of all filters as float32, the L1 norms of the filters in front as float16, and
+             what each filter did (:func:`.criteria.does`) as a byte
 
-A payload is zlib over the bytes, least significant first, of float32 values:
-gamma of all layers concatenated, then bias. They are stored as XOR with the
-record before (kind DELTA) or as they are (kind FULL); frozen layers then
-cost nothing, and values come back exactly. Kind NORMS holds the L1 norms of the
-convolution filters, NaN where there is none. Counts are not stored: they follow
-from the values.
-
-A record that cannot be written whole, because the disk is full, is taken back. A
-killed process leaves a whole file or one that ends in the middle of a record, and
-everything before it is kept. SQLite promises as much, but not in the work dirs
-where runs end up: it needs working locks, which network file systems often lack,
-and a journal beside the file, so that the trace of a killed run could not be read
-without write access, nor copied while it grows.
+Records lie at known places, so that one that is damaged costs itself alone, and a file of any size
+is read by mapping it into memory. A killed process leaves whole records and perhaps a piece of one,
+which is not read and is overwritten by the run that goes on.
 """
 
 from __future__ import annotations
@@ -25,10 +16,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import struct
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -36,11 +26,12 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import PsbnError
-from ..python38 import zip_strict
 from .criteria import INACTIVE_BELOW, THRESHOLD
-from .layers import Layer, judged_as_relu
+from .flops import Flops
+from .layers import Layer
 from .report import Report
 
 try:
@@ -49,10 +40,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FILE_NAME = "collapse.trace"
-MAGIC = b"psbn-trace 1\n"
-_RECORD = struct.Struct("<4sBqII")
-_MARK = b"REC\n"
-_FULL, _DELTA, _NORMS = range(3)
+MAGIC = b"psbn-trace 2 "
 
 
 class TraceError(PsbnError, ValueError):
@@ -69,6 +57,20 @@ class TracedLayer(NamedTuple):
     alpha: float | None = None
 
 
+def record_type(filters: int) -> np.dtype:
+    """One moment of so many filters: 11 bytes a filter."""
+    return np.dtype(
+        [
+            ("crc", "<u4"),
+            ("iteration", "<i8"),
+            ("gamma", "<f4", (filters,)),
+            ("bias", "<f4", (filters,)),
+            ("norm", "<f2", (filters,)),
+            ("does", "u1", (filters,)),
+        ]
+    )
+
+
 @dataclass(frozen=True)
 class Trace:
     """A run: what :class:`Writer` wrote, or a series of checkpoints.
@@ -76,31 +78,28 @@ class Trace:
     Args:
         layers: In the order of their filters.
         iterations: (T,), ascending. For checkpoints 0, 1, ...
-        gamma: (T, F) float32, the filters of all layers concatenated.
-        bias: Likewise.
-        norms: L1 norms of the convolution filters, iteration -> (F,), NaN where
-            no convolution was found.
+        gamma, bias: (T, F) float32, the filters of all layers concatenated.
+        norm: (T, F) float16, L1 norms of the convolution's filters in front, NaN where there is
+            none.
+        does: (T, F) uint8, as :func:`.criteria.does` has it.
         threshold: Of |gamma|.
         inactive_below: Of the activation probability.
         labels: Names of the T moments, if they are no iterations.
+        flops: At the last moment, if they were counted.
+        version: Of psbn_mmdet that wrote it.
     """
 
     layers: tuple[TracedLayer, ...]
     iterations: NDArray[np.int64]
     gamma: NDArray[np.float32]
     bias: NDArray[np.float32]
-    norms: dict[int, NDArray[np.float32]]
+    norm: NDArray[np.float16]
+    does: NDArray[np.uint8]
     threshold: float = THRESHOLD
     inactive_below: float = INACTIVE_BELOW
     labels: tuple[str, ...] | None = None
-
-    @property
-    def relu(self) -> NDArray[np.bool_]:
-        """(F,), whether a ReLU follows each filter; assumed where it is not known."""
-        return np.repeat(
-            [judged_as_relu(layer.followed_by) for layer in self.layers],
-            [layer.filters for layer in self.layers],
-        )
+    flops: Flops | None = None
+    version: str = ""
 
     def moment(self, index: int) -> str:
         """What to call one of the T moments."""
@@ -108,17 +107,35 @@ class Trace:
         return f"iteration {i}" if self.labels is None else self.labels[i]
 
     def report(self, index: int = -1) -> Report:
-        """The report on one of the T moments; L1 norms are the last known by then."""
-        gamma, bias = torch.tensor(self.gamma[index]), torch.tensor(self.bias[index])
-        known = [i for i in self.norms if i <= self.iterations[index]]
-        norms = torch.tensor(self.norms[max(known)]) if known else None
-        layers, start = [], 0
-        for name, filters, conv, followed_by, alpha in self.layers:
-            part = slice(start, start + filters)
-            l1 = norms[part] if norms is not None and conv is not None else None
-            layers.append(Layer(name, gamma[part], bias[part], conv, l1, followed_by, alpha))
-            start += filters
-        return Report(tuple(layers), self.threshold, self.inactive_below)
+        """The report on one of the T moments."""
+        sizes = [layer.filters for layer in self.layers]
+        fields = (self.gamma, self.bias, self.norm, self.does)
+        parts = [torch.from_numpy(np.array(field[index])).split(sizes) for field in fields]
+        layers = [
+            Layer(
+                layer.name,
+                gamma,
+                bias,
+                layer.conv,
+                None if layer.conv is None else norm.float(),
+                layer.followed_by,
+                layer.alpha,
+                does,
+            )
+            for layer, gamma, bias, norm, does in zip(self.layers, *parts, strict=True)
+        ]
+        last = index in (-1, len(self.iterations) - 1)
+        return Report(
+            tuple(layers), self.threshold, self.inactive_below, self.flops if last else None
+        )
+
+
+def layers_of(report: Report) -> tuple[TracedLayer, ...]:
+    """The layers of a report without their values."""
+    return tuple(
+        TracedLayer(layer.name, layer.gamma.numel(), layer.conv, layer.followed_by, layer.alpha)
+        for layer in report.layers
+    )
 
 
 def from_reports(reports: Sequence[Report], labels: Sequence[str]) -> Trace:
@@ -127,150 +144,148 @@ def from_reports(reports: Sequence[Report], labels: Sequence[str]) -> Trace:
     Raises:
         TraceError: They are of different networks.
     """
-    layers = _layers_of(reports[0])
-    for report, label in zip_strict(reports, labels):
-        if [x[:2] for x in _layers_of(report)] != [x[:2] for x in layers]:
+    from .. import __version__
+
+    layers = layers_of(reports[0])
+    for report, label in zip(reports, labels, strict=True):
+        if not same_layers(layers_of(report), layers):
             raise TraceError(f"{label} has other layers than {labels[0]}: show them one by one")
+
+    def stacked(values: Any, dtype: str) -> NDArray[Any]:
+        rows = [torch.cat([values(layer) for layer in r.layers]).numpy() for r in reports]
+        return np.stack(rows).astype(dtype)
+
+    def norm(layer: Layer) -> Tensor:
+        l1 = layer.filter_l1
+        return torch.full_like(layer.gamma, torch.nan) if l1 is None else l1
+
     return Trace(
         layers,
         np.arange(len(reports)),
-        np.stack([np.concatenate([layer.gamma.numpy() for layer in r.layers]) for r in reports]),
-        np.stack([np.concatenate([layer.bias.numpy() for layer in r.layers]) for r in reports]),
-        {i: norms_of(r) for i, r in enumerate(reports)},
+        stacked(lambda layer: layer.gamma, "<f4"),
+        stacked(lambda layer: layer.bias, "<f4"),
+        stacked(norm, "<f2"),
+        stacked(lambda layer: layer.does, "u1"),
         reports[0].threshold,
         reports[0].inactive_below,
         tuple(labels),
+        reports[-1].flops,
+        __version__,
     )
 
 
-def norms_of(report: Report) -> NDArray[np.float32]:
-    """L1 norms of the convolution filters of a report, (F,), NaN where there is none."""
-    parts = [
-        torch.full_like(layer.gamma, torch.nan) if layer.filter_l1 is None else layer.filter_l1
-        for layer in report.layers
-    ]
-    return torch.cat(parts).numpy()
-
-
-def _layers_of(report: Report) -> tuple[TracedLayer, ...]:
-    return tuple(
-        TracedLayer(layer.name, layer.gamma.numel(), layer.conv, layer.followed_by, layer.alpha)
-        for layer in report.layers
-    )
+def same_layers(a: Sequence[TracedLayer], b: Sequence[TracedLayer]) -> bool:
+    """Whether names and sizes agree."""
+    return [layer[:2] for layer in a] == [layer[:2] for layer in b]
 
 
 class Writer:
-    """Appends to the trace file of a run; continues that of a resumed run.
+    """Appends to a trace file of a work dir; that of a run that is resumed goes on.
 
-    Records after ``iteration`` are dropped, as the run has been put back to it.
-    A file that does not belong to this run, because the run starts from scratch or
-    has other layers, is moved aside to NAME-1.trace, NAME-2.trace, ...
+    A run that starts gets a file of its own: ``collapse.trace``, or ``collapse-1.trace``, ... where
+    there are others. A resumed run goes on in the newest, whose records after ``iteration`` are
+    dropped, as the run has been put back to it, unless that file is of another network or another
+    process still writes to it.
 
-    Each record is on the disk when a call returns. A call that raises has left the
-    file as it was, and the next one may succeed.
+    Each record is on the disk when a call returns. A call that raises has left the file as it was,
+    and the next one may succeed.
 
     Args:
-        path: The file.
-        report: On the model at ``iteration``: layers and thresholds.
+        folder: The work dir.
+        report: On the model: layers and thresholds.
         iteration: Iterations done.
 
     Raises:
         OSError: The file cannot be opened, as in a folder that is read-only.
     """
 
-    def __init__(self, path: str | os.PathLike, report: Report, iteration: int) -> None:
-        self.path = Path(path)
-        self.moved_to: Path | None = None
-        self.recorded: set[tuple[str, int]] = set()
+    def __init__(self, folder: str | os.PathLike, report: Report, iteration: int) -> None:
+        from .. import __version__
+
+        layers = layers_of(report)
+        self._type = record_type(sum(layer.filters for layer in layers))
+        self.recorded: set[int] = set()
+        self._torn = False  # whether a piece of a record may stand behind the end
         head = {
             "threshold": report.threshold,
             "inactive_below": report.inactive_below,
-            "layers": _layers_of(report),
+            "version": __version__,
+            "layers": layers,
         }
-        self._header = MAGIC + json.dumps(head).encode() + b"\n"
-        self._previous: NDArray[np.uint32] | None = None
-        self._end = 0  # of the last whole record
-        self._torn = False  # whether something may stand behind it
-        content = self.path.read_bytes() if self.path.exists() else b""
-        if content:
-            old = _parse_header(content)
-            if iteration > 0 and old and _same_run(old[0], head):
-                self._end = self._end_of_records(content, old[1], iteration)
-            else:
-                self.moved_to = _free_name(self.path)
-                self.path.rename(self.moved_to)
-        # Without a buffer: what has been written survives the process.
-        mode = "r+b" if self.path.exists() else "x+b"
-        self._file = open(self.path, mode, buffering=0)  # noqa: SIM115
+        line = json.dumps(head).encode()
+        self._header = MAGIC + b"%08x\n" % zlib.crc32(line) + line + b"\n"
+        files = files_of(folder)
+        if iteration > 0 and files and self._goes_on(files[-1], head, iteration):
+            return
+        number = 1 + max((_number_of(path) for path in files), default=-1)
+        name = f"-{number}.".join(FILE_NAME.split(".")) if number else FILE_NAME
+        self.path = Path(folder, name)
+        self._file: IO[bytes] = open(self.path, "x+b", buffering=0)  # noqa: SIM115
+        _lock(self._file)
+        self._end = 0
+
+    def _goes_on(self, path: Path, head: dict[str, Any], iteration: int) -> bool:
+        """Whether the run goes on in this file, which is then opened and put back to it."""
+        try:
+            old, start, records = _open(path)
+        except TraceError:
+            return False
+        if any(old[k] != head[k] for k in ("threshold", "inactive_below")) or (
+            not same_layers(old["layers"], head["layers"])
+        ):
+            return False
+        file = open(path, "r+b", buffering=0)  # noqa: SIM115
+        if not _lock(file):
+            file.close()
+            return False
+        kept = [i for i, at in _whole(records) if at <= iteration]
+        self.path, self._file = path, file
+        self.recorded = {int(records["iteration"][i]) for i in kept}
+        self._end = start + (1 + max(kept, default=-1)) * self._type.itemsize
+        del records  # a mapped file cannot be cut everywhere
         self._file.truncate(self._end)
+        return True
 
-    def _end_of_records(self, content: bytes, start: int, iteration: int) -> int:
-        for kind, at, _, end in _records(content, start):
-            if at > iteration:
-                return start
-            self.recorded.add(("norms" if kind == _NORMS else "state", at))
-            start = end
-        return start
-
-    def write(self, iteration: int, gamma: torch.Tensor, bias: torch.Tensor) -> None:
-        """Append gamma and bias, (F,) each, unless there is a record of this iteration.
+    def write(
+        self, iteration: int, gamma: Tensor, bias: Tensor, norm: Tensor, does: Tensor
+    ) -> None:
+        """Append a moment, (F,) each, unless there is a record of this iteration.
 
         Raises:
             OSError: The record cannot be written, as on a full disk.
             TraceError: Another process writes to the file, or it was removed.
         """
-        if ("state", iteration) in self.recorded:
+        if iteration in self.recorded:
             return
-        values = np.concatenate([gamma.numpy(), bias.numpy()]).astype("<f4").view("<u4")
-        if self._previous is None:
-            self._append(_FULL, iteration, values)
-        else:
-            self._append(_DELTA, iteration, values ^ self._previous)
-        self._previous = values
-        self.recorded.add(("state", iteration))
-
-    def write_norms(self, iteration: int, report: Report) -> None:
-        """Append the L1 norms of the filters, unless there is a record of this iteration.
-
-        Raises:
-            OSError, TraceError: As in :meth:`write`.
-        """
-        if ("norms", iteration) not in self.recorded:
-            self._append(_NORMS, iteration, norms_of(report).astype("<f4").view("<u4"))
-            self.recorded.add(("norms", iteration))
-
-    def _append(self, kind: int, iteration: int, values: NDArray[np.uint32]) -> None:
-        # Bytes of equal significance side by side: those of the exponents compress.
-        planes = values.view(np.uint8).reshape(-1, 4).T.tobytes()
-        payload = zlib.compress(planes, 1)
-        head = _RECORD.pack(_MARK, kind, iteration, len(payload), zlib.crc32(payload))
-        record = head + payload
+        record = np.zeros((), self._type)
+        record["iteration"] = iteration
+        for name, values in [("gamma", gamma), ("bias", bias), ("norm", norm), ("does", does)]:
+            record[name] = values.numpy()
+        record["crc"] = _crc(record)
+        content = record.tobytes()
         if self._end == 0:
-            record = self._header + record
-        with _locked(self._file):
-            if self._torn:
+            content = self._header + content
+        state = os.fstat(self._file.fileno())
+        if (state.st_size != self._end and not self._torn) or not state.st_nlink:
+            raise TraceError(
+                f"{self.path}: was changed by something else; are two runs going on in one work "
+                "dir?"
+            )
+        self._torn = True
+        try:
+            self._write_all(content)
+        except OSError:
+            with suppress(OSError):  # the next call tries it again
                 self._file.truncate(self._end)
                 self._torn = False
-            status = os.fstat(self._file.fileno())
-            if status.st_size != self._end or status.st_nlink == 0:
-                raise TraceError(
-                    f"{self.path}: was changed or removed by another process; are two runs "
-                    "going on in one work dir?"
-                )
-            self._torn = True
-            try:
-                self._write_all(record)
-            except OSError:
-                with suppress(OSError):  # the next call tries it again
-                    self._file.truncate(self._end)
-                    self._torn = False
-                raise
-            self._torn = False
-        self._end += len(record)
+            raise
+        self._torn = False
+        self._end += len(content)
+        self.recorded.add(iteration)
 
-    def _write_all(self, record: bytes) -> None:
+    def _write_all(self, content: bytes) -> None:
         self._file.seek(self._end)
-        rest = memoryview(record)
+        rest = memoryview(content)
         while rest:  # a disk that is nearly full takes a part, then raises
             written = self._file.write(rest)
             if not written:
@@ -283,111 +298,105 @@ class Writer:
         self._file.close()
 
 
-@contextmanager
-def _locked(file: IO[bytes]) -> Iterator[None]:
-    """Keep other processes from appending meanwhile, where the file system has locks.
+def _lock(file: IO[bytes]) -> bool:
+    """Keep other processes from going on in a file, where the file system has locks.
 
-    Raises:
-        TraceError: Another process is appending.
+    The lock is the process's own: workers of a DataLoader that outlive it do not hold it.
     """
-    locked = False
     if fcntl is not None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except BlockingIOError as error:
-            raise TraceError(
-                f"{file.name}: another process is writing to it; are two runs going on in one "
-                "work dir?"
-            ) from error
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
         except OSError:  # no locks there; the size of the file still tells
             pass
-    try:
-        yield
-    finally:
-        if locked:
-            fcntl.flock(file, fcntl.LOCK_UN)
+    return True
 
 
-def _records(content: bytes, start: int) -> Iterator[tuple[int, int, bytes, int]]:
-    """(kind, iteration, payload, end) of each whole record."""
-    while len(content) - start >= _RECORD.size:
-        mark, kind, iteration, length, crc = _RECORD.unpack_from(content, start)
-        start += _RECORD.size
-        payload = content[start : start + length]
-        if mark != _MARK or zlib.crc32(payload) != crc:
-            return
-        start += length
-        yield kind, iteration, payload, start
+def files_of(folder: str | os.PathLike) -> list[Path]:
+    """The trace files of a work dir, in the order of their numbers: the newest is the last."""
+    stem, suffix = FILE_NAME.split(".")
+    found = [p for p in Path(folder).glob(f"{stem}*.{suffix}") if _number_of(p) >= 0]
+    return sorted(found, key=_number_of)
 
 
-def _parse_header(content: bytes) -> tuple[dict[str, Any], int] | None:
-    """The header and where it ends; None if there is no whole one."""
-    end = content.find(b"\n", len(MAGIC))
-    if not content.startswith(MAGIC) or end < 0:
-        return None
-    try:
-        head = json.loads(content[len(MAGIC) : end])
-        head["layers"] = tuple(TracedLayer(*entry) for entry in head["layers"])
-    except (ValueError, TypeError, KeyError):
-        return None
-    return head, end + 1
+def _number_of(path: Path) -> int:
+    """collapse.trace: 0, collapse-3.trace: 3; -1 of other names."""
+    number = path.stem.removeprefix(FILE_NAME.split(".")[0])
+    if not number:
+        return 0
+    return int(number[1:]) if number[0] == "-" and number[1:].isdigit() else -1
 
 
-def _same_run(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether two headers agree in all that the records and their counts rest on."""
-    return all(old.get(key) == new[key] for key in ("threshold", "inactive_below")) and (
-        [layer[:2] for layer in old["layers"]] == [layer[:2] for layer in new["layers"]]
-    )
+def _crc(record: NDArray[Any]) -> int:
+    return zlib.crc32(record.tobytes()[4:])
 
 
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (name := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-        number += 1
-    return name
+def _whole(records: NDArray[Any]) -> list[tuple[int, int]]:
+    """(index, iteration) of the records that are not damaged, with ascending iterations."""
+    found, last = [], -1
+    for i, record in enumerate(records):
+        at = int(record["iteration"])
+        if at > last and int(record["crc"]) == _crc(record):
+            found.append((i, at))
+            last = at
+    return found
+
+
+def _open(path: Path) -> tuple[dict[str, Any], int, NDArray[Any]]:
+    """The header, where it ends, and the records, mapped into memory.
+
+    Raises:
+        TraceError: The file is missing, empty or no trace.
+    """
+    if not path.is_file():
+        raise TraceError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        first, line = file.readline(100), file.readline()
+        start, size = file.tell(), os.fstat(file.fileno()).st_size
+    if not first:
+        raise TraceError(f"{path}: is empty; the run has not recorded anything")
+    if first.startswith(b"psbn-trace 1"):
+        raise TraceError(f"{path}: was written by an earlier version of psbn_mmdet")
+    if first != MAGIC + b"%08x\n" % zlib.crc32(line[:-1]) or not line.endswith(b"\n"):
+        raise TraceError(f"{path}: is no trace file of psbn_mmdet, or its header is damaged")
+    head = json.loads(line)
+    head["layers"] = tuple(TracedLayer(*entry) for entry in head["layers"])
+    kind = record_type(sum(layer.filters for layer in head["layers"]))
+    n = (size - start) // kind.itemsize
+    if n == 0:
+        return head, start, np.zeros(0, kind)
+    return head, start, np.memmap(path, kind, "r", start, (n,))
 
 
 def read(path: str | os.PathLike) -> Trace:
-    """Read a run; a record that was cut off, and what follows it, is left out.
+    """Read a run; damaged records and one that was cut off are left out.
+
+    The arrays lie in the file, which is mapped into memory, not read.
 
     Args:
-        path: The trace file, or the work dir that it is in.
+        path: A trace file, or a work dir, whose newest is read.
 
     Raises:
         TraceError: The file is missing, empty, no trace, or has no whole record.
     """
     path = Path(path)
     if path.is_dir():
-        path /= FILE_NAME
-    if not path.is_file():
-        raise TraceError(f"{path}: no such file")
-    content = path.read_bytes()
-    if not content:
-        raise TraceError(f"{path}: is empty; the run has not recorded anything")
-    header = _parse_header(content)
-    if header is None:
-        raise TraceError(f"{path}: is no trace file of psbn_mmdet")
-    head, start = header
-    iterations, states, norms, previous = [], [], {}, None
-    for kind, iteration, payload, _ in _records(content, start):
-        planes = np.frombuffer(zlib.decompress(payload), np.uint8).reshape(4, -1)
-        values = np.ascontiguousarray(planes.T).view("<u4").ravel()
-        if kind == _NORMS:
-            norms[iteration] = values.view("<f4")
-            continue
-        previous = values if kind == _FULL else values ^ previous
-        iterations.append(iteration)
-        states.append(previous.view("<f4"))
-    if not states:
+        path = next(iter(files_of(path)[::-1]), path / FILE_NAME)
+    head, _, records = _open(path)
+    kept = [i for i, _ in _whole(records)]
+    if not kept:
         raise TraceError(f"{path}: holds no whole record; the run has not recorded anything")
-    gamma, bias = np.split(np.stack(states), 2, axis=1)
+    if len(kept) < len(records):  # a copy, which is rare
+        records = records[kept]
     return Trace(
         head["layers"],
-        np.array(iterations),
-        gamma,
-        bias,
-        norms,
+        records["iteration"].astype(np.int64),
+        records["gamma"],
+        records["bias"],
+        records["norm"],
+        records["does"],
         head["threshold"],
         head["inactive_below"],
+        version=head["version"],
     )

@@ -87,6 +87,8 @@ def anchor_bias_decay(
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         anchored = anchor_bias_decay(model, optimizer)
 
+    Copies are not anchored: after `copy.deepcopy((model, optimizer))` anchor the copies.
+
     Args:
         model: any module with BatchNorm or InstanceNorm layers, subclasses included; also compiled,
             scripted, exported, or wrapped for distributed data parallel training.

@@ -1,4 +1,4 @@
-"""The process group of one job, and what its ranks must agree on.
+"""The process group of one job, and how its ranks decide and fail together.
 
 mmengine's own start puts every Slurm job on port 29500, needs a GPU, and waits without end
 when a link goes down. So the group is made here, before a Runner is built:
@@ -12,8 +12,6 @@ when a link goes down. So the group is made here, before a Runner is built:
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import os
 import shutil
 import socket
@@ -32,7 +30,7 @@ from mmengine.device import get_device
 from mmengine.dist import all_gather_object, broadcast_object_list
 
 from ..errors import BAD_INPUT, PsbnError
-from .config import UsageError, check_synchronised_norm
+from .config import UsageError
 
 T = TypeVar("T")
 
@@ -91,8 +89,8 @@ def process_group(cfg: Config, launcher: str) -> Iterator[None]:
         launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
 
     Raises:
-        UsageError: This is no process of such a launcher, the others were not found, they
-            are of another job, or they train by another config.
+        UsageError: This is no process of such a launcher, the others were not found, or they
+            are of another job.
     """
     cfg.launcher = launcher
     if launcher == "none":
@@ -112,9 +110,7 @@ def process_group(cfg: Config, launcher: str) -> Iterator[None]:
             "torch",
         ):
             _join(cfg, place)
-            agree("config", _what_is_trained(cfg))
         # else: mmengine starts the group, with the address and port set above
-        on_all_ranks(lambda: check_synchronised_norm(cfg, place.processes))
         if not torch.cuda.is_available():
             cfg.setdefault(
                 "model_wrapper_cfg",
@@ -136,23 +132,38 @@ def _place(launcher: str) -> Place:
     if launcher == "pytorch":
         needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         _demand(launcher, needed, "start it with tools/dist_*.sh or torchrun")
-        return Place(int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"]), "")
+        _check_port()
+        return Place(_number("RANK"), _number("LOCAL_RANK"), _number("WORLD_SIZE"), "")
     if launcher == "mpi":
         names = [f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "LOCAL_RANK", "SIZE")]
         _demand(launcher, (*names, "MASTER_ADDR"), "start it with mpirun, MASTER_ADDR=HOST before")
         env.setdefault("MASTER_PORT", "29500")
-        number, local, processes = (int(env[name]) for name in names)
+        _check_port()
+        number, local, processes = map(_number, names)
         return Place(number, local, processes, env.get("PMIX_NAMESPACE", "mpi"))
     needed = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
     _demand(launcher, needed, "start it with tools/slurm_*.sh or srun")
-    job, step = env["SLURM_JOB_ID"], env["SLURM_STEP_ID"]
-    env.setdefault("MASTER_PORT", str(slurm_port(int(job), int(step))))
+    job, step, number, local, processes = map(_number, needed)
+    env.setdefault("MASTER_PORT", str(slurm_port(job, step)))
+    _check_port()
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"])
     name = f"{env.get('SLURM_CLUSTER_NAME', 'slurm')} job {job}.{step}"
     name += f" start {env.get('SLURM_RESTART_COUNT', 0)}"
-    number, local, processes = (int(env[name]) for name in needed[2:])
     return Place(number, local, processes, name)
+
+
+def _number(variable: str) -> int:
+    given = os.environ[variable]
+    if not given.isdecimal():
+        raise UsageError(f"{variable}={given}: wanted a number; it is the launcher that sets it")
+    return int(given)
+
+
+def _check_port() -> None:
+    port = os.environ["MASTER_PORT"]
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(f"MASTER_PORT={port}: wanted a number from 1 to 65535")
 
 
 def _demand(launcher: str, names: tuple[str, ...], how: str) -> None:
@@ -234,20 +245,6 @@ def _store(place: Place, wait: timedelta) -> dist.Store:
             "MASTER_PORT names another port"
         )
     return dist.PrefixStore(place.job, store)
-
-
-def _what_is_trained(cfg: Config) -> str:
-    """A fingerprint of what all ranks must have in common; paths may differ between nodes."""
-    keys = ("model", "optim_wrapper", "param_scheduler", "train_cfg", "randomness", "sync_bn")
-    common = {key: cfg.get(key) for key in keys}
-    common["batch_size"] = (cfg.get("train_dataloader") or {}).get("batch_size")
-    common["run"] = os.environ.get("TORCHELASTIC_RUN_ID", "")
-
-    def name(x: Any) -> str:  # repr would hold the address of a function
-        return getattr(x, "__name__", type(x).__name__)
-
-    text = json.dumps(common, sort_keys=True, default=name)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _leave() -> None:

@@ -19,17 +19,22 @@ from torch import fx, nn
 from ..python38 import removesuffix
 from .recognize import is_norm_layer, norm_layers
 
-Follower = Literal["relu", "leaky", "other", "none", "unknown"]
+Follower = Literal["relu", "leaky", "hard", "other", "none", "sum", "unknown"]
 
 # By the name of the function, method or operator; nn's classes are written alike.
 _RELU = {"relu", "relu6"}
 _LEAKY = {"leaky_relu", "prelu", "rrelu"}
+_HARD = {
+    *("hardswish", "hardsigmoid", "hardshrink", "softshrink", "hardtanh", "clamp", "clamp_min"),
+    *("clamp_max", "clip", "threshold", "_threshold", "maximum", "minimum"),
+}
 _OTHER = {
     *("silu", "gelu", "elu", "selu", "celu", "mish", "glu", "sigmoid", "logsigmoid", "tanh"),
-    *("hardswish", "hardsigmoid", "softplus", "softsign", "hardshrink", "softshrink"),
-    *("tanhshrink", "softmax", "log_softmax", "hardtanh", "clamp", "clamp_min", "clip"),
-    *("threshold", "_threshold"),
+    *("softplus", "softsign", "tanhshrink", "softmax", "log_softmax"),
 }
+_COMPARE = {"gt", "ge", "lt", "le", "eq", "ne"}  # no gradient passes
+_ZEROS = {"zeros", "zeros_like", "new_zeros"}
+_AS = {"float", "half", "to", "type_as"}
 # A channel that is never positive in front of these is never positive behind them.
 _PASS = {
     *("add", "iadd", "cat", "concat", "concatenate", "stack", "getitem", "chunk", "split"),
@@ -40,6 +45,12 @@ _PASS = {
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
     *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "mean", "sum"),
     *("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+}
+# Behind these the sign of what arrives depends on other channels or positions, too.
+_MIX = {
+    *("add", "iadd", "sub", "isub", "rsub", "mean", "sum", "interpolate", "upsample"),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
 }
 _SCALE = {"mul", "imul", "multiply", "div", "truediv", "itruediv"}
 _FLIP = {"sub", "isub", "rsub", "neg"}
@@ -52,21 +63,25 @@ _PASSING_MODULES = (
 _NORMALIZE = {"batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit"}
 
 
-def followed_by(model: nn.Module, *, whole: bool = True) -> dict[str, Follower]:
+def followed_by(
+    model: nn.Module, *, whole: bool = True, through_sums: bool = True
+) -> dict[str, Follower]:
     """What the output of each norm layer goes into, told from the model's own code.
 
     ===========  ======================================================================
     ``relu``     ReLU, ReLU6 or a clamp at 0: exactly 0 with no gradient where negative
     ``leaky``    LeakyReLU, PReLU or RReLU: a gradient everywhere
+    ``hard``     another one with an exact region without gradient: Hardswish, a clamp elsewhere
     ``other``    another activation, such as SiLU, GELU or Sigmoid
     ``none``     no activation: a convolution, another norm layer, the end of the model
+    ``sum``      an addition or average, if these are not looked through
     ``unknown``  cannot be told
     ===========  ======================================================================
 
     Additions, concatenations, pooling, `nn.Identity`, dropout and changes of shape are looked
     through: what follows them follows the layer, so the last norm layer of a ResNet's block is
     followed by the ReLU behind the sum. Where a layer's output has several uses, the answer is the
-    one that lets most through (none, leaky, other, unknown, relu in this order): a layer is
+    one that lets most through (none, leaky, other, hard, unknown, relu in this order): a layer is
     'relu' only if nothing of it escapes a ReLU.
 
     The model is traced by torch.fx, with the defaults of its `forward` (for a detector of mmdet,
@@ -77,20 +92,22 @@ def followed_by(model: nn.Module, *, whole: bool = True) -> dict[str, Follower]:
     Args:
         model: Any module. Scripted ones cannot be traced.
         whole: Whether the model is all there is. If not, what follows its outputs is unknown.
+        through_sums: Whether additions are looked through. If not, ``relu`` is said only of layers
+            whose gamma and bias alone decide whether it fires.
 
     Returns:
         By the layer's name, for all of `norm_layers(model)`.
     """
-    by_name, _ = _all_uses(model, whole)
+    by_name, _ = _all_uses(model, whole, through_sums)
     return {name: _most_open(by_name.get(name)) for name in norm_layers(model)}
 
 
 def rectified(model: nn.Module) -> dict[str, bool | None]:
     """Whether a rectifier follows the norm layer of each trained bias: True, False, None: unknown.
 
-    True if any use of the layer's output is 'relu' or 'leaky' as :func:`followed_by` has it. The
-    functional `batch_norm` of a traced or exported graph counts as a layer. psBN layers have no
-    parameter `bias` and are not listed.
+    True if any use of the layer's output is 'relu', 'leaky' or 'hard' as :func:`followed_by` has
+    it. The functional `batch_norm` of a traced or exported graph counts as a layer. psBN layers
+    have no parameter `bias` and are not listed.
 
     Returns:
         By the name of the bias, as in `model.named_parameters()`.
@@ -120,7 +137,7 @@ def without_rectifier(model: nn.Module) -> set[str]:
 
 
 def _rectifies(kinds: set[Follower]) -> bool | None:
-    if kinds & {"relu", "leaky"}:
+    if kinds & {"relu", "leaky", "hard"}:
         return True
     return None if "unknown" in kinds else False
 
@@ -128,7 +145,7 @@ def _rectifies(kinds: set[Follower]) -> bool | None:
 def _most_open(kinds: set[Follower] | None) -> Follower:
     if kinds is None:
         return "unknown"
-    order: list[Follower] = ["none", "leaky", "other", "unknown", "relu"]
+    order: list[Follower] = ["none", "sum", "leaky", "other", "hard", "unknown", "relu"]
     return next((kind for kind in order if kind in kinds), "none")  # no use at all
 
 
@@ -138,7 +155,7 @@ def _trained_bias(module: nn.Module) -> nn.Parameter | None:
 
 
 def _all_uses(
-    model: nn.Module, whole: bool
+    model: nn.Module, whole: bool, through_sums: bool = True
 ) -> tuple[dict[str, set[Follower]], dict[int, set[Follower]]]:
     """The kinds of use of each layer that can be seen: by its name, and by id() of its bias."""
     by_name: dict[str, set[Follower]] = {}
@@ -151,7 +168,7 @@ def _all_uses(
         return by_name, by_bias
     names = {id(module): name for name, module in twin.named_modules()}
     with torch.random.fork_rng(devices=[]):
-        for layer, bias, kinds in _look(twin, whole, set()):
+        for layer, bias, kinds in _look(twin, whole, set(), through_sums):
             by_name.setdefault(names[id(layer)], set()).update(kinds)
             if bias is not None:
                 by_bias.setdefault(id(bias), set()).update(kinds)
@@ -161,18 +178,19 @@ def _all_uses(
 _Seen = Tuple[nn.Module, Optional[nn.Parameter], Set[Follower]]
 
 
-def _look(module: nn.Module, whole: bool, known: set[int]) -> Iterator[_Seen]:
+def _look(module: nn.Module, whole: bool, known: set[int], through_sums: bool) -> Iterator[_Seen]:
     """Each call of a norm layer: from the module's graph; layers not in it from those of its parts.
 
     Args:
         module: Where to look.
         whole: As in :func:`followed_by`.
         known: id() of layers seen already, which need no second look; filled here.
+        through_sums: As in :func:`followed_by`.
     """
     inside = norm_layers(module).values()
     graph = _graph_of(module)
     if graph is not None:
-        scope = _Scope(module, at_output=lambda: {"none"} if whole else {"unknown"})
+        scope = _Scope(module, lambda: {"none"} if whole else {"unknown"}, through_sums)
         new = [
             (*called, scope.uses(node))
             for node in graph.nodes
@@ -183,7 +201,7 @@ def _look(module: nn.Module, whole: bool, known: set[int]) -> Iterator[_Seen]:
     if any(id(layer) not in known for layer in inside):
         for child in module.children():
             if any(id(m) not in known for m in norm_layers(child).values()):
-                yield from _look(child, False, known)
+                yield from _look(child, False, known, through_sums)
 
 
 class _Tracer(fx.Tracer):
@@ -239,9 +257,12 @@ def _name(node: fx.Node) -> str:
 class _Scope:
     """A graph being read: the module it is of, and what its outputs go into."""
 
-    def __init__(self, root: nn.Module, at_output: Callable[[], set[Follower]]) -> None:
+    def __init__(
+        self, root: nn.Module, at_output: Callable[[], set[Follower]], through_sums: bool
+    ) -> None:
         self.root = root
         self.at_output = at_output
+        self.through_sums = through_sums
         self._known: dict[fx.Node, set[Follower]] = {}
 
     def uses(self, node: fx.Node) -> set[Follower]:
@@ -263,7 +284,7 @@ class _Scope:
             return False
         name = user.target if isinstance(user.target, str) else user.target.__name__
         in_place = name.split(".")[0].endswith("_") or user.kwargs.get("inplace") is True
-        return in_place and _name(user) in _RELU | _LEAKY | _OTHER
+        return in_place and _name(user) in _RELU | _LEAKY | _HARD | _OTHER
 
     def _use(self, user: fx.Node, source: fx.Node) -> set[Follower]:
         if user.op == "output":
@@ -272,11 +293,20 @@ class _Scope:
             module = self.root.get_submodule(str(user.target))
             kind = _module_kind(module)
             if kind == "pass":
-                return self.uses(user)
+                mixes = (
+                    type(module).__module__.endswith("pooling") and "Avg" in type(module).__name__
+                )
+                return self.uses(user) if self.through_sums or not mixes else {"sum"}
             return {kind} if kind else self._inside(module, user, source)
         name = _name(user)
-        if name in _RELU or (name in _OTHER and _cuts_at_0(user)):
+        if name in _MIX and not self.through_sums:
+            return {"sum"}
+        if name in _RELU or (name in _HARD and _cuts_at_0(user)) or _keeps_positive(user, source):
             return {"relu"}
+        if name in _HARD or (name == "where" and _compares(user.args[0], source)):
+            return {"hard"}
+        if name in _COMPARE | _ZEROS or (name in _AS and user.args[0] is not source):
+            return set()
         if name in _LEAKY:
             return {"leaky"}
         if name in _OTHER:
@@ -317,7 +347,7 @@ class _Scope:
             arguments = [a for a, value in zip(arguments, user.args) if _holds(value, source)]
         if not arguments:
             return {"unknown"}
-        scope = _Scope(module, at_output=lambda: self.uses(user))
+        scope = _Scope(module, lambda: self.uses(user), self.through_sums)
         return set().union(*(scope.uses(argument) for argument in arguments))
 
 
@@ -339,6 +369,38 @@ def _cuts_at_0(node: fx.Node) -> bool:
     return isinstance(low, Real) and low == 0
 
 
+def _compares(value: Any, source: fx.Node) -> bool:
+    """Whether a value is a comparison of a node, as a mask or as numbers."""
+    while isinstance(value, fx.Node) and _name(value) in _AS:
+        value = value.args[0]
+    return isinstance(value, fx.Node) and _name(value) in _COMPARE and source in value.args
+
+
+def _is_0(value: Any) -> bool:
+    if isinstance(value, fx.Node):
+        return _name(value) in _ZEROS
+    return isinstance(value, Real) and value == 0
+
+
+def _keeps_positive(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node is ReLU written out: max(x, 0), where(x > 0, x, 0), x * (x > 0)."""
+    mask: Any
+    name, args = _name(node), node.args
+    if name in ("maximum", "max"):
+        return len(args) == 2 and any(_is_0(arg) for arg in args)
+    if name == "where" and len(args) == 3:
+        mask, kept, other = args
+    elif name in _SCALE and len(args) == 2:
+        mask, kept, other = args[args[0] is source], source, 0
+    else:
+        return False
+    if kept is not source or not _is_0(other) or not _compares(mask, source):
+        return False
+    while _name(mask) not in _COMPARE:
+        mask = mask.args[0]
+    return _name(mask) in ("gt", "ge") and mask.args[0] is source and _is_0(mask.args[1])
+
+
 def _module_kind(module: nn.Module) -> Follower | Literal["pass"] | None:
     """What is known of a module by its class; None for one that is not torch's own."""
     if isinstance(module, (nn.ReLU, nn.ReLU6)):
@@ -349,6 +411,8 @@ def _module_kind(module: nn.Module) -> Follower | Literal["pass"] | None:
         return "relu"
     if isinstance(module, nn.Threshold) and module.threshold == module.value == 0:
         return "relu"
+    if type(module).__name__.lower() in _HARD and type(module).__module__.startswith("torch.nn"):
+        return "hard"
     homes = [cls.__module__ for cls in type(module).__mro__ if cls is not nn.Module]
     home = next((home for home in homes if home.startswith("torch.nn")), None)
     if isinstance(module, nn.Identity) or home in _PASSING_MODULES:

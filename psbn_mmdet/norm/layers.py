@@ -242,9 +242,14 @@ class PostShift(nn.Module):
             return rebase(tensor, old, new, tensor.dtype if assign else self.beta.dtype)
 
         # torch.distributed.checkpoint fills in what it does not find from the module itself.
-        from_bn = bias is not None and (beta is None or old is None or _is_same(beta, self.beta))
+        from_bn = bias is not None and (beta is None or saved is None or saved is self.alpha)
         if from_bn:
-            beta = based(_as_sharded(bias, self.beta), 0)
+            if hasattr(self.beta, "placements") and not hasattr(bias, "placements"):
+                raise RuntimeError(
+                    f"{name}: the whole state dict of a BN cannot be spread over shards of psBN: "
+                    "convert it before, with psbn_mmdet.checkpoint.psbn_state_dict"
+                )
+            beta = based(bias, 0)
         elif beta is not None and old is not None:
             kept = based(beta, old)
             if _comparable(bias, beta) and not (same := agree(bias, beta, old)).all():
@@ -261,22 +266,6 @@ class PostShift(nn.Module):
         if assign or not self.beta.is_meta:
             self.preserved = from_bn
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-
-def _is_same(tensor: Tensor, own: Tensor) -> bool:
-    """Whether a tensor of a state dict is the module's own."""
-    return tensor is own or (
-        type(tensor) is Tensor and not tensor.is_meta and tensor.data_ptr() == own.data_ptr() != 0
-    )
-
-
-def _as_sharded(tensor: Tensor, own: Any) -> Tensor:
-    """A whole tensor as the shard of it that a process holds, where its parameter is sharded."""
-    if not hasattr(own, "placements") or hasattr(tensor, "placements"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements)
 
 
 def _comparable(bias: Any, beta: Tensor) -> bool:

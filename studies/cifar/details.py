@@ -6,6 +6,7 @@ JSON alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Dict, List
@@ -21,7 +22,7 @@ from psbn_mmdet.python38 import removeprefix, removesuffix
 from studies.runs import folder_of, result_of, spread
 
 from .cuts import cut, size_of
-from .experiments import Experiment, Run
+from .experiments import BN, Experiment, Run
 from .networks import macs
 from .rounds import network_state
 from .settings import Settings
@@ -212,6 +213,37 @@ def _recovery(experiment: Experiment, arms: Arms, out: Path) -> dict[str, Any]:
     return {"recovery": found}
 
 
+CHANCE = 15.0
+"""Accuracy in percent, of ten classes, below which a network has learnt nothing."""
+
+
+def sign_flips(differences: Sequence[float]) -> float:
+    """Two-sided p of a paired permutation test, exact: all 2^n ways to flip the signs."""
+    values = np.array(differences)
+    signs = np.array(list(itertools.product((1, -1), repeat=len(values))))
+    means = np.abs(signs @ values)
+    return float((means >= abs(values.sum()) * (1 - 1e-12)).mean())
+
+
+def _robustness(experiment: Experiment, arms: Arms, out: Path) -> dict[str, Any]:
+    """Of each arm after its last round: seeds at chance, and accuracy minus that of BN."""
+    accuracies: dict[str, dict[int, float]] = {}
+    for arm, runs in arms.items():
+        results = [(run.settings.seed, result_of(experiment, run, out)) for run in runs]
+        accuracies[arm] = {s: r["rounds"][-1]["accuracy"] for s, r in results if r}
+    found = {}
+    for arm, values in accuracies.items():
+        baseline = f"{arms[arm][0].line}, {BN}"
+        seeds = [] if arm == baseline else sorted({*values} & {*accuracies.get(baseline, {})})
+        differences = [values[seed] - accuracies[baseline][seed] for seed in seeds]
+        found[arm] = {
+            "at_chance": sum(value < CHANCE for value in values.values()),
+            "differences": differences,
+            "p": sign_flips(differences) if differences else None,
+        }
+    return {"robustness": found}
+
+
 def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
     """Five digits are more than a picture shows."""
     return [float(f"{value:.5g}") for value in values]
@@ -223,5 +255,6 @@ DETAILS: dict[str, Callable[[Experiment, Arms, Path], dict[str, Any]]] = {
     "pruning": _sizes,
     "cuts": _cuts,
     "recovery": _recovery,
+    "robustness": _robustness,
 }
 """Kind of figure -> what it shows of the finished runs, under the JSON's keys."""

@@ -227,6 +227,7 @@ def _draw_recovery(figure: Figure, summary: dict[str, Any]) -> None:
 
 _DRAW: dict[str, Callable[[Figure, dict[str, Any]], None]] = {
     "rounds": _draw_rounds,
+    "robustness": _draw_rounds,
     "random_labels": _draw_random_labels,
     "histograms": _draw_histograms,
     "paths": _draw_paths,

@@ -6,8 +6,8 @@ and a learning rate that falls from 0.1 to 0 along a cosine within each round of
 
 - the learning rate falls at every iteration, and momentum is kept over a
   restart, as in SGDR, which it cites;
-- weight decay is on every parameter, gamma and beta included: it is what takes
-  non-trainable filters to 0 (section 4.3);
+- weight decay is on every parameter, gamma and beta included unless ``norm_decay=False``: it
+  is what takes non-trainable filters to 0 (section 4.3);
 - a last batch that is not full is dropped;
 - the subset of images and random labels are the same for all seeds of an
   experiment; a seed decides the initial weights, the order and the augmentation.
@@ -39,11 +39,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from psbn_mmdet.checkpoint import CheckpointError, load_weights
 from psbn_mmdet.checkpoint import load as load_checkpoint
-from psbn_mmdet.checkpoint import mismatch
 from psbn_mmdet.collapse import THRESHOLD, measure
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
-from psbn_mmdet.python38 import removeprefix
+from psbn_mmdet.collapse.revive import revive
+from psbn_mmdet.norm import lift
+from psbn_mmdet.python38 import removeprefix, zip_strict
 from studies.runs import RunError, check_settings, write_json
 
 from .cuts import cut, size_of
@@ -134,6 +136,20 @@ class RoundsHook(Hook):
             shuffle_parameters(runner.model, s.seed)
             runner.optim_wrapper.optimizer.state.clear()  # momentum of other weights
             runner.logger.info("the entries of every parameter tensor were shuffled")
+        if s.revive and runner.iter % s.iterations_per_round == 0:
+            self._revive(runner)
+
+    def _revive(self, runner: Runner) -> None:
+        """Give collapsed filters a new life, before a round; momentum of other weights goes."""
+        network = runner.model.network
+        images = runner.train_dataloader.dataset[runner.iter]["inputs"]
+        before = [parameter.detach().clone() for parameter in network.parameters()]
+        revive(network, images, seed=self.settings.seed)
+        state = runner.optim_wrapper.optimizer.state
+        for parameter, old in zip_strict(network.parameters(), before):
+            if "momentum_buffer" in state.get(parameter, {}):
+                state[parameter]["momentum_buffer"][parameter != old] = 0
+        runner.model.train()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
@@ -323,6 +339,8 @@ def make_runner(
     resume_from = latest_checkpoint(folder)
     if settings.parent and (settings.cut or not resume_from):
         _start_from_parent(network, folder.parent / settings.parent)
+        if settings.load_bn == "shift" and not resume_from:
+            lift(network)
     if settings.cut:
         network = cut(network, settings)
     batches = Batches(
@@ -346,7 +364,9 @@ def make_runner(
         work_dir=str(folder),
         train_dataloader=DataLoader(batches, batch_size=None),
         train_cfg=dict(type=RoundsTrainLoop, max_iters=settings.iterations),
-        optim_wrapper=dict(optimizer=optimizer),
+        optim_wrapper=dict(
+            optimizer=optimizer, paramwise_cfg=without_norm_decay(settings.norm_decay)
+        ),
         param_scheduler=dict(
             type="CosineRestartLR",
             periods=[settings.iterations_per_round] * settings.rounds,
@@ -371,6 +391,11 @@ def make_runner(
     )
 
 
+def without_norm_decay(norm_decay: bool) -> dict[str, float] | None:
+    """Mmengine's ``paramwise_cfg`` for whether gamma and beta decay; None where all does alike."""
+    return None if norm_decay else dict(norm_decay_mult=0.0)
+
+
 def check_amp(device: str) -> None:
     """Whether ``amp`` makes anything faster here.
 
@@ -391,10 +416,10 @@ def _start_from_parent(network: nn.Module, parent: Path) -> None:
     if checkpoint is None or not (parent / "result.json").exists():
         raise RunError(f"{parent}: is not finished, and this run starts from its weights")
     state = network_state(checkpoint)
-    wrong = mismatch(network, state, strict=True)
-    if wrong:
-        raise RunError(f"{parent}: {wrong}")
-    network.load_state_dict(state)
+    try:
+        load_weights(network, state, str(parent))
+    except CheckpointError as error:
+        raise RunError(str(error)) from None
 
 
 def study_data(settings: Settings, root: str | os.PathLike) -> tuple[Split, Split]:

@@ -34,7 +34,8 @@ class Settings:
         width: Factor on its channels.
         norm: One of :data:`NORMS`.
         alpha: Of psBN and psIN.
-        load_bn: How psBN takes over BN weights of ``parent``: 'preserve' or 'shift'.
+        load_bn: How psBN takes over BN weights of ``parent``: 'preserve' keeps its function,
+            'shift' lifts the network by alpha.
         act: One of :data:`ACTIVATIONS`.
         gamma_init: Initial gamma (Fig. 5b).
         images: Number of training images, class-balanced; None for all.
@@ -47,11 +48,14 @@ class Settings:
         lr: At the start of each round.
         momentum: Of SGD.
         weight_decay: On every parameter.
+        norm_decay: Whether on gamma and beta of the norm layers, too.
         rounds: Number of rounds.
         epochs: Of each round.
         seed: Of weights, order and augmentation.
         shuffle_before: Shuffle the entries of every parameter tensor before
             this round, if any (section 3.6).
+        revive: Whether collapsed filters are revived before each round
+            (:func:`psbn_mmdet.collapse.revive`), those of ``parent`` included.
         parent: Name of the run whose final weights this one starts from, if any.
         cut: Whether and how the network is made smaller before it is trained: 'strip',
             'magnitude' or 'uniform' (:mod:`.cuts`), each to the FLOPs that stripping the
@@ -83,10 +87,12 @@ class Settings:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    norm_decay: bool = True
     rounds: int = 9
     epochs: int = 100
     seed: int = 0
     shuffle_before: int | None = None
+    revive: bool = False
     parent: str | None = None
     cut: str | None = None
     trace_interval: int = 0
@@ -137,7 +143,7 @@ class Settings:
         """The network with weights from torch's global generator."""
         norm_cfg = NORMS[self.norm]
         if norm_cfg and self.norm.startswith("ps"):
-            norm_cfg = dict(norm_cfg, alpha=self.alpha, load_bn=self.load_bn)
+            norm_cfg = dict(norm_cfg, alpha=self.alpha)
         return build_network(
             self.network, norm_cfg, ACTIVATIONS[self.act], self.width, self.gamma_init
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, Tuple
@@ -12,9 +13,19 @@ from typing import Any, Dict, Tuple
 import numpy as np
 
 from psbn_mmdet.python38 import zip_strict
-from studies.runs import RunError, by_arm, finished, paired, processor, spread, write_json
+from studies.runs import (
+    RunError,
+    by_arm,
+    finished,
+    interval,
+    paired,
+    processor,
+    spread,
+    with_interval,
+    write_json,
+)
 
-from .details import DETAILS
+from .details import CHANCE, DETAILS
 from .experiments import Experiment, Run
 from .verdicts import at
 
@@ -137,6 +148,8 @@ def markdown(summary: dict[str, Any]) -> str:
         lines += ["", f"Collapsed in round 2 in the layer that lost most, by seed: {counts}."]
     if "cuts" in summary:
         lines += ["", *_cuts_table(summary)]
+    if "robustness" in summary:
+        lines += ["", *_robustness_table(summary["robustness"])]
     if "recovery" in summary:
         lines += ["", *_recovery_table(summary["recovery"])]
     lines += ["", "## Settings"]
@@ -180,11 +193,11 @@ def _twin(arm: str, arms: dict[str, Any], fields: tuple[str, ...], wanted: dict[
 def _twins_tables(summary: dict[str, Any]) -> list[str]:
     """Arms minus their twins after the last round, paired by seed.
 
-    The twin of a post-shifted arm has the plain norm, that of one in bfloat16 has float32, and all
-    else alike.
+    The twin of a post-shifted arm has the plain norm, that of one in bfloat16 has float32, that of
+    one without norm decay has it, that of a revived one is not revived, and all else is alike.
     """
     arms = summary["arms"]
-    plain, single = [], []
+    plain, single, decayed, collapsed = [], [], [], []
     for arm, entry in arms.items():
         settings = entry["settings"]
         if settings["norm"].startswith("ps"):
@@ -192,9 +205,15 @@ def _twins_tables(summary: dict[str, Any]) -> list[str]:
             plain.append((arm, _twin(arm, arms, ("norm", "alpha", "load_bn"), wanted)))
         if settings.get("amp"):  # older results know no such setting
             single.append((arm, _twin(arm, arms, ("amp",), dict(amp=False))))
+        if not settings.get("norm_decay", True):
+            decayed.append((arm, _twin(arm, arms, ("norm_decay",), dict(norm_decay=True))))
+        if settings.get("revive"):
+            collapsed.append((arm, _twin(arm, arms, ("revive",), dict(revive=False))))
     return [
         *_differences(summary, "minus the plain norm", plain),
         *_differences(summary, "minus float32", single),
+        *_differences(summary, "minus the same with decay of gamma and beta", decayed),
+        *_differences(summary, "minus the same not revived", collapsed),
     ]
 
 
@@ -233,6 +252,28 @@ def _cuts_table(summary: dict[str, Any]) -> list[str]:
             f"| {_cell(after)} |"
         )
     return [*lines, "", summary["timed"]]
+
+
+def _robustness_table(robustness: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Accuracy against BN",
+        "",
+        "p: of all ways to flip the signs of the seeds' differences, the share whose mean is at "
+        f"least as far from 0. At chance: below {CHANCE}% accuracy.",
+        "",
+        "| | seeds at chance | minus BN's (Student's 95% interval) | p |",
+        "|---|---|---|---|",
+    ]
+    for arm, entry in robustness.items():
+        cells = [arm, str(entry["at_chance"]), "", ""]
+        if entry["differences"]:
+            mean = statistics.fmean(entry["differences"])
+            cells[2:] = [
+                with_interval(mean, interval(entry["differences"])),
+                f"{entry['p']:.3f}",
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _recovery_table(recovery: dict[str, Any]) -> list[str]:

@@ -69,14 +69,16 @@ def write_results(experiment: experiments.Experiment, args: argparse.Namespace) 
 
     name = experiment.name
     command = "python -m studies.detection " + shlex.join(sys.argv[1:])
-    content = summary.summarise(experiment, args.out, command)
+    compared = summary.compare_rounds(experiment, args.out)
+    content = summary.summarise(experiment, args.out, compared, command)
     folder = Path(args.results or Path(args.out, name))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", content)
+    summary.write_resampled(experiment, args.out, compared, folder / f"{name}.resampled.npz")
     content = json.loads((folder / f"{name}.json").read_text())
     (folder / f"{name}.md").write_text(summary.markdown(content))
     figures.draw(content, folder / f"{name}.png")
-    for end in ("json", "md", "png"):
+    for end in ("json", "md", "png", "resampled.npz"):
         print(folder / f"{name}.{end}", flush=True)
 
 

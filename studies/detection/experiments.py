@@ -9,7 +9,7 @@ from studies.cifar.networks import MMDET_RESNET18
 from studies.cifar.settings import Settings as CifarSettings
 from studies.runs import RunError
 
-from .settings import ANCHORED, BN, METHODS, PRESERVE, SHIFT, Settings
+from .settings import ANCHORED, BN, METHODS, NO_NORM_DECAY, PRESERVE, SHIFT, Settings
 
 PRETRAINING = CifarSettings(
     network=MMDET_RESNET18, width=0.25, batch_size=64, lr=0.2, weight_decay=2e-3, rounds=6, epochs=2
@@ -119,8 +119,10 @@ def _slug(text: str) -> str:
 
 
 def backbone(norm: str, seed: int) -> tuple[str, CifarSettings]:
-    """The name of a backbone and how it is pretrained."""
-    return f"{_slug(norm)}-seed{seed}", replace(PRETRAINING, norm=norm, seed=seed)
+    """The name of a backbone and how it is pretrained: 'BN', 'psBN' or :data:`NO_NORM_DECAY`."""
+    decays = norm != NO_NORM_DECAY
+    settings = replace(PRETRAINING, norm=norm if decays else BN, norm_decay=decays, seed=seed)
+    return f"{_slug(norm)}-seed{seed}", settings
 
 
 @_experiment("transfer", Settings(), seeds=6)
@@ -160,6 +162,67 @@ def _transfer(base: Settings, seeds: int) -> Experiment:
     )
 
 
+WITHOUT_DECAY = "6 rounds without norm decay"
+"""As long a pretraining with BN in which gamma and beta do not decay, so that nothing collapses."""
+
+REVIVED = "revived"
+
+
+@_experiment("revive", Settings(), seeds=6)
+def _revive(base: Settings, seeds: int) -> Experiment:
+    (healthy, first), *_, (collapsed, last) = DEGREES.items()
+    starts = [
+        (d, m, BN, n, False) for d, n in ((healthy, first), (collapsed, last)) for m in METHODS
+    ]
+    starts += [
+        (WITHOUT_DECAY, method, NO_NORM_DECAY, last, False) for method in (BN, NO_NORM_DECAY)
+    ]
+    cured = [method for method in METHODS if method != PRESERVE]
+    starts += [(f"{collapsed}, {REVIVED}", method, BN, last, True) for method in cured]
+    starts += [(f"{healthy}, {REVIVED}", method, BN, first, True) for method in cured]
+    runs, backbones = [], {}
+    for seed in range(seeds):
+        for degree, method, norm, number, revive in starts:
+            arm = f"{method}, {degree}"
+            name, backbones[name] = backbone(norm, seed)
+            settings = replace(
+                base,
+                method=method,
+                seed=seed,
+                backbone=name,
+                backbone_round=number,
+                revive=revive,
+            )
+            runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, method, degree))
+    again = f"{collapsed}, {REVIVED}"
+    pairs = [(f"{m}, {again}", f"{m}, {collapsed}") for m in cured]
+    pairs += [(f"{m}, {again}", f"{BN}, {healthy}") for m in cured]
+    pairs += [(f"{m}, {again}", f"{BN}, {d}") for m in cured[1:] for d in (again, collapsed)]
+    pairs += [(f"{m}, {d}", f"{BN}, {d}") for d in (collapsed, healthy) for m in METHODS[1:]]
+    pairs += [(f"{BN}, {collapsed}", f"{BN}, {healthy}")]
+    pairs += [(f"{m}, {healthy}, {REVIVED}", f"{m}, {healthy}") for m in cured]
+    pairs += [(f"{BN}, {collapsed}", f"{BN}, {WITHOUT_DECAY}")]
+    pairs += [(f"{BN}, {WITHOUT_DECAY}", f"{BN}, {healthy}")]
+    pairs += [(f"{NO_NORM_DECAY}, {WITHOUT_DECAY}", f"{BN}, {WITHOUT_DECAY}")]
+    return Experiment(
+        "revive",
+        "Finetuning from a collapsed backbone: what gives back what collapse cost",
+        tuple(runs),
+        tuple(pairs),
+        (
+            "Each seed has backbones of its own, pretrained on CIFAR-10 with BN: healthy after "
+            f"{healthy}, collapsed after {collapsed}.",
+            "revived: before the finetuning each collapsed filter got fresh weights in front of it "
+            "and zeros in what reads it within the backbone; neck and head are fresh in all arms.",
+            f"{NO_NORM_DECAY}: no weight decay of gamma and beta, in the finetuning.",
+            f"{WITHOUT_DECAY}: none in the pretraining.",
+            "preserve: beta = bias - alpha, the pretrained function stays; shift: beta = bias.",
+            "All parameters are trained, all norm layers use batch statistics.",
+        ),
+        backbones,
+    )
+
+
 def _psbn(alpha: float) -> str:
     return f"psBN, alpha {alpha:g}"
 
@@ -173,6 +236,7 @@ LIMITED = f"{ANCHORED}, max_ratio 1"
 def _rounds(base: Settings, seeds: int) -> Experiment:
     arms: dict[str, dict[str, Any]] = {
         BN: dict(method=BN),
+        NO_NORM_DECAY: dict(method=NO_NORM_DECAY),
         **{_psbn(alpha): dict(method=SHIFT, alpha=alpha) for alpha in (0.1, 0.01)},
         ANCHORED: dict(method=ANCHORED),
         LIMITED: dict(method=ANCHORED, max_ratio=1.0),

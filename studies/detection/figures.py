@@ -83,6 +83,27 @@ def _draw_transfer(figure: Figure, summary: dict[str, Any]) -> None:
     left.legend(fontsize=8, loc="lower left")
 
 
+def _draw_revive(figure: Figure, summary: dict[str, Any]) -> None:
+    """AP and what is collapsed after finetuning: a column for each method, a color for a start."""
+    figure.set_size_inches(14, 4.8)
+    starts = list(dict.fromkeys(e["x"] for e in summary["arms"].values()))
+    methods = list(_lines(summary))
+    ap, collapsed = figure.subplots(1, 2)
+    for i, (color, start) in enumerate(zip(COLORS, starts)):
+        entries = [e for e in summary["arms"].values() if e["x"] == start]
+        x = [methods.index(e["line"]) + 0.12 * (i - (len(starts) - 1) / 2) for e in entries]
+        label = f"backbone: {start}"
+        for axes, key in ((ap, "AP"), (collapsed, "collapsed")):
+            _points(axes, x, [e["rounds"][-1][key] for e in entries], label, color, ls="")
+    for axes in (ap, collapsed):
+        axes.set_xticks(range(len(methods)), [m.replace(" ", "\n", 1) for m in methods])
+        axes.set_xlabel("finetuned with")
+    ap.set_ylabel("AP after finetuning (points)")
+    collapsed.set_ylabel("collapsed filters after finetuning (%)")
+    collapsed.set_ylim(bottom=0)
+    collapsed.legend(fontsize=8, loc="center left")
+
+
 def _draw_rounds(figure: Figure, summary: dict[str, Any]) -> None:
     figure.set_size_inches(14, 4.4)
     panels = dict(zip_strict(("AP", "collapsed", "active_probability"), figure.subplots(1, 3)))
@@ -121,6 +142,7 @@ def _draw_alpha(figure: Figure, summary: dict[str, Any]) -> None:
 
 _DRAW: dict[str, Callable[[Figure, dict[str, Any]], None]] = {
     "transfer": _draw_transfer,
+    "revive": _draw_revive,
     "rounds": _draw_rounds,
     "alpha": _draw_alpha,
 }

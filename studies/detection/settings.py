@@ -14,8 +14,11 @@ from studies.runs import RunError
 MODEL_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo" / "demo_bn.py"
 
 BN, PRESERVE, SHIFT, ANCHORED = "BN", "psBN preserve", "psBN shift", "AnchoredBiasDecay"
-METHODS = (BN, PRESERVE, SHIFT, ANCHORED)
-"""How the backbone is normalised and decays; psBN takes over a pretrained bias in two ways."""
+NO_NORM_DECAY = "BN without norm decay"
+METHODS = (BN, NO_NORM_DECAY, PRESERVE, SHIFT, ANCHORED)
+"""How the backbone is normalised and decays; psBN takes over a pretrained bias in two ways.
+
+Without norm decay: no weight decay of gamma and beta, mmengine's ``norm_decay_mult=0``."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Settings:
         backbone: Name of the run of the CIFAR-10 study that pretrained the backbone; None to
             train from scratch.
         backbone_round: After which round of that run.
+        revive: Whether its collapsed filters are revived before the training.
         base_channels: Of the backbone: 16 is a quarter of ResNet-18's width.
         width, height: The images are resized to.
         train_images, test_images: How many are used; None for all.
@@ -41,7 +45,7 @@ class Settings:
         lr: At the start of each round; it falls along a cosine to 0 within it.
         warmup: Iterations at the start of each round in which lr rises linearly.
         momentum: Of SGD.
-        weight_decay: On every parameter, gamma and beta included.
+        weight_decay: On every parameter, gamma and beta included, but for :data:`NO_NORM_DECAY`.
         max_norm: Gradients of a larger L2 norm are scaled to it.
         rounds: Number of rounds.
         epochs: Of each round.
@@ -56,6 +60,7 @@ class Settings:
     max_ratio: float | None = None
     backbone: str | None = None
     backbone_round: int = 0
+    revive: bool = False
     base_channels: int = 16
     width: int = 160
     height: int = 120
@@ -106,7 +111,7 @@ def model_config(settings: Settings, classes: int) -> dict[str, Any]:
     channels = settings.base_channels
     norm: dict[str, Any] = dict(type="BN")
     if settings.method in (PRESERVE, SHIFT):
-        norm = dict(type="psBN", alpha=settings.alpha, load_bn=settings.method.split()[1])
+        norm = dict(type="psBN", alpha=settings.alpha)
     model = dict(
         backbone=dict(
             base_channels=channels,

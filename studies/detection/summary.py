@@ -10,9 +10,11 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Dict, Tuple
+
+import numpy as np
 
 from psbn_mmdet.ap.coco_files import Results, read_annotations, read_results
 from psbn_mmdet.ap.compare import Comparison, compare, measure
@@ -21,6 +23,7 @@ from studies.runs import RunError, by_arm, by_seed, finished, folder_of, paired,
 
 from .engine import annotations_of, backbone_folder
 from .experiments import Experiment, Run
+from .settings import NO_NORM_DECAY
 
 FILTERS = {
     "collapsed": "collapsed filters (%)",
@@ -33,15 +36,14 @@ CONFIDENCE = 0.95
 Outcome = Tuple[Run, Dict[str, Any]]
 
 
-def summarise(
-    experiment: Experiment, out: str | os.PathLike, command: str = "", resamples: int = RESAMPLES
-) -> dict[str, Any]:
-    """All that the figure and the tables show, ready for JSON.
+def compare_rounds(
+    experiment: Experiment, out: str | os.PathLike, resamples: int = RESAMPLES
+) -> list[Comparison]:
+    """Finished runs compared after each round.
 
     Args:
         experiment: What was run.
         out: Where.
-        command: That made it, for the record.
         resamples: Of the bootstrap over images.
 
     Raises:
@@ -50,12 +52,43 @@ def summarise(
     outcomes = finished(experiment, out)
     if not outcomes:
         raise RunError(f"{Path(out, experiment.name)}: no run is finished, so nothing to draw")
-    members = by_arm(outcomes)
-    rounds = len(outcomes[0][1]["rounds"])
-    compared = [
-        compare_round(experiment, out, members, number, resamples)
-        for number in range(1, rounds + 1)
+    return [
+        compare_round(experiment, out, by_arm(outcomes), number, resamples)
+        for number in range(1, len(outcomes[0][1]["rounds"]) + 1)
     ]
+
+
+def write_resampled(
+    experiment: Experiment, out: str | os.PathLike, compared: list[Comparison], path: Path
+) -> None:
+    """AP of every run on every draw of the images, so that intervals can be computed again.
+
+    ``runs`` (M,) are names, ``round_K`` (B, M) thousandths of a point.
+    """
+    runs = [run.name for of_arm in by_arm(finished(experiment, out)).values() for run, _ in of_arm]
+    rounds: dict[str, Any] = {
+        f"round_{number}": np.rint(1000 * comparison.measured.draws[:, :, 0]).astype(np.int32)
+        for number, comparison in enumerate(compared, 1)
+    }
+    np.savez_compressed(path, runs=np.array(runs), **rounds)
+
+
+def summarise(
+    experiment: Experiment,
+    out: str | os.PathLike,
+    compared: list[Comparison],
+    command: str = "",
+) -> dict[str, Any]:
+    """All that the figure and the tables show, ready for JSON.
+
+    Args:
+        experiment: What was run.
+        out: Where.
+        compared: By :func:`compare_rounds`.
+        command: That made it, for the record.
+    """
+    outcomes = finished(experiment, out)
+    members = by_arm(outcomes)
     arms = {}
     for arm, of_arm in members.items():
         first, _ = of_arm[0]
@@ -95,7 +128,7 @@ def summarise(
         },
         "data_crc32": outcomes[0][1]["data_crc32"],
         "confidence": CONFIDENCE,
-        "resamples": resamples,
+        "resamples": len(compared[0].measured.draws),
         "runs_finished": len(outcomes),
         "runs_planned": len(experiment.runs),
         "choices": list(experiment.choices),
@@ -118,7 +151,7 @@ def _backbones(experiment: Experiment, out: str | os.PathLike) -> dict[str, list
     for name, settings in experiment.backbones.items():
         path = backbone_folder(name, out) / "result.json"
         if path.exists():
-            of_norm = found.setdefault(settings.norm, {})
+            of_norm = found.setdefault(settings.norm if settings.norm_decay else NO_NORM_DECAY, {})
             of_norm[settings.seed] = json.loads(path.read_text())["rounds"]
     return {
         norm: [
@@ -146,7 +179,11 @@ def compare_round(
     number: int,
     resamples: int,
 ) -> Comparison:
-    """All arms after a round, on the same resampled images, and the experiment's pairs."""
+    """All arms after a round, on the same resampled images, and the experiment's pairs.
+
+    A pair is judged on the seeds that both arms have, run by run: those of a seed share their
+    backbone, the weights of neck and head and the order of the images.
+    """
     annotations = read_annotations(annotations_of(experiment, out))
     indices: dict[str, list[int]] = {}
     results: list[Results] = []
@@ -154,9 +191,19 @@ def compare_round(
         files = results_of(experiment, out, of_arm, number)
         indices[arm] = list(range(len(results), len(results) + len(files)))
         results += [read_results(file, annotations) for file in files]
-    pairs = [(a, b) for a, b in experiment.pairs if a in arms and b in arms]
     measured = measure(annotations, results, resamples, threads=1)
-    return compare(measured, indices, pairs, CONFIDENCE)
+    of_seed = {
+        arm: {run.settings.seed: i for (run, _), i in zip_strict(of_arm, indices[arm])}
+        for arm, of_arm in arms.items()
+    }
+    differences = []
+    for pair in experiment.pairs:
+        seeds = set.intersection(*(set(of_seed.get(arm, {})) for arm in pair))
+        if seeds:
+            both = {arm: [of_seed[arm][seed] for seed in sorted(seeds)] for arm in pair}
+            paired = len(seeds) > 1  # one seed says nothing of seeds
+            differences += compare(measured, both, [pair], CONFIDENCE, paired=paired).differences
+    return replace(compare(measured, indices, [], CONFIDENCE), differences=differences)
 
 
 def _interval(comparison: Comparison, arm: str) -> dict[str, float]:
@@ -225,11 +272,12 @@ def markdown(summary: dict[str, Any]) -> str:
         if summary["differences"][i]:
             lines += ["", "Differences in AP:", ""]
             lines += _table(
-                ["", "against", "difference", "verdict", ""],
+                ["", "against", "seeds", "difference", "verdict", ""],
                 [
                     [
                         d["arm"],
                         d["baseline"],
+                        str(len({*arms[d["arm"]]["seeds"]} & {*arms[d["baseline"]]["seeds"]})),
                         f"{d['AP']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]",
                         f"**{d['verdict']}**",
                         "" if d["further_seeds"] == 0 else d["reason"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +26,72 @@ from torch.utils.data import DataLoader
 import psbn_mmdet  # noqa: F401  registers psBN and the hooks
 from psbn_mmdet.ap.coco_files import read_annotations, read_results
 from psbn_mmdet.ap.evaluate import evaluate
-from psbn_mmdet.checkpoint import bn_state_dict, mismatch
+from psbn_mmdet.checkpoint import CheckpointError, bn_state_dict, load_weights
 from psbn_mmdet.collapse import gather, measure, norm_modules
+from psbn_mmdet.collapse.revive import revive
+from psbn_mmdet.norm import lift
 from psbn_mmdet.python38 import removeprefix, zip_strict
-from studies.cifar.rounds import RoundsTrainLoop, latest_checkpoint, network_state
+from studies.cifar.rounds import (
+    RoundsTrainLoop,
+    latest_checkpoint,
+    network_state,
+    without_norm_decay,
+)
 from studies.runs import RunError, check_settings, write_json
 
 from .data import Batches, Images, samples
-from .settings import ANCHORED, Settings, learning_rate, model_config
+from .settings import ANCHORED, BN, NO_NORM_DECAY, SHIFT, Settings, learning_rate, model_config
 
 TEST_BATCH = 16
 
 
-def build_model(settings: Settings, classes: int, pretrained: Path | None = None) -> nn.Module:
+def build_model(
+    settings: Settings, classes: int, pretrained: Path | None = None, images: Images | None = None
+) -> nn.Module:
     """The detector with fresh weights, but for its backbone where that is pretrained.
 
     Args:
         settings: Of the run; the seed decides the fresh weights, the same for all methods.
         classes: Of the data.
         pretrained: Checkpoint of the CIFAR-10 study.
+        images: By whose first batch collapsed filters are revived, where ``settings`` say so.
 
     Raises:
         RunError: The checkpoint does not fit.
     """
+    model = _fresh(settings, classes)
+    if pretrained and settings.revive:
+        assert images is not None
+        model.backbone.load_state_dict(_revived(settings, classes, pretrained, images))
+    elif pretrained:
+        load_backbone(model.backbone, pretrained)
+    if pretrained and settings.method == SHIFT:
+        lift(model)
+    return model.to(memory_format=torch.channels_last)  # a sixth faster on a CPU
+
+
+def _fresh(settings: Settings, classes: int) -> Any:
     register_all_modules(init_default_scope=False)
     torch.manual_seed(settings.seed)
     with DefaultScope.overwrite_default_scope("mmdet"):
         model = MODELS.build(model_config(settings, classes))
         model.init_weights()
-    if pretrained:
-        load_backbone(model.backbone, pretrained)
-    return model.to(memory_format=torch.channels_last)  # a sixth faster on a CPU
+    return model
+
+
+def _revived(
+    settings: Settings, classes: int, pretrained: Path, images: Images
+) -> dict[str, torch.Tensor]:
+    """The backbone's state dict, with plain BN, after its collapsed filters were revived.
+
+    In a detector whose neck and head are then left behind: what reads the backbone is fresh and so
+    need not be told to ignore the revived filters.
+    """
+    model = _fresh(replace(settings, method=BN), classes)
+    load_backbone(model.backbone, pretrained)
+    batch = samples(images, list(range(settings.batch_size)))
+    revive(model, model.data_preprocessor(batch)["inputs"], seed=settings.seed)
+    return model.backbone.state_dict()
 
 
 def load_backbone(backbone: nn.Module, pretrained: Path) -> None:
@@ -75,10 +110,10 @@ def load_backbone(backbone: nn.Module, pretrained: Path) -> None:
     }
     if any(key.endswith(".beta") for key in state):
         state = bn_state_dict(state)
-    wrong = mismatch(backbone, state, strict=True)
-    if wrong:
-        raise RunError(f"{pretrained}: {wrong}")
-    backbone.load_state_dict(state)
+    try:
+        load_weights(backbone, state, str(pretrained))
+    except CheckpointError as error:
+        raise RunError(str(error)) from None
 
 
 def filters_of(backbone: nn.Module) -> dict[str, float]:
@@ -237,7 +272,7 @@ def train_run(
         hooks.append(dict(type="AnchoredBiasDecay", **limits))
     resume_from = latest_checkpoint(folder)
     runner = Runner(
-        build_model(settings, len(train.categories), pretrained),
+        build_model(settings, len(train.categories), pretrained, train),
         work_dir=str(folder),
         train_dataloader=DataLoader(batches, batch_size=None),
         train_cfg=dict(type=RoundsTrainLoop, max_iters=len(batches)),
@@ -249,6 +284,7 @@ def train_run(
                 weight_decay=settings.weight_decay,
             ),
             clip_grad=dict(max_norm=settings.max_norm),
+            paramwise_cfg=without_norm_decay(settings.method != NO_NORM_DECAY),
         ),
         default_hooks=dict(
             checkpoint=None,

@@ -1,34 +1,74 @@
-"""The newest checkpoint of a work dir is that of the highest number that is whole."""
+"""The newest checkpoint of a run in a folder is the one of the highest iteration that is whole."""
 
 import os
+import random
 
 import pytest
 import torch
-from torch import nn
 
 from psbn_mmdet.checkpoint import CheckpointError, is_whole, latest_whole
 
 
-def test_the_number_decides_and_not_the_time(tmp_path):
+def save(path, iteration=None, run=None, optimizer=True):
+    meta = {"meta": {"iter": iteration, "run": run}} if iteration is not None else {}
+    torch.save({"a": torch.ones(9), **meta, **({"optimizer": {}} if optimizer else {})}, path)
+
+
+def found(*args, **kwargs):
+    saved = latest_whole(*args, **kwargs)
+    return saved and saved.path.name
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_checkpoints_say_decides_and_not_their_names_and_times(seed, tmp_path):
+    """Of random files of two runs, some cut off, against a search through all of them."""
+    rng = random.Random(seed)
+    wanted = []
+    for name in rng.sample(["epoch_{}.pth", "iter_{}.pth", "x{}y.pth", "w.pth", "best_{}.pth"], 4):
+        for number in rng.sample(range(30), 3):
+            path = tmp_path / name.format(number)
+            iteration, run = 10 * number + rng.randrange(10), rng.choice("ab")
+            save(path, iteration, run)
+            if whole := rng.random() < 0.6:
+                os.utime(path, (rng.randrange(100),) * 2)
+            else:
+                data = path.read_bytes()
+                path.write_bytes(data[: rng.randrange(len(data))])
+            wanted = [w for w in wanted if w[1] != path.name]  # w.pth is written thrice
+            if whole and run == "a" and not path.name.startswith("best"):
+                wanted.append((iteration, path.name))
+    assert found(tmp_path, "a") == (max(wanted)[1] if wanted else None)
+
+
+def test_a_checkpoint_cut_off_anywhere_is_passed_over(tmp_path):
     assert latest_whole(tmp_path) is None
     for number in (10, 2, 9):
-        torch.save(nn.Linear(9, 9).state_dict(), tmp_path / f"epoch_{number}.pth")
-        os.utime(tmp_path / f"epoch_{number}.pth", (100 - number, 100 - number))
-    torch.save({}, tmp_path / "best_coco_epoch_11.pth")
-    assert latest_whole(tmp_path) == tmp_path / "epoch_10.pth"
+        save(tmp_path / f"epoch_{number}.pth", number)
+    assert found(tmp_path) == "epoch_10.pth"
     data = (tmp_path / "epoch_10.pth").read_bytes()
     for length in (0, 1, len(data) // 2, len(data) - 1):  # killed while writing
         (tmp_path / "epoch_10.pth").write_bytes(data[:length])
         assert not is_whole(tmp_path / "epoch_10.pth")
-        assert latest_whole(tmp_path) == tmp_path / "epoch_9.pth"
+        assert found(tmp_path) == "epoch_9.pth"
 
 
-@pytest.mark.parametrize(("iterations", "newest"), [(200, "epoch_3"), (400, "iter_400")])
-def test_between_epochs_and_iterations_what_they_say_decides(iterations, newest, tmp_path):
-    torch.save({"meta": {"epoch": 3, "iter": 300}}, tmp_path / "epoch_3.pth")
-    torch.save({"meta": {"epoch": 1, "iter": 100}}, tmp_path / "epoch_1.pth")
-    torch.save({"meta": {"epoch": 0, "iter": iterations}}, tmp_path / f"iter_{iterations}.pth")
-    assert latest_whole(tmp_path) == tmp_path / f"{newest}.pth"
-    torch.save({"a": torch.ones(1)}, tmp_path / "epoch_9.pth")
+def test_one_without_the_optimizer_comes_after_all_others(tmp_path):
+    save(tmp_path / "epoch_3-published.pth", 30, optimizer=False)
+    assert found(tmp_path) == "epoch_3-published.pth"
+    save(tmp_path / "epoch_2.pth", 20)
+    assert found(tmp_path) == "epoch_2.pth"
+
+
+def test_where_none_says_whose_it_is(tmp_path):
+    save(tmp_path / "epoch_3.pth", 300)
+    save(tmp_path / "iter_200.pth", 200)
+    (tmp_path / "last_checkpoint").write_text("/elsewhere/iter_200.pth\n")
+    assert found(tmp_path) == "epoch_3.pth"
+    assert found(tmp_path, last=tmp_path / "last_checkpoint") == "iter_200.pth"
+    assert found(tmp_path, "a") is None
+    save(tmp_path / "epoch_9.pth")
     with pytest.raises(CheckpointError, match=r"epoch_9.pth: does not say at which iteration"):
+        latest_whole(tmp_path)
+    save(tmp_path / "epoch_9.pth", 900, "a")
+    with pytest.raises(CheckpointError, match="holds checkpoints of several runs"):
         latest_whole(tmp_path)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from psbn_mmdet import collapse
+from psbn_mmdet.collapse import criteria
 
 
 class TestMeasures:
@@ -56,23 +57,22 @@ class TestWithoutReLU:
     gamma = torch.tensor([0.0, 0.1, 0.0, 1.0])
     bias = torch.tensor([-1.0, -1.0, 1.0, 0.0])
 
-    def test_behind_a_relu_a_negative_bias_is_dead_and_inactive(self):
+    def test_behind_a_relu_a_negative_bias_is_dead_or_inactive(self):
         counts = collapse.count(self.gamma, self.bias)
-        assert (counts["dead"], counts["constant"], counts["inactive"]) == (1, 1, 2)
-        assert counts["activation_probability"] == pytest.approx((0 + 0 + 1 + 0.5) / 4)
+        assert (counts["dead"], counts["constant"], counts["inactive"]) == (1, 1, 1)
+        assert counts["activation_probability"] == pytest.approx((0 + 0.5) / 2)
 
-    def test_before_another_activation_a_collapsed_filter_is_a_constant_of_any_sign(self):
+    def test_where_no_relu_stands_right_behind_only_collapsed_is_told(self):
         counts = collapse.count(self.gamma, self.bias, relu=torch.zeros(4, dtype=torch.bool))
-        assert (counts["collapsed"], counts["dead"], counts["constant"]) == (2, 0, 2)
-        assert counts["inactive"] == 0
+        assert (counts["collapsed"], counts["dead"], counts["constant"]) == (2, 0, 0)
+        assert (counts["told"], counts["inactive"]) == (0, 0)
         assert math.isnan(counts["activation_probability"])
 
     def test_the_mask_is_by_filter(self):
         relu = torch.tensor([True, False, False, True])
         counts = collapse.count(self.gamma, self.bias, relu=relu)
-        assert (counts["dead"], counts["constant"], counts["inactive"]) == (1, 1, 1)
-        assert collapse.dead(self.gamma, self.bias, relu=relu).tolist() == [True, *[False] * 3]
-        assert counts["activation_probability"] == pytest.approx((0 + 0.5) / 2)
+        assert (counts["dead"], counts["constant"], counts["inactive"]) == (1, 0, 0)
+        assert counts["activation_probability"] == pytest.approx(0.5)
 
     def test_silu_lets_gradient_through_where_relu_does_not(self):
         # What the counts above rest on, from torch itself.
@@ -94,7 +94,7 @@ class TestNotFinite:
         assert counts["inactive"] == 1
         assert counts["collapsed_percent"] == counts["inactive_percent"] == 50
         assert counts["constant_percent"] == 50
-        assert counts["activation_probability"] == pytest.approx(0.5)
+        assert counts["activation_probability"] == pytest.approx(0, abs=1e-12)  # Phi(-9)
         assert collapse.not_finite(gamma, bias).tolist() == [True] * 5 + [False] * 2
 
     def test_nothing_finite_has_no_percentage(self):
@@ -143,3 +143,38 @@ def test_a_threshold_itself_is_not_below_it():
     assert collapse.constant(gamma, bias, 0.5).tolist() == [False, True]
     half = torch.tensor([1.0])
     assert not collapse.inactive(half, torch.zeros(1), below=0.5).any()
+
+
+class TestDoes:
+    def told(self, gradient, effect):
+        found = criteria.does(torch.tensor(gradient), torch.tensor(effect))
+        return [("unknown", "stuck", "idle", "carrying")[code] for code in found]
+
+    def test_nothing_is_what_rounding_takes_beside_the_largest(self):
+        eps = 2.0**-23
+        gradient = [1.0, 0.0, 1e-41, eps / 2, 2 * eps, 1.0]
+        effect = [4.0, 0.0, 0.0, 4.0, 5 * eps, 3 * eps]
+        want = ["carrying", "stuck", "stuck", "stuck", "carrying", "idle"]
+        assert self.told(gradient, effect) == want
+
+    def test_the_unit_of_the_loss_does_not_matter(self):
+        gradient, effect = torch.rand(50), torch.rand(50)
+        gradient[::3], effect[::5] = 0, 0
+        want = criteria.does(gradient, effect)
+        for scale in (1e-20, 65536.0):
+            assert torch.equal(criteria.does(gradient * scale, effect * scale), want)
+
+    def test_what_was_not_measured_and_an_overflow_are_unknown(self):
+        assert self.told([math.nan, 1.0, math.inf], [math.nan, 1.0, 1.0]) == [
+            *("unknown", "carrying", "unknown"),
+        ]
+        assert self.told([math.nan], [math.nan]) == ["unknown"]
+
+
+def test_a_layer_that_has_not_started():
+    zero, one = torch.zeros(3), torch.tensor([0.0, 1e-41, 0.0])
+    assert criteria.not_started(zero, zero)
+    assert criteria.not_started(zero, torch.full((3,), 0.1), alpha=0.1)
+    assert not criteria.not_started(zero, torch.full((3,), 0.1))
+    assert not criteria.not_started(one, zero)
+    assert not criteria.not_started(zero, one)

@@ -57,18 +57,6 @@ class TestInspect:
         assert done.stderr.count("\n") == 1
         assert "28.57% of the filters collapsed, more than 20%" in done.stderr
 
-    def test_an_alpha_that_is_large_against_gamma_is_said(self, net, tmp_path, inspect):
-        norm.to_psbn(net)
-        for name in DEAD:
-            layer = net.get_submodule(name)
-            torch.nn.init.constant_(layer.weight, 0.06)  # Phi(0.1 / 0.06) = 0.952
-            torch.nn.init.constant_(layer.beta, 0 if name == "bn1" else -0.1)
-        torch.save(net.state_dict(), tmp_path / "a.pth")
-        done = inspect(tmp_path / "a.pth", "--json", tmp_path / "a.json")
-        assert "1 psBN layers (as bn1): alpha is large against gamma" in done.stdout
-        (entry,) = json.loads((tmp_path / "a.json").read_text())["checkpoints"]
-        assert entry["nearly_linear"] == ["bn1"]
-
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_every_kind_of_layer_gives_the_filters_collapsed_by_hand(
         self, net, variant, tmp_path, inspect
@@ -141,6 +129,103 @@ def test_values_that_are_not_finite_fail_whatever_is_allowed(net, percent, tmp_p
     done = inspect(tmp_path / "b.pth", tmp_path / "a.pth")
     assert done.returncode == 0
     assert done.stdout.splitlines()[4].split()[1:] == ["0.0", "nan"]
+
+
+def test_a_gamma_that_cannot_be_read_fails_whatever_is_allowed(net, tmp_path, inspect):
+    tensors = net.state_dict()
+    tensors["bn1.weight"] = tensors["bn1.weight"].to(torch.int8)
+    torch.save(tensors, tmp_path / "a.pth")
+    done = inspect(tmp_path / "a.pth", "--fail-above", 100)
+    assert done.returncode == 1
+    assert "1 layers cannot be read, as bn1: its gamma is stored as torch.int8" in done.stderr
+
+
+class TestImages:
+    """A small detector of mmdet, measured on real images with its own or a given config."""
+
+    @pytest.fixture(scope="class")
+    def detector(self, tmp_path_factory):
+        from mmengine.config import Config
+        from mmengine.registry import MODELS, init_default_scope
+
+        init_default_scope("mmdet")
+        pipeline = [
+            dict(type="LoadImageFromFile"),
+            dict(type="Resize", scale=(96, 96), keep_ratio=False),
+            dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape")),
+        ]
+        cfg = Config(
+            dict(
+                model=dict(
+                    type="RetinaNet",
+                    data_preprocessor=dict(type="DetDataPreprocessor", pad_size_divisor=32),
+                    backbone=dict(type="ResNet", depth=18, base_channels=8, norm_eval=False),
+                    neck=dict(type="FPN", in_channels=[8, 16, 32, 64], out_channels=8, num_outs=5),
+                    bbox_head=dict(
+                        type="RetinaHead", num_classes=3, in_channels=8, feat_channels=8,
+                        stacked_convs=1,
+                        anchor_generator=dict(
+                            type="AnchorGenerator", octave_base_scale=4, scales_per_octave=3,
+                            ratios=[1.0], strides=[8, 16, 32, 64, 128]),
+                        bbox_coder=dict(type="DeltaXYWHBBoxCoder"),
+                        loss_cls=dict(type="FocalLoss", use_sigmoid=True),
+                        loss_bbox=dict(type="L1Loss")),
+                    test_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=10),
+                ),
+                test_dataloader=dict(dataset=dict(pipeline=pipeline)),
+                default_scope="mmdet",
+            )
+        )  # fmt: skip
+        folder = tmp_path_factory.mktemp("detector")
+        model = MODELS.build(cfg.model)
+        with torch.no_grad():
+            model.backbone.layer1[0].bn1.bias[:3] = -99  # never fires
+            model.backbone.layer1[0].bn2.weight.normal_()
+            model.backbone.layer1[0].bn2.weight[5] = 0
+        cfg.dump(folder / "config.py")
+        content = {"state_dict": model.state_dict(), "meta": {"cfg": cfg.pretty_text}}
+        torch.save(content, folder / "a.pth")
+        return folder
+
+    @pytest.mark.parametrize("given", [True, False])
+    def test_what_the_filters_do_is_measured(self, given, detector, shared_data, tmp_path, inspect):
+        config = ["--config", detector / "config.py"] if given else []
+        done = inspect(
+            detector / "a.pth", *config, "--data", shared_data / "coco128" / "val2017",
+            "--images", 2, "--json", tmp_path / "a.json",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert " filters stuck (" in done.stdout
+        (entry,) = json.loads((tmp_path / "a.json").read_text())["checkpoints"]
+        rows = {row["name"]: row for row in entry["layers"]}
+        assert rows["backbone.layer1.0.bn1"]["stuck_filters"][:3] == [0, 1, 2]
+        assert rows["backbone.layer1.0.bn2"]["idle_filters"] == [5]
+        assert rows["backbone.layer1.0.bn2"]["conv"] == "backbone.layer1.0.conv2"
+        assert entry["macs"]["total"] > 0
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("model = dict(type='os.system', command='touch ran')", "builds 'os.system'"),
+            ("model = dict(type='RetinaNet', nms=dict(type='print(1)'))", "builds 'print"),
+            ("model = dict(type='RetinaNet', _scope_='evil')", "builds 'evil'"),
+            ("import os\nmodel = 1", "not of plain values"),
+            ("model = open('x')", "not of plain values (a call in line 1)"),
+            ("model = dict(", "not of plain values"),
+            (None, "carries no config; give it with --config"),
+        ],
+    )
+    def test_nothing_that_a_config_carried_says_is_run(
+        self, text, message, net, tmp_path, inspect, monkeypatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        torch.save({"state_dict": net.state_dict(), "meta": {"cfg": text}}, tmp_path / "a.pth")
+        assert message in inspect.refuses(tmp_path / "a.pth", "--data", tmp_path)
+        assert not (tmp_path / "ran").exists()
+
+    def test_a_config_alone_says_what_is_missing(self, net, tmp_path, inspect):
+        torch.save(net.state_dict(), tmp_path / "a.pth")
+        assert "--data FOLDER" in inspect.refuses(tmp_path / "a.pth", "--config", "c.py")
 
 
 def test_layers_that_only_one_checkpoint_has_are_marked(net, tmp_path, inspect):
@@ -302,7 +387,7 @@ class TestConvert:
             mine = psoptimizer.state[ours]["momentum_buffer"]
             assert torch.equal(mine, optimizer.state[theirs]["momentum_buffer"])
         assert kept["ema_state_dict"]["module.bn1.alpha"] == 0.25
-        assert "module.bn1.bias" not in kept["ema_state_dict"]
+        assert "module.bn1.beta" in kept["ema_state_dict"]
 
     def test_safetensors_both_ways(self, net, tmp_path, convert):
         save_file(net.state_dict(), tmp_path / "bn.safetensors")

@@ -1,6 +1,7 @@
 """Figures and the page, the latter in a real browser, against the truth made by hand."""
 
 import base64
+import dataclasses
 import json
 import re
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from psbn_mmdet import norm
-from psbn_mmdet.collapse import course, figures, measure, norm_modules, trace
+from psbn_mmdet.collapse import course, figures, gather, measure, norm_modules, trace
 from psbn_mmdet.collapse import page as page_module
+from psbn_mmdet.collapse.criteria import STATES
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
 from psbn_mmdet.collapse.page import write_page
 from psbn_mmdet.python38 import zip_strict
@@ -40,17 +42,36 @@ def random_run(layers, filters, moments, seed=0):
     names = tuple(
         trace.TracedLayer(f"layer{i}.bn", filters, f"layer{i}.conv") for i in range(layers)
     )
-    norms = {0: rng.uniform(1, 2, total).astype(np.float32)}
-    return trace.Trace(names, np.arange(moments) * 10, gamma, bias, norms)
+    norm = rng.uniform(1, 2, (moments, total)).astype(np.float16)
+    does = rng.integers(0, 4, (moments, total)).astype(np.uint8)
+    return trace.Trace(names, np.arange(moments) * 10, gamma, bias, norm, does)
 
 
 def test_states_are_those_made_by_hand():
     run = by_hand()
     found = np.split(course.states(run)[0], np.cumsum([n for _, n, *_ in run.layers])[:-1])
     for (name, *_), codes in zip_strict(run.layers, found):
-        assert np.flatnonzero(codes == 2).tolist() == DEAD[name]
-        assert np.flatnonzero(codes == 3).tolist() == CONSTANT[name]
-    assert [np.flatnonzero(c == 1).tolist() for c in found] == [[2], [], [7], []]
+        assert np.flatnonzero(codes == STATES.index("collapsed")).tolist() == COLLAPSED[name]
+    assert [np.flatnonzero(c == 1).tolist() for c in found] == [[2], [], [], []]
+
+
+def test_what_was_measured_goes_before_what_the_weights_tell():
+    run = by_hand()
+    run.does[0, :5] = [1, 2, 3, 0, 1]
+    found = [STATES[code] for code in course.states(run)[0, :6]]
+    assert found == ["stuck", "idle", "carrying", "live", "stuck", "collapsed"]
+    shares = dict(zip_strict(course.MEASURES, course.percent(*course.counted(run))))
+    assert shares["stuck"] == pytest.approx(100 * 2 / 4)  # of the measured
+    assert shares["idle"] == pytest.approx(100 * 1 / 4)
+    assert shares["collapsed"] == pytest.approx(100 * 8 / 28)
+    assert shares["inactive"] == pytest.approx(100 * 1 / 12)  # of those with a ReLU right behind
+
+
+def test_a_layer_that_has_not_started_is_not_collapsed_at_that_moment():
+    run = by_hand(moments=2)
+    run.gamma[0, :8] = run.bias[0, :8] = 0
+    masks, _ = course.counted(run)
+    assert masks[0][:, :8].sum(1).tolist() == [0, 3]
 
 
 def without_relu():
@@ -68,13 +89,13 @@ def without_relu():
 def test_states_know_what_follows_a_layer_and_what_is_not_finite():
     run = without_relu()
     found = course.states(run)
-    assert [course.STATES[code] for code in found[0]] == [
-        "constant", "live", "live", "not finite", "dead", "inactive", "live", "not finite",
+    assert [STATES[code] for code in found[0]] == [
+        "collapsed", "live", "live", "not finite", "collapsed", "inactive", "live", "not finite",
     ]  # fmt: skip
-    assert course.is_collapsed(found)[0].nonzero()[0].tolist() == [0, 4]
-    assert course.percent(found, course.is_collapsed(found)) == pytest.approx([100 * 2 / 6])
-    assert course.percent(found, course.inactive_states(run)) == pytest.approx([100 * 2 / 6])
-    assert np.isnan(course.percent(np.full((1, 3), 4, np.uint8), np.zeros((1, 3), bool))).all()
+    shares = dict(zip_strict(course.MEASURES, course.percent(*course.counted(run))))
+    assert shares["collapsed"] == pytest.approx([100 * 2 / 6])
+    assert shares["inactive"] == pytest.approx([100 * 1 / 3])
+    assert np.isnan(shares["stuck"]).all()
 
 
 def test_the_region_is_where_relu_fires_once_in_a_thousand():
@@ -106,8 +127,8 @@ class TestFigures:
         figures._draw_course(figure, run)
         lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
         np.testing.assert_allclose(lines["collapsed"], [0, 0, 100 * 8 / 28])
-        np.testing.assert_allclose(lines["of these constant"], [0, 0, 100 * 2 / 28])
-        np.testing.assert_allclose(lines["inactive"], [0, 0, 100 * 4 / 28])
+        np.testing.assert_allclose(lines["inactive"], [0, 0, 100 * 1 / 12])
+        assert "stuck" not in lines
         assert figure.axes[0].get_title() == "8 of 28 filters collapsed (28.57%)"
         figure = Figure()
         figures._draw_heat_map(figure, run)
@@ -122,7 +143,7 @@ class TestFigures:
         run = random_run(3, 8, 5)
         run.gamma[2:, 3] = np.nan
         run.bias[4, 5] = np.inf
-        run.norms[0][7] = np.inf
+        run.norm[:, 7] = np.inf
         assert len(figures.write_figures(run, tmp_path / "b")) == 4
         write_page({"a": run}, tmp_path / "b.html")
 
@@ -140,7 +161,7 @@ class TestPageFile:
         for data in self.data(path):
             times = data["pathTimes"]
             assert (times[0], times[-1]) == (0, 8990)
-            size = sum(len(data[k]) for k in ("gamma", "bias", "state"))
+            size = sum(len(data[k]) for k in ("gamma", "bias", "norms", "state"))
             assert 25_000 < size < 50_000
             assert (len(data["times"]), data["times"][-1]) == (page_module.MOMENTS, 8990)
             assert data["moments"] == 900
@@ -194,7 +215,7 @@ PLOTTED_SETS = """
 for (const name of names) {
   choose({layer: name, filter: null});
   const data = document.querySelector("#paths .chart").data.filter(d => d.customdata);
-  found[name] = data.filter(d => /dead|constant/.test(d.hovertemplate)).flatMap(d => d.customdata);
+  found[name] = data.filter(d => /collapsed/.test(d.hovertemplate)).flatMap(d => d.customdata);
 }
 return found; })()"""
 
@@ -280,7 +301,7 @@ class TestPage:
         run = random_run(20, 16, 12)
         long = "backbone.a_rather_long_name_of_a_stage.and.another_one.bn"
         layers = (trace.TracedLayer(long, 16), *run.layers[1:])
-        run = trace.Trace(layers, run.iterations, run.gamma, run.bias, run.norms)
+        run = dataclasses.replace(run, layers=layers)
         path = write_page({"BN, trained": run, "psBN, finetuned": run}, tmp_path / "a.html")
         page = browse(path, width=width)
         page.js(f"choose({{layer: {long!r}, filter: 3}})")
@@ -326,18 +347,19 @@ class TestPage:
     def test_a_layer_without_relu_and_the_share_of_the_finite_filters(self, tmp_path, browse):
         page = browse(write_page({"a": without_relu()}, tmp_path / "a.html"))
         assert page.js("document.querySelector('#runs b').textContent") == "33.33%"
-        heat = page.js("document.querySelector('#maps .chart').data[0].z")
-        assert np.ravel(heat) == pytest.approx([100 / 3, 100 / 3])
+        bars = page.js("document.querySelector('#maps .chart').data[0].y")
+        assert bars == pytest.approx([100 / 3, 100 / 3])
+        assert page.js("document.getElementById('h-course').parentElement.hidden")
         legend = "[...document.querySelectorAll('#legend > span')].filter(e => e.offsetParent)"
         assert "not finite" in page.js(f"{legend}.map(e => e.innerText.trim())")
         zones = "document.querySelector('#paths .chart').data.filter(d => d.fill).length"
-        for layer, text, zone in [("1", "Something other than a ReLU follows it: none", 0),
-                                  ("4", "A ReLU follows it.", 1)]:  # fmt: skip
+        for layer, text, zone in [("1", "Something other than a ReLU follows it: gamma", 0),
+                                  ("4", "A ReLU stands right behind it.", 1)]:  # fmt: skip
             page.js(f"choose({{layer: '{layer}', filter: null}})")
             assert page.js("document.getElementById('follows').textContent").startswith(text)
             assert page.js(zones) == zone
         caption = "document.querySelector('#paths figcaption').textContent"
-        assert page.js(caption) == "Of 4 filters 1 live, 1 inactive, 1 dead, 1 not finite."
+        assert page.js(caption) == "Of 4 filters 1 live, 1 inactive, 1 collapsed, 1 not finite."
         assert page.errors == []
 
 
@@ -349,11 +371,8 @@ class TestTool:
     def work_dir(self, folder):
         folder.mkdir()
         net = collapse_by_hand(Net())
-        writer = trace.Writer(folder / "collapse.trace", measure(net), 0)
-        from psbn_mmdet.collapse import gather
-
-        writer.write(0, *gather(norm_modules(net).values()))
-        writer.write_norms(0, measure(net))
+        gamma, bias = gather(norm_modules(net).values())
+        trace.Writer(folder, measure(net), 0).write(0, gamma, bias, gamma, gamma.byte() * 0)
         return folder
 
     def test_work_dirs_and_files_side_by_side(self, tmp_path, plot):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from psbn_mmdet import to_psbn
 from psbn_mmdet.collapse import MeasureError, StripError, measure, probe, strip
@@ -50,22 +51,6 @@ def relative_difference(a, b, size=SIZE):
     return max(float((p - q).abs().max() / p.abs().max()) for p, q in pairs)
 
 
-def assert_flops_as_predicted_or_explained(model, stripped, size=SIZE):
-    macs = stripped.record["macs"]
-    predicted = measure(model, inputs=size).flops
-    assert (macs["before"], macs["predicted"]) == (predicted.total, predicted.remaining)
-    after = probe(stripped.model, {}, size)
-    assert macs["after"] == after.total
-    rows = {row["name"]: row["total"] for row in after.rows}
-    unlike = {row["layer"]: row for row in macs["unlike_predicted"]}
-    for row in predicted.rows:
-        if row["name"] in unlike:
-            assert unlike[row["name"]]["after"] == rows[row["name"]] != row["remaining"]
-            assert unlike[row["name"]]["why"]
-        else:
-            assert rows[row["name"]] == row["remaining"]
-
-
 @pytest.mark.parametrize("share", [0.3, 0.6])
 @pytest.mark.parametrize("name", NETS)
 def test_exact_whatever_was_killed(name, share):
@@ -79,7 +64,9 @@ def test_exact_whatever_was_killed(name, share):
     kept = sum(len(each["filters"]) for each in stripped.record["kept"])
     assert filters["dead"] + filters["constant"] + kept == sum(map(len, killed.values()))
     assert filters["removed"] > 0
-    assert_flops_as_predicted_or_explained(model, stripped)
+    macs = stripped.record["macs"]
+    assert macs["before"] == probe(model, {}, SIZE).total
+    assert macs["after"] == probe(stripped.model, {}, SIZE).total
     json.dumps(stripped.record)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -91,7 +78,9 @@ def test_a_chain_loses_all_that_was_killed_and_the_flops_that_measure_predicts()
     stripped = strip(model, SIZE)
     assert stripped.record["removed"] == {name: {"dead": each} for name, each in killed.items()}
     assert stripped.record["kept"] == []
-    assert stripped.record["macs"]["unlike_predicted"] == []
+    macs = stripped.record["macs"]
+    predicted = measure(model, inputs=SIZE).flops
+    assert (macs["before"], macs["after"]) == (predicted.total, predicted.remaining)
     widths = [m.out_channels for m in stripped.model.modules() if isinstance(m, nn.Conv2d)]
     assert widths == [4, 6, 4]
 
@@ -148,12 +137,11 @@ def test_filters_of_a_shared_convolution_go_if_they_are_dead_at_every_level():
     assert relative_difference(model, stripped.model) < 1e-5
 
 
-def test_where_the_tracer_contradicts_itself_channels_are_left_whole():
-    """Torch-Pruning 1.6 takes a pooled and flattened concatenation for an elementwise operation."""
+def test_a_pooled_and_flattened_concatenation():
     model = with_statistics(Dense(pool=2))
-    kill_at_random(model, 0.5)
+    killed = kill_at_random(model, 0.5)
     stripped = strip(model, SIZE)
-    assert any("inconsistently" in each["why"] for each in stripped.record["kept"])
+    assert stripped.record["filters"]["removed"] == sum(map(len, killed.values()))
     assert relative_difference(model, stripped.model) < 1e-5
 
 
@@ -175,19 +163,30 @@ def test_what_code_counts_on_is_left_whole_and_the_rest_goes():
     assert relative_difference(model, stripped.model) < 1e-5
 
 
-@pytest.mark.parametrize("how", ["parametrized", "tied"])
-def test_weights_that_are_no_layers_own_are_left_whole(how):
+def test_computed_weights_are_left_whole():
     model = nn.Sequential(conv_bn(3, 8), conv_bn(8, 8), conv_bn(8, 8), conv_bn(8, 8), head(8))
     with_statistics(model)
-    if how == "tied":
-        model[2][0].weight = model[1][0].weight
-    else:
-        nn.utils.parametrizations.weight_norm(model[2][0])
+    nn.utils.parametrizations.weight_norm(model[2][0])
     killed = kill_at_random(model, 0.5)
     stripped = strip(model, SIZE)
-    gone = {"3.1"} if how == "tied" else {"0.1", "3.1"}
-    assert stripped.record["removed"] == {name: {"dead": killed[name]} for name in gone}
-    assert all("parametrized or shared" in each["why"] for each in stripped.record["kept"])
+    assert stripped.record["removed"] == {n: {"dead": killed[n]} for n in ("0.1", "3.1")}
+    whys = {each["layer"]: each["why"] for each in stripped.record["kept"]}
+    assert "2.0 reads it" in whys["1.1"]
+    assert "2.0 puts out" in whys["2.1"]
+    assert relative_difference(model, stripped.model) < 1e-5
+
+
+def test_tied_weights_stay_tied():
+    """Three layers of one stream, two of them with one weight: what is dead in all goes."""
+    model = nn.Sequential(conv_bn(3, 8), conv_bn(8, 8), conv_bn(8, 8), conv_bn(8, 8), head(8))
+    with_statistics(model)
+    model[2][0].weight = model[1][0].weight
+    for layer, dead in ((0, [1, 2]), (1, [2, 3]), (2, [2, 4]), (3, [5])):
+        kill(model[layer][1], dead)
+    stripped = strip(model, SIZE)
+    gone = {f"{i}.1": {"dead": [2]} for i in range(3)}
+    assert stripped.record["removed"] == {**gone, "3.1": {"dead": [5]}}
+    assert stripped.model[2][0].weight is stripped.model[1][0].weight
     assert relative_difference(model, stripped.model) < 1e-5
 
 
@@ -229,13 +228,12 @@ def test_constants_at_a_padded_border_are_merged_into_one_or_folded_with_the_err
     assert folded.model[0][0].out_channels == 4
     error = folded.record["proof"]["largest_relative_difference"]
     assert 1e-3 < error < 1
-    assert folded.record["proof"]["differences"]["dead and constant filters alone"] < 1e-5
     # Within the border it is exact.
     x = torch.randn(1, *SIZE)
     with torch.no_grad():
         inner = [m[:2](x)[..., 2:-2, 2:-2] for m in (model, folded.model)]
     torch.testing.assert_close(*inner)
-    with pytest.raises(StripError, match=r"more than the tolerance.*constant filters alone"):
+    with pytest.raises(StripError, match="more than the tolerance"):
         strip(model, SIZE, borders="fold")
 
 
@@ -300,7 +298,7 @@ def test_inactive_filters_go_on_demand_with_a_bound_and_the_difference():
     assert bound["largest_mean_output"] == pytest.approx(
         float(0.2 * density - 0.7 * normal.cdf(z)), rel=1e-4
     )
-    assert stripped.record["proof"]["differences"]["dead and constant filters alone"] < 1e-6
+    assert stripped.record["proof"]["of_the_surgery_alone"] < 1e-6
     assert relative_difference(model, stripped.model) < 1e-2
 
 
@@ -393,7 +391,6 @@ def test_training_goes_on_from_the_stripped_network():
     [
         ((4, 16, 16), {}, "cannot be called with images 2 random of 4x16x16"),
         ((3, 0, 16), {}, "positive whole numbers"),
-        (torch.randn(1, 3, 16, 16), {}, "one image is too few"),
         (SIZE, {"borders": "reflect"}, "borders is 'exact' or 'fold'"),
         (lambda m: m(torch.randn(2, 3, 16, 16)).detach().numpy(), {}, "returns no tensors"),
     ],
@@ -410,6 +407,19 @@ def test_wrong_models_are_refused_in_one_line():
     with pytest.raises(MeasureError, match="no normalization layer"):
         strip(nn.Sequential(nn.Conv2d(3, 4, 1)), SIZE)
 
+    pruned = with_statistics(chain())
+    prune.l1_unstructured(pruned[0][0], "weight", 0.3)
+    with pytest.raises(StripError, match=r"cannot be copied.*permanent") as error:
+        strip(pruned, SIZE)
+    assert "\n" not in str(error.value)
+    model = with_statistics(chain())
+    with torch.no_grad():
+        model[0][1].bias[2] = torch.nan
+    with pytest.raises(StripError, match="not finite"):
+        strip(model, SIZE)
+
+
+def test_a_network_in_inference_mode():
     class Detached(nn.Module):
         def __init__(self):
             super().__init__()
@@ -420,26 +430,5 @@ def test_wrong_models_are_refused_in_one_line():
                 return self.net(x)
 
     model = with_statistics(Detached())
-    kill_at_random(model, 0.5)
-    with pytest.raises(StripError, match="cannot be traced") as error:
-        strip(model, SIZE)
-    assert "\n" not in str(error.value)
-    model = with_statistics(chain())
-    with torch.no_grad():
-        model[0][1].bias[2] = torch.nan
-    with pytest.raises(StripError, match="not finite"):
-        strip(model, SIZE)
-
-
-def test_a_network_that_mixes_channels_unseen_is_refused_not_wrong():
-    """The mean over channels changes when some go, which no tracer of layers sees."""
-
-    class Centred(nn.Module):
-        def forward(self, x):
-            return x * x.mean(1, keepdim=True)
-
-    model = nn.Sequential(conv_bn(3, 8), Centred(), nn.Conv2d(8, 4, 1), head(4))
-    with_statistics(model)
-    kill(model[0][1], [1, 5])
-    with pytest.raises(StripError, match=r"differ by .* more than the tolerance"):
-        strip(model, SIZE)
+    killed = kill_at_random(model, 0.5)
+    assert strip(model, SIZE).record["filters"]["removed"] == sum(map(len, killed.values()))

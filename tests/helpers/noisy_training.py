@@ -3,9 +3,11 @@
 A config names it by ``custom_imports``, so that it also runs in processes started from outside.
 """
 
+import json
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -66,6 +68,15 @@ class Stripes(BaseDataset):
 
 
 @DATASETS.register_module()
+class ListedStripes(Stripes):
+    """Their classes are in a file."""
+
+    def load_data_list(self):
+        labels = json.loads(Path(self.ann_file).read_text())
+        return [{**item, "label": labels[item["label"]]} for item in super().load_data_list()]
+
+
+@DATASETS.register_module()
 class ReadsAList(Stripes):
     def load_data_list(self):
         return Path("no/such/list.txt").read_text().split()
@@ -76,7 +87,10 @@ class MeanScore(BaseMetric):
     def process(self, data_batch, data_samples):
         self.results += [s.mean().item() for s in data_samples]
 
+    while_computing = staticmethod(lambda: None)
+
     def compute_metrics(self, results):
+        self.while_computing()
         # as COCO's of a class without objects
         return {"mean": float(np.mean(results)), "no_value": float("nan"), "inf": float("inf")}
 
@@ -107,6 +121,7 @@ class Kill(At):
     def act(self, runner):
         if torch.distributed.is_initialized():  # rank 0 writes the checkpoint
             torch.distributed.barrier()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises where a worker is killed
         for child in psutil.Process().children(recursive=True):
             child.kill()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -120,6 +135,34 @@ class Terminate(At):
         for child in psutil.Process().children(recursive=True):
             child.terminate()
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@HOOKS.register_module()
+class TerminateIn(Hook):
+    """SIGTERM to all processes of the training at the so-many-th call of a hook's method.
+
+    Args:
+        point: Its name; ``metrics`` while they are computed, which rank 0 does alone.
+        call: From 1.
+        others: Whether the other processes get it, too.
+    """
+
+    def __init__(self, point, call=1, others=True):
+        calls = []
+
+        def act(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call and (get_rank() == 0 or not others):
+                everyone = psutil.Process().parent().children(recursive=True)
+                pids = [p.pid for p in everyone if "multiprocessing" not in str(p.cmdline())]
+                # by another process: a worker ends at once if it is its own that asks
+                subprocess.Popen(["kill", *map(str, pids if others else [os.getpid()])])
+                time.sleep(0.3)
+
+        if point == "metrics":
+            MeanScore.while_computing = staticmethod(act)
+        else:
+            setattr(self, point, act)
 
 
 @HOOKS.register_module()

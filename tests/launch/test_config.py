@@ -12,13 +12,9 @@ from mmengine.config import Config
 from psbn_mmdet import launch
 from psbn_mmdet.checkpoint import CheckpointError
 from psbn_mmdet.launch import UsageError, load_config
-from psbn_mmdet.launch.config import (
-    check_data,
-    check_port,
-    check_processes,
-    check_weights,
-    write_coco_results,
-)
+from psbn_mmdet.launch.checks import check_data, check_port, check_processes
+from psbn_mmdet.launch.config import write_coco_results
+from psbn_mmdet.launch.preview import preview
 from tests.helpers.real_runs import build
 
 # -- where the data is -----------------------------------------------------------------
@@ -295,9 +291,12 @@ def test_never_without_a_whole_checkpoint(shapes, tmp_path):
         ("bn", lambda p: None, "no such checkpoint"),
         ("bn", lambda p: p.write_text("x"), "is no checkpoint of torch"),
         ("bn", lambda p: torch.save({"a": torch.ones(1)}, p), "tensors are missing"),
-        ("bn", lambda p: torch.save(model_of("psbn_finetune"), p), "it is a psBN checkpoint"),
         ("bn", lambda p: torch.save(model_of("bn", depth=34), p), "no place in the model"),
-        ("bn", lambda p: torch.save(model_of("bn", base_channels=8), p), "have another shape"),
+        (
+            "bn",
+            lambda p: torch.save(model_of("bn", base_channels=8), p),
+            "cannot be loaded, as size mismatch",
+        ),
     ],
 )
 def test_testing_refuses_a_checkpoint_that_is_not_of_the_config(
@@ -307,14 +306,16 @@ def test_testing_refuses_a_checkpoint_that_is_not_of_the_config(
     cfg = load_config(f"configs/demo/demo_{config}.py", data_root=shapes, work_dir=str(tmp_path))
     cfg.test_dataloader.update(num_workers=0, persistent_workers=False)
 
-    def test(how):
-        launch.configure_test(cfg, str(tmp_path / "a.pth"))
-        how()
+    path = str(tmp_path / "a.pth")
+
+    def before():
+        launch.configure_test(cfg, path)
+        preview(cfg, training=False)
 
     with pytest.raises(CheckpointError, match=message):
-        test(lambda: check_weights(cfg, strict=True))  # before processes are started
+        before()  # before processes are started
     with pytest.raises(CheckpointError, match=message):
-        test(lambda: launch.evaluate(cfg))
+        launch.evaluate(cfg, path)
 
 
 def model_of(config, **backbone):

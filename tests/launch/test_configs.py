@@ -8,7 +8,7 @@ import torch
 
 from psbn_mmdet import psBN2d, psSyncBN
 from psbn_mmdet.launch import UsageError, load_config
-from psbn_mmdet.launch.config import check_processes
+from psbn_mmdet.launch.checks import check_processes
 from tests.helpers.paths import ROOT
 from tests.helpers.real_runs import build
 

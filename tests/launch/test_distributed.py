@@ -170,25 +170,80 @@ def test_checkpoints_of_one_name_and_other_content_are_refused(config, trained, 
     checkpoint["state_dict"]["fc.bias"] += 1e-7
     torch.save(checkpoint, folders[1] / "w" / "epoch_1.pth")
     first, second = train(config, folders, "--resume", processes=2)
-    assert "the ranks differ in their checkpoint epoch_1.pth" in first.text
+    assert "the ranks differ in their weights (of load_from, init_cfg or the" in first.text
     assert (first.status, second.status) == (2, 2)
 
 
-@pytest.mark.parametrize("change", ["optim_wrapper.optimizer.lr=0.1", "randomness.seed=6"])
-def test_ranks_that_would_train_differently_are_refused(change, config, tmp_path):
-    environments = torchrun(2)
-    started = [
-        Process(
-            "train",
-            [config, "--work-dir", tmp_path / "w", "--launcher", "pytorch", *options],
-            environments[rank],
-            tmp_path / f"{rank}.log",
-        )
-        for rank, options in enumerate([(), ("--cfg-options", change)])
-    ]
-    first, second = [process.end() for process in started]
-    assert "the ranks differ in their config" in one_line(first)
-    assert second.status == 2
+def on_two_nodes(folder, configs):
+    """How two ranks with configs of their own end, each in a folder of its own."""
+    started = []
+    for rank, environment in enumerate(torchrun(2)):
+        (folder / str(rank)).mkdir(exist_ok=True)
+        line = [configs[rank], "--work-dir", folder / str(rank), "--launcher", "pytorch"]
+        started.append(Process("train", line, environment, folder / f"{rank}.log"))
+    return [process.end() for process in started]
+
+
+DIFFERENT = {
+    "learning rate": ({"optim_wrapper__optimizer__lr": 0.1}, "config"),
+    "seed": ({"randomness__seed": 6}, "config"),
+    "hooks": ({"hooks": [{"type": "EMAHook"}]}, "config"),
+    "interval of validations": ({"validate": True}, "config"),
+    "pipeline": ({"train_dataloader__dataset__pipeline": [{"type": "Noise"}]}, "config"),
+    "name of the annotations": ({"train_dataloader__dataset__ann_file": "a/mini.json"}, "config"),
+    "content of load_from": ({"load_from": "B"}, "weights"),
+    "content of the annotations": ({"train_dataloader__dataset__data_root": "B"}, "data set"),
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_ranks_that_would_train_differently_are_refused(kind, trained, tmp_path):
+    """Whatever it is in; nodes without a shared disk have files of their own."""
+    change, what = DIFFERENT[kind]
+    common = {"load_from": "A", "train_dataloader__dataset__data_root": "A"}
+    common["train_dataloader__dataset__type"] = "ListedStripes"
+    common["train_dataloader__dataset__ann_file"] = "a/all.json"
+    configs = []
+    for rank, options in enumerate([common, {**common, **change}]):
+        for name in "AB":
+            folder = tmp_path / f"node{rank}" / name
+            folder.mkdir(parents=True)
+            checkpoint = load(trained / "epoch_1.pth")
+            checkpoint["state_dict"]["fc.bias"] += (name == "B") * 1e-7
+            torch.save(checkpoint, folder / "start.pth")
+            (folder / "a").mkdir()
+            for file in ("all", "mini"):
+                (folder / "a" / f"{file}.json").write_text(
+                    "[0, 1, 2]" if name == "A" else "[0, 2, 1]"
+                )
+        options = dict(options)
+        for key in ("load_from", "train_dataloader__dataset__data_root"):
+            name = "start.pth" if key == "load_from" else ""
+            options[key] = str(tmp_path / f"node{rank}" / options[key] / name)
+        configs.append(make_config(tmp_path / f"{rank}.py", epochs=1, **options))
+    first, second = on_two_nodes(tmp_path, configs)
+    assert (first.status, second.status) == (2, 2), first.text[-900:] + second.text[-900:]
+    assert f"the ranks differ in their {what}" in first.text.splitlines()[-1]
+    assert "Traceback" not in first.text + second.text
+    assert not list(tmp_path.glob("*/epoch_1.pth"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("MASTER_PORT", "junk"),
+        ("MASTER_PORT", "0"),
+        ("RANK", "a"),
+        ("WORLD_SIZE", "-1"),
+        ("SLURM_NTASKS", "4(x2)"),
+        ("SLURM_JOB_ID", "1_2"),
+        ("SLURM_PROCID", "1.0"),
+    ],
+)
+def test_a_variable_of_a_launcher_that_is_no_number(variable, value, config, tmp_path):
+    kind = slurm if variable.startswith("SLURM") else torchrun
+    (ended,) = train(config, tmp_path, environments=[{**kind(2)[0], variable: value}])
+    assert f"{variable}={value}: wanted a number" in one_line(ended)
 
 
 def test_what_is_wrong_on_one_rank_ends_all_in_its_line(config, tmp_path):

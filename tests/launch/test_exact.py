@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from psbn_mmdet.checkpoint import load
-from psbn_mmdet.launch.exact import Draw, SeededBatchSampler, SeededDataset, seed_all
+from psbn_mmdet.launch.seeding import Draw, SeededBatchSampler, SeededDataset, seed_all
 from psbn_mmdet.python38 import zip_strict
 from tests.helpers.forked import train
 from tests.helpers.noisy_training import equal, last, make_config
@@ -56,14 +56,14 @@ def within_an_epoch(tmp_path_factory):
 def test_within_an_epoch_that_is_divided_otherwise_it_is_refused(change, within_an_epoch, tmp_path):
     work_dir = shutil.copytree(within_an_epoch, tmp_path / "w")
     options, processes = {"every": 2}, 1
-    message = "was saved after 2 of 4 batches of an epoch on 1 processes, now there are 2 on"
+    message = "was saved after 2 of 4 batches of 4 images on 1 processes, now there are"
     if change == "processes":
         processes, message = 2, f"{message} 2"
     elif change == "batch size":
         options["train_dataloader__batch_size"] = 8
     else:
         checkpoint = load(work_dir / "iter_2.pth")
-        del checkpoint["meta"]["position_in_epoch"]
+        del checkpoint["meta"]["position"]
         torch.save(checkpoint, work_dir / "iter_2.pth")
         message = "was saved in the middle of epoch 1, and does not say where"
     before = (work_dir / "iter_2.pth").read_bytes()
@@ -84,7 +84,7 @@ def test_what_holds_weights_alone_is_no_checkpoint_to_resume(tmp_path):
     config = make_config(tmp_path / "a.py", epochs=1, validate=True, **best)
     assert train(config, tmp_path / "w")[0].status == 0
     (path,) = (tmp_path / "w").glob("best_*.pth")
-    assert load(path)["meta"]["position_in_epoch"]["batches"] == 0
+    assert load(path)["meta"]["position"]["batches"] == 0
     config = make_config(tmp_path / "a.py", epochs=2)
     ended = train(config, tmp_path / "w", "--resume", path)
     assert ended[0].status == 2 and "Traceback" not in ended[0].text
@@ -139,7 +139,7 @@ class Drawing:
 def test_every_image_of_every_epoch_has_draws_of_its_own_that_nothing_before_changes(
     rank, monkeypatch
 ):
-    monkeypatch.setattr("psbn_mmdet.launch.exact.get_rank", lambda: rank)
+    monkeypatch.setattr("psbn_mmdet.launch.seeding.get_rank", lambda: rank)
     data = SeededDataset(Drawing())
     batches = SeededBatchSampler(SequentialSampler(range(6)), 2, seed=3)
     seen = {}

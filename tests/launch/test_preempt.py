@@ -2,14 +2,83 @@
 
 import os
 import signal
+import time
 
+import psutil
 import pytest
 import torch
 
 from psbn_mmdet.checkpoint import load
-from psbn_mmdet.launch.preempt import PREEMPTED, Preempted, Preemption
-from tests.helpers.forked import train
+from psbn_mmdet.launch.preempt import PREEMPTED, Preemption
+from tests.helpers.forked import Process, free_port, slurm, train
 from tests.helpers.noisy_training import equal, last, make_config
+from tests.helpers.slurm import until
+
+POINTS = [
+    ("before_run", 1),
+    ("before_train", 1),
+    ("before_train_epoch", 1),
+    ("before_train_iter", 1),
+    ("before_train_iter", 3),
+    ("after_train_iter", 3),
+    ("before_save_checkpoint", 1),
+    ("after_train_epoch", 1),
+    ("before_val", 1),
+    ("after_val_iter", 1),
+    ("metrics", 1),
+    ("after_val_epoch", 1),
+    ("after_val", 1),
+    ("before_train_epoch", 2),
+    ("metrics", 3),
+]
+OPTIONS = {"validate": True, "workers": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Config and end of a training in so many processes that nothing disturbs."""
+    folder, ends = tmp_path_factory.mktemp("whole"), {}
+
+    def end(processes):
+        if processes not in ends:
+            config = make_config(folder / "a.py", hooks=[EMA], **OPTIONS)
+            ended = train(config, folder / str(processes), processes=processes)
+            assert [e.status for e in ended] == [0] * processes, ended[0].text
+            ends[processes] = config, last(folder / str(processes))
+        return ends[processes]
+
+    return end
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("point", "call"), POINTS)
+def test_wherever_a_sigterm_comes_the_run_can_go_on(point, call, processes, whole, tmp_path):
+    """It ends with the status that has it requeued, and resumed it is as if it had not ended."""
+    config, uninterrupted = whole(processes)
+    hook = {"type": "TerminateIn", "point": point, "call": call}
+    stopped = make_config(tmp_path / "a.py", hooks=[EMA, hook], **OPTIONS)
+    ended = train(stopped, tmp_path / "w", processes=processes)
+    assert [e.status for e in ended] == [PREEMPTED] * processes, [e.text[-900:] for e in ended]
+    assert all("Traceback" not in e.text for e in ended), [e.text[-900:] for e in ended]
+    started = (tmp_path / "w" / "run.json").exists()
+    assert started or (call == 1 and point.startswith("before_"))
+    ended = train(config, tmp_path / "w", "--resume", processes=processes)
+    assert [e.status for e in ended] == [0] * processes, ended[0].text[-900:]
+    assert equal(last(tmp_path / "w"), uninterrupted)
+
+
+def test_a_process_that_waits_for_others_ends_at_once(tmp_path):
+    """Python's own handler would run when the wait is over, in half an hour."""
+    config = make_config(tmp_path / "a.py")
+    line = [config, "--work-dir", tmp_path / "w", "--launcher", "slurm"]
+    process = Process("train", line, slurm(2, MASTER_PORT=free_port())[0], tmp_path / "log")
+    until(lambda: psutil.Process(process.process.pid).num_threads() > 2)  # of the store
+    time.sleep(0.5)
+    process.process.terminate()
+    ended = process.end(seconds=20)
+    assert ended.status == PREEMPTED, ended.text
+    assert "there is nothing to save" in ended.text
+
 
 EMA = {"type": "EMAHook", "ema_type": "ExponentialMovingAverage", "momentum": 0.3}
 
@@ -76,7 +145,9 @@ def test_resume_takes_whichever_has_seen_more(newer, tmp_path):
     train(make_config(tmp_path / "a.py", hooks=stop), tmp_path / "w")
     if newer == "epoch_1.pth":  # and it was written first: times say nothing
         train(make_config(tmp_path / "b.py", epochs=1), tmp_path / "b")
-        (tmp_path / "b" / "epoch_1.pth").replace(tmp_path / "w" / "epoch_1.pth")
+        epoch = load(tmp_path / "b" / "epoch_1.pth")
+        epoch["meta"]["run"] = load(tmp_path / "w" / "preempted.pth")["meta"]["run"]
+        torch.save(epoch, tmp_path / "w" / "epoch_1.pth")
     ended = train(make_config(tmp_path / "c.py"), tmp_path / "w", "--resume")
     assert f"resuming from {tmp_path}/w/{newer}\n" in ended[0].text
 
@@ -89,8 +160,10 @@ def test_a_second_sigterm_does_not_change_the_status_of_what_has_saved(tmp_path)
 
     before = signal.signal(signal.SIGTERM, ended)
     try:
-        with pytest.raises(Preempted), Preemption(tmp_path):
-            raise Preempted
+        preemption = Preemption(tmp_path)
+        preemption.asked = True
+        with pytest.raises(SystemExit), preemption:
+            raise SystemExit(PREEMPTED)
         os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(signal.SIGTERM, ended)
         with Preemption(tmp_path):

@@ -79,6 +79,9 @@ class TestRectified:
             ([nn.ReLU6()], True),
             ([nn.Dropout(), nn.Identity(), nn.PReLU()], True),
             ([nn.SiLU()], False),
+            ([nn.Hardswish()], True),
+            ([nn.Hardsigmoid()], True),
+            ([nn.Threshold(1.0, 0.0)], True),
             ([nn.Conv2d(4, 4, 1), nn.ReLU()], False),
             ([], False),
             ([nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1))], True),
@@ -86,6 +89,26 @@ class TestRectified:
     )
     def test_by_what_follows(self, after, verdict):
         assert rectified(nn.Sequential(nn.BatchNorm2d(4), *after)) == {"0.bias": verdict}
+
+    @pytest.mark.parametrize(
+        ("rest", "kind"),
+        [
+            (lambda m, y: torch.where(y > 0, y, 0), "relu"),
+            (lambda m, y: torch.where(y > 0, y, torch.zeros_like(y)), "relu"),
+            (lambda m, y: torch.where(y > 0, y, 1.0), "hard"),
+            (lambda m, y: torch.maximum(y, torch.zeros_like(y)), "relu"),
+            (lambda m, y: torch.max(y, torch.zeros_like(y)), "relu"),
+            (lambda m, y: y * (y > 0), "relu"),
+            (lambda m, y: y * (y > 0).float(), "relu"),
+            (lambda m, y: (y > 0).to(y) * y, "relu"),
+            (lambda m, y: F.hardswish(y), "hard"),
+            (lambda m, y: y.clamp(min=-1), "hard"),
+            (lambda m, y: y * (y < 0), "other"),
+        ],
+    )
+    def test_rectifiers_written_out(self, rest, kind):
+        assert followed_by(Model(rest))["bn"] == kind
+        assert rectified(Model(rest))["bn.bias"] is (kind != "other")
 
     def test_a_functional_layer_counts_where_it_is_traced(self):
         class Functional(nn.Module):
@@ -163,12 +186,12 @@ USES = {
     "a clamp at 0": (lambda m, y: y.clamp(min=0), "relu"),
     "a clamp at 0 and 6": (lambda m, y: torch.clamp(y, 0, 6), "relu"),
     "a threshold at 0": (lambda m, y: F.threshold(y, 0.0, 0.0), "relu"),
-    "a threshold at 1": (lambda m, y: F.threshold(y, 1.0, 0.0), "other"),
+    "a threshold at 1": (lambda m, y: F.threshold(y, 1.0, 0.0), "hard"),
     "an argument in a list": (lambda m, y: m.listed([m.conv(y), y]).relu(), "none"),
     "an argument in a list alone": (lambda m, y: m.listed([m.conv.weight, y]).relu(), "relu"),
     "one of many arguments": (lambda m, y: m.starred(m.conv.weight, y).relu(), "relu"),
-    "a clamp below 0": (lambda m, y: y.clamp(-1, 1), "other"),
-    "Hardtanh": (lambda m, y: F.hardtanh(y), "other"),
+    "a clamp below 0": (lambda m, y: y.clamp(-1, 1), "hard"),
+    "Hardtanh": (lambda m, y: F.hardtanh(y), "hard"),
     "LeakyReLU": (lambda m, y: F.leaky_relu(y, 0.1), "leaky"),
     "SiLU": (lambda m, y: F.silu(y), "other"),
     "x * sigmoid(x)": (lambda m, y: m.conv(y * y.sigmoid()), "other"),
@@ -192,12 +215,12 @@ USES = {
     "negated": (lambda m, y: (-y).relu(), "unknown"),
 }
 MODULES = {
-    "torch's activation": (nn.Hardswish(), "other"),
+    "torch's activation": (nn.Hardswish(), "hard"),
     "torch's ReLU6": (nn.ReLU6(), "relu"),
     "Hardtanh from 0": (nn.Hardtanh(0, 6), "relu"),
-    "Hardtanh": (nn.Hardtanh(), "other"),
+    "Hardtanh": (nn.Hardtanh(), "hard"),
     "Threshold from 0": (nn.Threshold(0, 0), "relu"),
-    "Threshold": (nn.Threshold(0, 1), "other"),
+    "Threshold": (nn.Threshold(0, 1), "hard"),
     "PReLU": (nn.PReLU(), "leaky"),
     "attention": (nn.MultiheadAttention(4, 1), "none"),
     "another norm": (nn.BatchNorm2d(4), "none"),

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
@@ -322,3 +323,39 @@ def test_adam_is_adam(root, tmp_path):
     wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     assert type(wrapper.optimizer) is torch.optim.Adam
     assert wrapper.optimizer.defaults["weight_decay"] == 5e-4
+
+
+def test_without_norm_decay_gamma_and_beta_alone_do_not_decay(root, tmp_path):
+    settings = replace(TOY, norm_decay=False)
+    runner = make_runner(settings, *study_data(settings, root), tmp_path)
+    optimizer = runner.build_optim_wrapper(runner.optim_wrapper).optimizer
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    network = runner.model.network
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    spared = {id(p) for norm in norms for p in norm.parameters()}
+    assert len(spared) == 2 * len(norms) > 0
+    for parameter in network.parameters():
+        wanted = 0 if id(parameter) in spared else settings.weight_decay
+        assert decays[id(parameter)] == wanted
+
+
+def test_filters_are_revived_before_each_round_and_a_killed_run_goes_on_to_the_bit(root, tmp_path):
+    """Collapsed by hand in the parent; the child's first step finds them with weights again."""
+    train_run(replace(TOY, norm="BN"), tmp_path / "bn", root)
+    path = tmp_path / "bn" / "round_2.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    state = checkpoint["state_dict"]
+    name = next(key for key in state if key.endswith("bn1.weight") and "layer" in key)
+    for key in (name, name.replace("weight", "bias")):
+        state[key][:2] = 0
+    torch.save(checkpoint, path)
+    settings = replace(TOY, norm="BN", parent="bn", revive=True, trace_interval=1)
+    train_run(settings, tmp_path / "revived", root)
+    before = read(tmp_path / "revived" / "collapse.trace").gamma[0]  # before the first round
+    assert (np.abs(before) < 1e-3).sum() >= 2
+    after = weights(tmp_path / "revived", 1)[name]
+    assert (after[:2].abs() > 1e-3).all()
+    train(settings, root, tmp_path / "cut", stop_after=settings.iterations - 1)
+    train(settings, root, tmp_path / "cut")
+    one, other = (weights(tmp_path / folder, settings.rounds) for folder in ("revived", "cut"))
+    assert all(torch.equal(one[key], other[key]) for key in one)

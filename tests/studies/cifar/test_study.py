@@ -50,17 +50,24 @@ def do_here(experiment, out, root):
 
 def test_paper_preset_is_the_paper():
     experiment = build("fig3")
-    assert len(experiment.runs) == 3 * 3 * 5
+    assert len(experiment.runs) == 3 * 5 * 5
     for run in experiment.runs:
         s = run.settings
         assert (s.batch_size, s.lr, s.momentum, s.weight_decay) == (128, 0.1, 0.9, 5e-4)
         assert (s.rounds, s.epochs, s.images, s.width) == (9, 100, None, 1.0)
         assert s.iterations == 9 * 100 * 390
-    arms = {(r.settings.network, r.settings.norm, r.settings.act) for r in experiment.runs}
+    fields = ("network", "norm", "act", "norm_decay", "revive")
+    arms = {tuple(getattr(r.settings, f) for f in fields) for r in experiment.runs}
     assert arms == {
         (network, *arm)
         for network in ("resnet20", "resnet56", "vgg16")
-        for arm in (("BN", "ReLU"), ("BN", "LeakyReLU"), ("psBN", "ReLU"))
+        for arm in (
+            ("BN", "ReLU", True, False),
+            ("BN", "LeakyReLU", True, False),
+            ("psBN", "ReLU", True, False),
+            ("BN", "ReLU", False, False),  # these two are ours
+            ("BN", "ReLU", True, True),
+        )
     }
     table = build("table1").runs
     assert {(r.settings.network, r.settings.rounds, r.settings.epochs) for r in table} == {
@@ -95,10 +102,13 @@ def test_published_results_are_of_the_reduced_preset_as_it_stands(path):
     name, _, preset = path.stem.partition("-")
     seeds = max(len(arm["seeds"]) for arm in published["arms"].values())
     experiment = build(name, preset or "reduced", seeds=seeds)
-    assert published["runs_finished"] == published["runs_planned"] == len(experiment.runs)
-    for run in experiment.runs:
-        arm = published["arms"][run.arm]
-        assert run.settings.seed in arm["seeds"]
+    planned = {(run.arm, run.settings.seed): run for run in experiment.runs}
+    done = {(name, seed) for name, arm in published["arms"].items() for seed in arm["seeds"]}
+    assert done <= set(planned)
+    assert published["runs_finished"] == len(done)
+    assert published["runs_planned"] == len(planned)
+    for key in done:
+        run, arm = planned[key], published["arms"][key[0]]
         for name, value in with_defaults(arm["settings"], Settings).items():
             if name == "seed":
                 continue
@@ -124,7 +134,11 @@ def test_wrong_experiment_preset_and_setting_are_one_line():
     with pytest.raises(RunError, match="one of paper, reduced, medium"):
         build("fig3", "huge")
     arms = {run.arm for run in build("fig3", "medium").runs}
-    assert arms == {"resnet20, BN + ReLU", "resnet20, psBN + ReLU"}
+    assert arms == {
+        "resnet20, BN + ReLU",
+        "resnet20, psBN + ReLU",
+        "resnet20, BN + ReLU, no norm decay",
+    }
     with pytest.raises(RunError, match="fig2 has no preset medium; fig3 has"):
         build("fig2", "medium")
     with pytest.raises(RunError, match="no setting 'learning_rate'; there are network"):
@@ -136,9 +150,10 @@ def test_wrong_experiment_preset_and_setting_are_one_line():
 # ---------------------------------------------------------------- end to end
 
 
-# fig2, fig5a and instance_norm have the figure and the table of another one, and nothing else.
+# fig2, fig5a, large_lr and instance_norm have the figure of another one, and no end of their own.
 # strip needs a collapsed network and has a test of its own (test_cuts.py).
-END_TO_END = sorted(set(experiments.names()) - {"fig2", "fig5a", "instance_norm", "strip"})
+ELSEWHERE = {"fig2", "fig5a", "instance_norm", "strip", "large_lr"}
+END_TO_END = sorted(set(experiments.names()) - ELSEWHERE)
 
 
 @pytest.mark.slow
@@ -243,6 +258,49 @@ def test_arms_in_bfloat16_are_compared_with_float32_by_seed():
     ]
     assert tables[single] == "## After the last round, minus float32"
     assert tables[single + 6 :] == ["| BN, bfloat16 | BN | +2.00 (-10.7 to +14.7) |"]
+
+
+def test_arms_without_norm_decay_and_revived_ones_are_compared_with_their_twins():
+    arms = {
+        "BN": arm("BN", [0, 1], [50.0, 60.0]),  # as published before there were such settings
+        "no norm decay": arm("BN", [0, 1], [51.0, 63.0], norm_decay=False, revive=False),
+        "revived": arm("BN", [0, 1], [52.0, 64.0], norm_decay=True, revive=True),
+    }
+    arms["BN"]["settings"].update(norm_decay=True, revive=False)
+    lines = summary_module._twins_tables({"arms": arms})
+    assert [line for line in lines if line.startswith(("## ", "| no", "| re"))] == [
+        "## After the last round, minus the same with decay of gamma and beta",
+        "| no norm decay | BN | +2.00 (-10.7 to +14.7) |",
+        "## After the last round, minus the same not revived",
+        "| revived | BN | +3.00 (-9.71 to +15.7) |",
+    ]
+
+
+def test_sign_flips_by_counting():
+    # Sums of +-1 +-2 +-3 are as far from 0 as 6 in 2 of 8 cases, as 4 (1 - 2 - 3) in 4 of 8.
+    assert details.sign_flips([1.0, 2.0, 3.0]) == pytest.approx(2 / 8)
+    assert details.sign_flips([1.0, -2.0, -3.0]) == pytest.approx(4 / 8)
+    assert details.sign_flips([0.1] * 10) == pytest.approx(2 / 1024)
+
+
+def test_large_learning_rates_are_told_with_seeds_at_chance(tmp_path):
+    experiment = build("large_lr", "reduced", TOY, seeds=2)
+    accuracies = {"lr 0.5, BN + ReLU": [10.0, 40.0], "lr 0.5, psBN + ReLU": [41.0, 42.0]}
+    for run in experiment.runs:
+        if run.arm in accuracies:
+            folder = folder_of(experiment, run, tmp_path)
+            folder.mkdir(parents=True)
+            accuracy = accuracies[run.arm][run.settings.seed - 100]
+            row = dict(round=1, train_loss=1.0, epoch_losses=[1.0], accuracy=accuracy)
+            write_json(
+                folder / "result.json",
+                dict(settings=vars(run.settings), rounds=[row], device="cpu", threads=1,
+                     torch="2", data_crc32="0"),
+            )  # fmt: skip
+    table = markdown(summarise(experiment, tmp_path))
+    assert "| lr 0.5, BN + ReLU | 1 |  |  |" in table
+    # By hand: differences 31, 2; t 12.706 * 20.506 / 1.414 = 184.2; 2 of 4 signs give 33 or more.
+    assert "| lr 0.5, psBN + ReLU | 0 | +16.5 (-167.7 to +200.7) | 0.500 |" in table
 
 
 def test_norms_near_zero_are_told_from_the_large_ones():
@@ -439,7 +497,7 @@ def test_bad_command_lines_end_with_one_line(root, tmp_path, called):
     plan = [*fig3, "--data-root", root, "--plan", "--set", *(f"{k}={v}" for k, v in TOY.items())]
     status, output, _ = called(*plan)
     assert status == 0
-    assert re.search(r"fig3: 9 runs, 0 of them finished; the rest takes about \d+ s", output)
+    assert re.search(r"fig3: 15 runs, 0 of them finished; the rest takes about \d+ s", output)
     status, _, line = called(*plan, "lr=0.5")
     assert status == 2
     assert "holds a run with other settings (1 differ, as lr: 0.2 there, 0.5 now)" in line

@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,7 +48,8 @@ def toy_rounds(seeds=2, **changes):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return write_smears(tmp_path_factory.mktemp("smears") / "data")
+    # Six test images: an interval takes no fewer.
+    return write_smears(tmp_path_factory.mktemp("smears") / "data", test=3)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def test_wrong_names_and_settings_are_one_line():
         experiments.build("transfer", seeds=0)
     with pytest.raises(RunError, match="mmdet_resnet18 always has a normalization and ReLU"):
         CifarSettings(network="mmdet_resnet18", norm="none")
-    with pytest.raises(RunError, match="method must be one of BN, psBN preserve"):
+    with pytest.raises(RunError, match="method must be one of BN, BN without norm decay"):
         Settings(method="GN")
 
 
@@ -175,6 +177,29 @@ def test_backbone_pretrained_with_psbn_becomes_bn_of_the_same_function(tmp_path)
             torch.testing.assert_close(found, network.backbone(x), rtol=1e-4, atol=1e-4)
         if method in (BN, ANCHORED):
             assert not any(isinstance(m, psBN2d) for m in model.modules())
+
+
+def test_revived_backbone_has_its_filters_back_and_the_fresh_neck_as_it_was(
+    pretrained, root, tmp_path
+):
+    checkpoint = torch.load(pretrained, weights_only=False)
+    state = checkpoint["state_dict"]
+    name = next(key for key in state if key.endswith("layer2.0.bn1.weight"))
+    for key in (name, name.replace("weight", "bias")):
+        state[key][:3] = 0
+    torch.save(checkpoint, tmp_path / "collapsed.pth")
+    settings = Settings(base_channels=8, batch_size=2)
+    images = data.load(root, data.TRAIN, (64, 48))
+    plain = training.build_model(settings, 2, tmp_path / "collapsed.pth")
+    for method in (BN, SHIFT):
+        settings = replace(settings, method=method, revive=True)
+        revived = training.build_model(settings, 2, tmp_path / "collapsed.pth", images)
+        gamma = [m.backbone.layer2[0].bn1.weight.detach() for m in (plain, revived)]
+        assert torch.equal(gamma[0][:3], torch.zeros(3))
+        assert (gamma[1][:3].abs() > 1e-3).all()
+        torch.testing.assert_close(gamma[1][3:], gamma[0][3:])
+        parts = [torch.cat([p.flatten() for p in m.neck.parameters()]) for m in (plain, revived)]
+        assert torch.equal(*parts)
 
 
 def test_methods_of_a_seed_differ_in_the_backbone_alone(pretrained):
@@ -244,7 +269,7 @@ def test_finished_runs_are_skipped_and_other_settings_refused(rounds, root):
     before = folder_of(experiment, experiment.runs[0], out) / "result.json"
     stamp = before.stat().st_mtime_ns
     engine.execute(experiment, out, root, "no-cifar", said.append)
-    assert said == ["rounds: 10 of 10 runs finished"]
+    assert said == ["rounds: 12 of 12 runs finished"]
     assert before.stat().st_mtime_ns == stamp
     other = toy_rounds(rounds=2, weight_decay=0.5)
     with pytest.raises(RunError, match=r"other settings \(1 differ, as weight_decay"):
@@ -268,8 +293,9 @@ def test_two_processes_share_an_experiment(root, tmp_path):
 
 def test_summary_has_ap_of_the_result_files_and_verdicts(rounds):
     experiment, out = rounds
-    content = summary.summarise(experiment, out, "command", resamples=100)
-    assert content["runs_finished"] == content["runs_planned"] == 10
+    compared = summary.compare_rounds(experiment, out, resamples=100)
+    content = summary.summarise(experiment, out, compared, "command")
+    assert content["runs_finished"] == content["runs_planned"] == 12
     truth = read_annotations(engine.annotations_of(experiment, out))
     for arm, entry in content["arms"].items():
         members = [run for run in experiment.runs if run.arm == arm]
@@ -287,8 +313,24 @@ def test_summary_has_ap_of_the_result_files_and_verdicts(rounds):
             if judged is content["differences"][0]:
                 assert d["AP"] == pytest.approx(ap[0] - ap[1])
     text = summary.markdown(json.loads(json.dumps(content)))
-    assert "10 of 10 runs finished, 2 seeds an arm" in text
+    assert "12 of 12 runs finished, 2 seeds an arm" in text
     assert text.count("| psBN, alpha 0.1 | BN |") == 2
+
+
+def test_resampled_aps_give_the_interval_of_an_arm_again(rounds, tmp_path):
+    experiment, out = rounds
+    compared = summary.compare_rounds(experiment, out, resamples=50)
+    summary.write_resampled(experiment, out, compared, tmp_path / "resampled.npz")
+    kept = np.load(tmp_path / "resampled.npz")
+    assert sorted(kept["runs"]) == sorted(run.name for run in experiment.runs)
+    assert sorted(kept) == ["round_1", "round_2", "runs"]
+    for number, comparison in enumerate(compared, 1):
+        kept_ap = kept[f"round_{number}"] / 1000
+        assert kept_ap.shape == (50, len(experiment.runs))
+        for arm, runs in comparison.runs.items():
+            names = {r.name for r in experiment.runs if r.arm == arm}
+            assert {str(kept["runs"][i]) for i in runs} == names
+        assert np.abs(kept_ap - comparison.measured.draws[:, :, 0]).max() <= 5e-4
 
 
 @pytest.mark.parametrize("name", experiments.names())
@@ -378,10 +420,13 @@ def test_published_results_are_of_the_study_as_it_stands(name: str):
     published = json.loads(path.read_text())
     seeds = max(len(arm["seeds"]) for arm in published["arms"].values())
     experiment = experiments.build(name, seeds=seeds)
-    assert published["runs_finished"] == published["runs_planned"] == len(experiment.runs)
-    for run in experiment.runs:
-        arm = published["arms"][run.arm]
-        assert run.settings.seed in arm["seeds"]
+    planned = {(run.arm, run.settings.seed): run for run in experiment.runs}
+    done = {(name, seed) for name, arm in published["arms"].items() for seed in arm["seeds"]}
+    assert done <= set(planned)
+    assert published["runs_finished"] == len(done)
+    assert published["runs_planned"] == len(planned)
+    for key in done:
+        run, arm = planned[key], published["arms"][key[0]]
         for name, value in arm["settings"].items():
             wanted = getattr(run.settings, name)
             wanted = wanted.partition("-seed")[0] if name == "backbone" and wanted else wanted
