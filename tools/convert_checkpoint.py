@@ -5,10 +5,11 @@
 
 Every state dict in the file is converted (bias = beta + alpha): the weights and what stands beside
 them, such as state_dict_ema or model_ema. All else of the weights stays; optimizer, schedules and
-the weights that mmengine's EMAHook goes on with are dropped unless asked for. BN checkpoints also
-load into psBN models as they are; converting is for leaving this package, and for tools that want
-the keys to fit. OUT is written as safetensors if it is so named. An InstanceNorm without running
-statistics cannot be recognised in a checkpoint and stays as it is: convert the model with to_psbn.
+the weights that mmengine's EMAHook goes on with are dropped unless asked for. With --to bn the
+config that the file carries names BN too. Both kinds also load into each other as they are;
+converting is for leaving this package, and for tools that want the keys to fit. OUT is written as
+safetensors if it is so named. A FrozenBatchNorm stays as it is, and so does an InstanceNorm without
+running statistics, which cannot be recognised in a checkpoint: convert the model with to_psbn.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from psbn_mmdet.checkpoint import (
     CheckpointError,
+    bn_config,
     bn_state_dict,
     convert_all,
     load,
@@ -77,9 +79,15 @@ def convert(
             lines = [line for line in lines if line != f"converted too: {key}"]
     if dropped:
         lines.append(f"dropped (training state): {', '.join(dropped)}")
-    meta = checkpoint.get("meta")
-    if isinstance(meta, Mapping) and "cfg" in meta:
-        lines.append("meta.cfg still holds the config of the run that wrote the checkpoint")
+    meta = new.get("meta")
+    for key in ("cfg", "config"):  # the latter in MMDetection 2
+        if not isinstance(meta, Mapping) or not isinstance(meta.get(key), str):
+            continue
+        if to == "bn":
+            meta = new["meta"] = {**meta, key: bn_config(meta[key])}
+            lines.append(f"meta.{key}, the config, names BN now")
+        else:
+            lines.append(f"meta.{key} still holds the config of the run that wrote the checkpoint")
     return new, lines
 
 
@@ -153,7 +161,7 @@ def main() -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CKPT",
-        help=".pth, .pt, .safetensors, a URL, or a name as torchvision://resnet50",
+        help=".pth, .pt, .safetensors, or a URL",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="the new file")
     parser.add_argument("--to", choices=["psbn", "bn"], required=True)

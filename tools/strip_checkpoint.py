@@ -28,7 +28,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from psbn_mmdet.checkpoint import load, require_fit, state_dict_of
+from psbn_mmdet.checkpoint import load, load_weights
 from psbn_mmdet.collapse import INACTIVE_BELOW, THRESHOLD
 from psbn_mmdet.collapse.stripping import (
     TOLERANCE,
@@ -64,8 +64,7 @@ def build(cfg: Config, checkpoint: Any, name: str) -> nn.Module:
     """The model of a config with the weights of a checkpoint, in eval mode."""
     init_default_scope(cfg.get("default_scope", "mmengine"))
     model = MODELS.build(cfg.model)
-    require_fit(model, checkpoint, name, strict=True)
-    model.load_state_dict(state_dict_of(checkpoint, name), strict=False)
+    load_weights(model, checkpoint, name)
     model.eval()
     return model
 

@@ -1,7 +1,9 @@
-"""State dicts from BN to psBN and back, their function preserved."""
+"""State dicts, and the configs beside them, from BN to psBN and back."""
 
 from __future__ import annotations
 
+import ast
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norm.layers import check_alpha, check_load_bn, rebase
+from ..norm.layers import agree, check_alpha, rebase, saved_alpha
 from ..norm.recognize import Kind, norm_kinds
-from ..python38 import zip_strict
 from .unwrap import CheckpointError, as_tensor, is_array
 
 _DIMENSIONS = dict(weight=1, bias=1, beta=1, alpha=0, running_mean=1, running_var=1)
@@ -29,40 +30,56 @@ def _split(key: str) -> tuple[str, str]:
     return prefix + dot, name
 
 
-def psbn_state_dict(
-    state_dict: Mapping[str, Tensor], alpha: float = 0.1, load_bn: str = "preserve"
-) -> dict[str, Tensor]:
-    """The state dict of ``to_psbn(model, alpha, load_bn)`` from that of ``model``.
+def psbn_state_dict(state_dict: Mapping[str, Tensor], alpha: float = 0.1) -> dict[str, Tensor]:
+    """The state dict of ``to_psbn(model, alpha)`` from that of ``model``.
 
     A layer is BN where ``weight, bias, running_mean, running_var`` stand
     together (a normalization without running statistics, as InstanceNorm
     usually is, cannot be told from others and stays), psBN where ``beta`` and
-    ``alpha`` do; the latter are rebased to ``alpha``.
+    ``alpha`` do; the latter are rebased to ``alpha``. Where some layers count
+    their batches, those that do not are a FrozenBatchNorm, which stays.
 
     Raises:
         CheckpointError: There is no such layer, or only a part of one.
-        TypeError, ValueError: A wrong ``alpha`` or ``load_bn``.
+        TypeError, ValueError: A wrong ``alpha``.
     """
-    alpha, load_bn = check_alpha(alpha), check_load_bn(load_bn)
+    alpha = check_alpha(alpha)
     _refuse_parts(state_dict)
     bn, psbn = prefixes(state_dict, "bn"), prefixes(state_dict, "psbn")
+    counting = {prefix for prefix in bn if prefix + "num_batches_tracked" in state_dict}
+    bn = counting or bn  # a FrozenBatchNorm counts no batches; nor did any BN of torch < 0.4
     if not bn | psbn:
         raise CheckpointError("the state dict holds no BatchNorm layer")
     converted = {}
     for key, value in state_dict.items():
         prefix, name = _split(key)
         if prefix in bn and name == "bias":
-            new = torch.tensor(alpha, dtype=value.dtype, device=value.device)
-            converted[prefix + "beta"] = rebase(value, 0, new) if load_bn == "preserve" else value
-            converted[prefix + "alpha"] = new
+            converted.update(_layer(prefix, rebase(value, 0, alpha), alpha))
         elif prefix in psbn and name == "beta":
-            old = state_dict[prefix + "alpha"]
-            new = torch.full_like(old, alpha)
-            converted[key] = rebase(value, old, new)
-            converted[prefix + "alpha"] = new
-        elif not (prefix in psbn and name == "alpha"):
+            old = saved_alpha(state_dict[prefix + "alpha"], alpha)
+            added = _added(state_dict, prefix, alpha)
+            kept = rebase(value, old, alpha)
+            beta = torch.where(agree(added, value, old), kept, added - alpha)
+            converted.update(_layer(prefix, beta, alpha))
+        elif not (prefix in psbn and name in ("alpha", "bias")):
             converted[key] = value
     return converted
+
+
+def _layer(prefix: str, beta: Tensor, alpha: float) -> dict[str, Tensor]:
+    """What a psBN layer has in a state dict beside what BN has."""
+    return {
+        prefix + "bias": beta + alpha,
+        prefix + "beta": beta,
+        prefix + "alpha": torch.tensor(alpha, dtype=beta.dtype, device=beta.device),
+    }
+
+
+def _added(state_dict: Mapping[str, Tensor], prefix: str, alpha: float) -> Tensor:
+    """The bias of a psBN layer; before 0.2 it was not in the file."""
+    saved = state_dict[prefix + "alpha"]
+    total = state_dict[prefix + "beta"] + saved_alpha(saved, alpha)
+    return state_dict.get(prefix + "bias", total)
 
 
 def bn_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,10 +96,88 @@ def bn_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         prefix, name = _split(key)
         if prefix in psbn and name == "beta":
-            converted[prefix + "bias"] = value + state_dict[prefix + "alpha"]
-        elif not (prefix in psbn and name == "alpha"):
+            alpha = float(state_dict[prefix + "alpha"])
+            converted[prefix + "bias"] = _added(state_dict, prefix, alpha)
+        elif not (prefix in psbn and name in ("alpha", "bias")):
             converted[key] = value
     return converted
+
+
+_PSBN = re.compile(r"(?:psbn_mmdet\.|mmengine\.)?ps((?:Sync)?BN|IN)([123]d)?")
+_OURS = re.compile(r"(?:psbn_mmdet\.|mmengine\.)?(PsBNHook|AnchoredBiasDecay|SparsityLoggerHook)")
+
+
+class _ToBN(ast.NodeTransformer):
+    """psBN taken out of the program that a config is; nothing of it is run."""
+
+    def visit_Call(self, node: ast.Call) -> Any:
+        """``dict(type='psBN', alpha=0.1, ...)`` -> ``dict(type='BN', ...)``."""
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and node.func.id == "dict":
+            kept = self._changed({keyword.arg: keyword.value for keyword in node.keywords})
+            node.keywords = [ast.keyword(key, value) for key, value in kept.items()]
+        return node
+
+    def visit_Dict(self, node: ast.Dict) -> Any:
+        """The same of ``{'type': 'psBN', 'alpha': 0.1, ...}``."""
+        self.generic_visit(node)
+        if all(isinstance(key, ast.Constant) for key in node.keys):
+            names = [key.value for key in node.keys]  # type: ignore[union-attr]
+            kept = self._changed(dict(zip(names, node.values, strict=True)))
+            node.keys = [ast.Constant(key) for key in kept]
+            node.values = [*kept.values()]
+        return node
+
+    def _changed(self, values: dict[Any, Any]) -> dict[Any, Any]:
+        kind = _text(values.get("type"))
+        if layer := _PSBN.fullmatch(kind):
+            values = {k: v for k, v in values.items() if k not in ("alpha", "load_bn")}
+            return {**values, "type": ast.Constant("".join(part or "" for part in layer.groups()))}
+        if kind.rpartition(".")[2] == "ToPsBN" and "of" in values:
+            kept = {k: v for k, v in values.items() if k not in ("alpha", "load_bn", "of")}
+            return {**kept, "type": values["of"]}
+        return values
+
+    def visit_List(self, node: ast.List) -> Any:
+        """Lists of hooks and imports without those of this package."""
+        self.generic_visit(node)
+        node.elts = [item for item in node.elts if not _is_ours(item)]
+        return node
+
+    def visit_Assign(self, node: ast.Assign) -> Any:
+        """``runner_type = 'psbn_mmdet.Runner'``."""
+        self.generic_visit(node)
+        return None if _text(node.value) == "psbn_mmdet.Runner" else node
+
+
+def _text(node: Any) -> str:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def _is_ours(item: ast.expr) -> bool:
+    """Whether an entry of a list is a hook or a module of this package."""
+    if isinstance(item, ast.Call):
+        kinds = [_text(keyword.value) for keyword in item.keywords if keyword.arg == "type"]
+        return any(_OURS.fullmatch(kind) for kind in kinds)
+    return _text(item).partition(".")[0] == "psbn_mmdet"
+
+
+def bn_config(text: str) -> str:
+    """The text of a config with BN in the place of psBN, and without what this package registers.
+
+    Args:
+        text: A config of mmengine, as a checkpoint carries it: a Python program. It is rewritten,
+            not run.
+
+    Raises:
+        CheckpointError: It is no Python program.
+    """
+    try:
+        before, tree = ast.parse(text), _ToBN().visit(ast.parse(text))
+        same = ast.dump(before) == ast.dump(tree)
+        return text if same else ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise CheckpointError("its config is no Python program") from None
 
 
 def convert_all(
@@ -107,7 +202,7 @@ def convert_all(
     def walk(value: Any, place: str) -> Any:
         if type(value) in (list, tuple):
             items = [walk(item, f"{place}[{i}]") for i, item in enumerate(value)]
-            same = all(a is b for a, b in zip_strict(items, value))
+            same = all(a is b for a, b in zip(items, value, strict=True))
             return value if same else type(value)(items)
         if not isinstance(value, Mapping):
             return value

@@ -1,13 +1,16 @@
-"""Reading checkpoints from files, URLs and mmengine's tables, without running code."""
+"""Reading checkpoints from files and URLs, without running code."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import mmap
 import os
 import pickle
 import pickletools
 import re
 import struct
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -18,13 +21,11 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
-from .allowed import torch_load
-from .schemes import resolve, split
-from .unwrap import CheckpointError, state_dict_of
+from .pickles import RefusedPickle, unpickle
+from .unwrap import CheckpointError
 
 _LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 """What files of torch < 1.6, and those that are no zip archives, begin with."""
-_LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of storages; then the data
 _CUT_OFF = "is cut off or damaged; copy or download it again"
 
 
@@ -32,14 +33,13 @@ class RefusedError(CheckpointError):
     """A checkpoint holds what could run code."""
 
 
-def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
+def load(source: str | os.PathLike, map_location: str | torch.device | None = "cpu") -> Any:
     """Read a checkpoint of any PyTorch project, running nothing that it carries.
 
     Args:
-        source: A file written by ``torch.save``, a ``.safetensors`` file, the URL of either
-            (see :func:`fetch`), or a name that mmengine knows, such as ``torchvision://resnet50``
-            or ``open-mmlab://detectron2/resnet50_caffe``.
-        map_location: As in ``torch.load``.
+        source: A file written by ``torch.save``, a ``.safetensors`` file, or the URL of either
+            (see :func:`fetch`).
+        map_location: The device that its tensors go to; on ``'meta'`` they are not read.
 
     Raises:
         CheckpointError: The file is missing, cut off, no checkpoint, or carries
@@ -51,22 +51,98 @@ def load(source: str | os.PathLike, map_location: Any = "cpu") -> Any:
         raise CheckpointError(f"{text}: is one of several shards; join them into one file first")
     if path.suffix == ".safetensors":
         return _load_safetensors(path, map_location)
+    name = text if str(path) == text else f"{text} (kept at {path})"
+    device = torch.device(map_location or "cpu")
     try:
-        with warnings.catch_warnings():
-            # What torch says where it is about to refuse a file.
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            warnings.filterwarnings("ignore", "'torch.load' received a zip file that looks like")
-            checkpoint = torch_load(path, map_location)
-    except Exception as error:  # a damaged file can raise anything
-        name = text if str(path) == text else f"{text} (kept at {path})"
-        reason = _reason(path, error)
-        kind = RefusedError if reason.startswith("refused") else CheckpointError
-        raise kind(f"{name}: {reason}") from None
-    if split(text)[0] == "mmcls":  # classifiers, of which mmengine takes the backbone
-        tensors = state_dict_of(checkpoint, text)
-        start = "backbone."
-        return {"state_dict": {k[len(start) :]: tensors[k] for k in tensors if k.startswith(start)}}
-    return checkpoint
+        return _read(path, device)
+    except RefusedPickle as error:
+        carried = re.sub("[^ -~]", "?", str(error))[:100]  # the file's own words
+        raise RefusedError(
+            f"{name}: refused, since it carries {carried}, which is neither a tensor nor a plain "
+            "value (nothing in it was run); save the model's state_dict() instead"
+        ) from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    except Exception:  # a damaged file can raise anything
+        raise CheckpointError(f"{name}: {_CUT_OFF}") from None
+
+
+def _read(path: Path, device: torch.device) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return _read_zip(archive, path.stat().st_size, device)
+    with open(path, "rb") as file:
+        start = file.read(len(_LEGACY))
+        if start == _LEGACY:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return _read_legacy(content, device)
+    whole = start and not any(form.startswith(start[: len(form)]) for form in (_LEGACY, b"PK\3\4"))
+    raise CheckpointError("is no checkpoint of torch" if whole else _CUT_OFF)
+
+
+def _read_zip(archive: zipfile.ZipFile, size: int, device: torch.device) -> Any:
+    """What ``torch.save`` writes: ``NAME/data.pkl``, and each storage as ``NAME/data/KEY``."""
+    entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
+    if "constants.pkl" in entries:
+        raise CheckpointError("is a TorchScript archive; save the model's state_dict() instead")
+    if "data.pkl" not in entries:
+        raise CheckpointError("is no checkpoint of torch")
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    if not stored or sum(entry.file_size for entry in archive.infolist()) > size:
+        raise CheckpointError("is packed by another program than torch; save it with torch.save")
+    if "byteorder" in entries and archive.read(entries["byteorder"]) != sys.byteorder.encode():
+        raise CheckpointError(f"was not written on a {sys.byteorder}-endian machine as this one is")
+
+    def storage(key: str, n: int) -> Tensor:
+        entry = entries[f"data/{key}"]
+        if entry.file_size != n:
+            raise ValueError("a storage of another size than its tensors")
+        tensor = torch.empty(n, dtype=torch.uint8, device="meta" if device.type == "meta" else None)
+        if n and device.type != "meta":
+            with archive.open(entry) as file:
+                file.readinto(tensor.numpy())  # type: ignore[attr-defined]
+                if file.read(1):  # which has the checksum compared
+                    raise ValueError("a storage that is longer than it says")
+        return tensor.to(device)
+
+    return unpickle(io.BytesIO(archive.read(entries["data.pkl"])), size, storage)
+
+
+def _read_legacy(content: mmap.mmap, device: torch.device) -> Any:
+    """What torch < 1.6 writes: pickles (number, protocol, system, content, keys), then storages."""
+    size = content.size()
+    sizes: dict[str, int] = {}
+
+    def on_meta(key: str, n: int) -> Tensor:
+        sizes[key] = n
+        return torch.empty(n, dtype=torch.uint8, device="meta")
+
+    def next_pickle() -> Any:
+        return unpickle(content, size, on_meta)
+
+    next_pickle(), next_pickle()
+    if next_pickle().get("little_endian", True) != (sys.byteorder == "little"):
+        raise CheckpointError(f"was not written on a {sys.byteorder}-endian machine as this one is")
+    start = content.tell()
+    checkpoint = next_pickle()
+    keys = next_pickle()
+    places = {}
+    for key in keys:
+        places[key] = content.tell() + 8  # behind the number of elements
+        if places[key] + sizes[key] > size:
+            raise EOFError
+        content.seek(places[key] + sizes[key])
+    if device.type == "meta":
+        return checkpoint
+
+    def storage(key: str, n: int) -> Tensor:
+        if not n:
+            return torch.empty(0, dtype=torch.uint8, device=device)
+        data = bytearray(content[places[key] : places[key] + n])
+        return torch.frombuffer(data, dtype=torch.uint8).to(device)
+
+    content.seek(start)
+    return unpickle(content, size, storage)
 
 
 def meta_of(source: str | os.PathLike) -> dict[str, Any]:
@@ -76,38 +152,11 @@ def meta_of(source: str | os.PathLike) -> dict[str, Any]:
     return meta if isinstance(meta, dict) else {}
 
 
-def _reason(path: Path, error: Exception) -> str:
-    """Why a file could not be read, and what to do."""
-    if "TorchScript" in str(error):
-        return "is a TorchScript archive; save the model's state_dict() instead"
-    with open(path, "rb") as file:
-        start = file.read(len(_LEGACY))
-    zipped, legacy = zipfile.is_zipfile(path), start == _LEGACY
-    if legacy and not _pickles_end(path):
-        return _CUT_OFF
-    carried = re.search(r"GLOBAL (.+?)(?= was not| whose module|[.,]? *$)", str(error), re.M)
-    if isinstance(error, pickle.UnpicklingError) and carried:
-        return (
-            f"refused, since it carries {carried[1]}, which is neither a tensor nor a "
-            "plain value (nothing in it was run); save the model's state_dict() instead"
-        )
-    if zipped and isinstance(error, pickle.UnpicklingError):
-        return (
-            "refused, since it carries something other than tensors and plain values "
-            "(nothing in it was run); save the model's state_dict() instead"
-        )
-    if zipped:
-        return f"cannot be read: {str(error).splitlines()[0]}"
-    if legacy or any(form.startswith(start[: len(form)]) for form in (_LEGACY, b"PK\3\4")):
-        return _CUT_OFF
-    return "is no checkpoint of torch"
-
-
 def _pickles_end(path: Path) -> bool:
     """Whether the pickles at the start of a file in torch's legacy format are all there."""
     try:
         with open(path, "rb") as file:
-            for _ in range(_LEGACY_PICKLES):
+            for _ in range(5):
                 for _ in pickletools.genops(file):
                     pass
     except (ValueError, EOFError, IndexError, struct.error):
@@ -132,7 +181,7 @@ def is_whole(path: str | os.PathLike) -> bool:
     try:
         load(path)  # not on the meta device, where its tensors would not be read
     except RefusedError:  # for what it holds
-        return True
+        return _pickles_end(path)
     except CheckpointError:
         return False
     return True
@@ -143,31 +192,41 @@ def fetch(source: str) -> Path:
 
     Downloads are kept in torch's hub cache. A name with a checksum, as ``resnet50-0676ba61.pth``,
     stands for one content: it is checked and kept where ``torch.hub`` keeps it. All others are kept
-    in a folder per URL, since files of different URLs can have one name.
+    in a folder per URL, since files of different URLs can have one name. What ``torch.hub`` has
+    under such a name is taken where there is no way to download, and a line says so.
 
     Raises:
         CheckpointError: It is missing or cannot be downloaded.
     """
-    url = resolve(source)
-    if not split(url)[0]:
-        path = Path(url)
+    scheme, separator, _ = source.partition("://")
+    if not separator:
+        path = Path(source).expanduser()
         if path.is_dir():
             raise CheckpointError(f"{source}: no such file, but a folder; name one file")
         if not path.is_file():
             raise CheckpointError(f"{source}: no such file")
         return path
-    name = os.path.basename(urlparse(url).path)
+    if scheme not in ("http", "https"):
+        raise CheckpointError(f"{source}: neither a path nor the URL of a file; give one of them")
+    name = os.path.basename(urlparse(source).path)
     folder = Path(torch.hub.get_dir(), "checkpoints")
-    checksum = re.search(r"-([a-f0-9]{8,})\.", name)
-    by_hand = folder / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    checksum = re.search(r"-(?!20\d{6}\.)([a-f0-9]{8,})\.", name)  # and no date
+    by_hand = folder / hashlib.sha256(source.encode()).hexdigest()[:16] / name
     path = folder / name if checksum else by_hand
     for there in (by_hand, path):
         if there.exists():
             return there
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(url, str(path), checksum and checksum[1])
+        torch.hub.download_url_to_file(source, str(path), checksum and checksum[1])
     except (URLError, OSError, RuntimeError, ValueError) as error:
+        if Path(folder, name).exists():
+            warnings.warn(
+                f"{source}: could not be downloaded ({error}); taking {folder / name}, which was "
+                "downloaded from a file of this name",
+                stacklevel=2,
+            )
+            return folder / name
         raise CheckpointError(
             f"{source}: could not be downloaded ({error}); put the file at {by_hand} by hand"
         ) from None

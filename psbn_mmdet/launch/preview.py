@@ -35,13 +35,14 @@ from mmengine.registry import (
     WEIGHT_INITIALIZERS,
     init_default_scope,
 )
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import Runner
 from torch import nn
 
-from ..checkpoint import require_fit
+from ..checkpoint import load_weights
 from ..errors import PsbnError
 from .config import UsageError, dicts, scope, type_name
 from .distributed import on_all_ranks
+from .runner import read
 
 T = TypeVar("T")
 
@@ -282,12 +283,12 @@ def _weights(cfg: Config, model: nn.Module, training: bool) -> list[str]:
     if training:
         for node in dicts(cfg.get("model")):
             if type_name(node) in ("Pretrained", "PretrainedInit"):
-                CheckpointLoader.load_checkpoint(node["checkpoint"], map_location="cpu")
+                read(node["checkpoint"])
                 lines.append(f"weights: {node['checkpoint']}, where init_cfg names it")
     if cfg.get("load_from"):
-        checkpoint = CheckpointLoader.load_checkpoint(cfg.load_from, map_location="cpu")
+        checkpoint = read(cfg.load_from)
         everything = not training or bool(cfg.get("resume"))
-        require_fit(model, checkpoint, cfg.load_from, everything)
+        load_weights(model, checkpoint, cfg.load_from, strict=everything)
         how = "whole" if everything else "what fits of it"
         if training:
             how += "; the run is resumed" if cfg.get("resume") else "; a new run begins with it"

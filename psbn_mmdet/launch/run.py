@@ -6,15 +6,14 @@ import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.loaders import CheckpointGuard
 from ..errors import written_whole
 from .agreement import Agreement, agree_on_config
 from .amp import BFloat16OptimWrapper, cpu_has_bfloat16
@@ -32,6 +31,7 @@ from .position import ExactResume, MissedValidation
 from .preempt import PREEMPTED, AfterMetrics, BrokenOffError, Preempted, Preemption
 from .preview import CheckClasses, built, preview
 from .resume import Identity, Start, checkpoint_folder, checkpoint_hook, choose, find
+from .runner import Runner
 
 
 def train(
@@ -67,7 +67,7 @@ def train(
 
 def _run(cfg: Config, start: Start, exact: ExactResume, preemption: Preemption) -> int:
     """Train; returns the exit status."""
-    runner = _make_runner(cfg, strict=False)
+    runner = _make_runner(cfg)
     hooks = (exact, AfterMetrics(preemption), CheckClasses(), Agreement(), Identity(start))
     for hook in (*hooks, preemption, MissedValidation(exact)):
         runner.register_hook(hook)
@@ -180,12 +180,11 @@ def _resume(cfg: Config, resume: str | None) -> Start:
     return start
 
 
-def _make_runner(cfg: Config, strict: bool) -> Runner:
-    kind: type[Runner] = RUNNERS.get(cfg.get("runner_type", "Runner"))
-    seeded: type[Runner] = type(kind.__name__, (SeededLoaders, kind), {})
-    runner = built("Runner", lambda: seeded.from_cfg(cfg), cfg.get("model"))
-    runner.register_hook(CheckpointGuard(strict), priority="VERY_HIGH")
-    return runner
+def _make_runner(cfg: Config) -> Runner:
+    kind = RUNNERS.get(cfg.get("runner_type", "Runner"))
+    bases = (SeededLoaders, kind) if issubclass(kind, Runner) else (SeededLoaders, Runner, kind)
+    made: Any = type(kind.__name__, bases, {})
+    return built("Runner", lambda: made.from_cfg(cfg), cfg.get("model"))
 
 
 def check(cfg: Config, processes: int, *, training: bool) -> list[str]:
@@ -246,7 +245,7 @@ def evaluate(cfg: Config, checkpoint: str, launcher: str = "none") -> dict[str, 
 
 
 def _evaluate(cfg: Config) -> dict[str, float]:
-    runner = _make_runner(cfg, strict=True)
+    runner = _make_runner(cfg)
     metrics = runner.test()
     if runner.rank == 0:
         # json writes NaN, which is no JSON, and reads it back as what we say

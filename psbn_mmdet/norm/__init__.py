@@ -4,6 +4,7 @@
 - :mod:`.sync`: psSyncBN, statistics over all processes
 - :mod:`.convert`: ``to_psbn`` and ``to_bn``
 - :mod:`.model`: the model type ``ToPsBN`` for configs
+- :mod:`.hook`: ``PsBNHook``, what psBN does in a training, and the lift by alpha
 - :mod:`.recognize`: what counts as a norm layer, in a model and in a state dict
 - :mod:`.followed`: whether a rectifier, another activation or none follows each norm layer
 """
@@ -12,6 +13,7 @@ from .convert import to_bn, to_psbn
 from .followed import followed_by, rectified
 from .layers import (
     PostShift,
+    lift,
     psBN,
     psBN1d,
     psBN2d,
@@ -25,12 +27,17 @@ from .layers import (
 from .recognize import added_bias, is_norm_layer, is_post_shifted, norm_kinds, norm_layers
 from .sync import psSyncBN
 
+LAYERS = ("psBN", "psBN1d", "psBN2d", "psBN3d", "psIN", "psIN1d", "psIN2d", "psIN3d", "psSyncBN")
+"""The names under which the layers are registered."""
+
 __all__ = [
+    "LAYERS",
     "PostShift",
     "added_bias",
     "followed_by",
     "is_norm_layer",
     "is_post_shifted",
+    "lift",
     "norm_kinds",
     "norm_layers",
     "psBN",

@@ -8,32 +8,41 @@ came from, and after a write `beta` becomes what was written, minus alpha.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
-from ..python38 import zip_strict
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .layers import PostShift
+
+# torch < 2.3 has none and breaks the graph at the check instead.
+_is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
+
+# torch puts `type()` into "cannot assign '...' as parameter 'bias'", the error in which
+# convert_sync_batchnorm of torch and mmengine ends.
+_TYPE_IN_ERRORS = "bias of a psBN layer (psSyncBN is its synchronised form; to_bn makes it plain)"
 
 
 class Bias(Tensor):
     """`beta + alpha` of a layer; an in-place change of it or of a view of it changes beta.
 
     All other operations give plain tensors. Right are methods in place, `out=`, assignment to an
-    index or to `.data`, `requires_grad_()` and `.grad` (alpha is constant, so it is that of beta).
-    The functions of `torch.nn.init` initialise beta itself: zeros are psBN's start, not `bias = 0`.
+    index or to `.data`, `requires_grad_()`, `register_hook()` and `.grad` (alpha is constant, so
+    these are beta's). A write always means `bias`, whoever does it: `nn.init.zeros_(m.bias)` sets
+    beta to -alpha.
 
     Raises:
         RuntimeError: A write while gradients are recorded, as for any parameter, or into one that
             was read before beta changed.
         TypeError: It is to become a parameter of its own: take a `clone()` for that.
+        BufferError: It is to be shared by DLPack.
+
+    Not seen, and lost, is what writes into its memory past torch's functions: a collective of
+    torch.distributed, a kernel of an extension. Give these `layer.beta`.
     """
 
     _plain: Tensor  # the same memory as a plain tensor
@@ -59,20 +68,36 @@ class Bias(Tensor):
                 return None
             if func == _setter("data"):
                 return origin.replace(args[1])
-        before = [bias._plain._version for bias in biases]
+            if func == Tensor.register_hook:
+                return origin.layer.beta.register_hook(*args[1:], **kwargs)
+            if func == Tensor.type and len(args) == 1 and not kwargs:
+                return _TYPE_IN_ERRORS
+        if func == Tensor.__dlpack__:
+            raise BufferError("the bias of a psBN layer is a sum: share a clone() of it, or beta")
+        before = [(bias._plain._version, bias._plain.grad_fn) for bias in biases]
         result = func(*_map(args, _to_plain), **_map(kwargs, _to_plain))
-        for bias, version in zip_strict(biases, before):
-            if bias._plain._version != version:
-                bias._origin.write(bias._plain, initial=_initialises(func))
+        for bias, (version, graph) in zip(biases, before, strict=True):
+            if bias._plain.grad_fn is not graph:
+                raise RuntimeError(
+                    f"the bias of a {type(origin.layer).__name__} that requires grad was changed "
+                    "in place: do it under torch.no_grad() or on layer.bias.data"
+                )
+            if bias._plain._version != version or func in (Tensor.apply_, Tensor.map_):
+                bias._origin.write()
         return _map(result, lambda value: _guarded(value, origin))
 
     @staticmethod
     def of(layer: PostShift) -> Tensor:
-        """`beta + alpha` of a layer; plain where there is nothing to write to (meta, DTensor)."""
+        """`beta + alpha` of a layer; plain where a graph is recorded or beta is not its parameter.
+
+        The latter within `torch.func`, on the meta device, of shards, in inference mode.
+        """
+        if _is_compiling() or torch.jit.is_tracing() or type(layer.beta) is not nn.Parameter:
+            return layer.beta + layer.initial_alpha
         if layer.beta.is_inference():
-            return layer.beta + layer.alpha
+            return layer.beta + layer.initial_alpha
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            total = layer.beta + layer.alpha
+            total = layer.beta + layer.initial_alpha
         if type(total) is not Tensor or total.is_meta:
             return total
         return _guarded(total, _Origin(layer, total))
@@ -99,39 +124,29 @@ class _Origin:
         self.beta = layer.beta
         self.version = layer.beta._version
 
-    def write(self, written: Tensor, initial: bool) -> None:
-        """Take over what `total` has become; where it is what it was, beta keeps its bits.
-
-        Args:
-            written: What was changed, of the memory of `total`.
-            initial: Values for beta itself.
-        """
+    def write(self) -> None:
+        """Take over what `total` has become; where it is what it was, beta keeps its bits."""
         kind = type(self.layer).__name__
-        if not initial and torch.is_grad_enabled() and written.requires_grad:
-            raise RuntimeError(
-                f"the bias of a {kind} that requires grad was changed in place: do it under "
-                "torch.no_grad() or on layer.bias.data"
-            )
         if self.layer.beta is not self.beta or self.beta._version != self.version:
             raise RuntimeError(
                 f"the bias of a {kind} was read, then beta changed, then the bias was written to: "
                 "read layer.bias again before writing"
             )
         with torch.no_grad():
-            old, new = self.beta + self.layer.alpha, self.total.detach()
-            if not initial:
-                new = torch.where(new == old, self.beta, new - self.layer.alpha)
-            self.beta.copy_(new)
+            old, new = self.beta + self.layer.initial_alpha, self.total.detach()
+            self.beta.copy_(torch.where(new == old, self.beta, new - self.layer.initial_alpha))
+        self.layer.preserved = True
         self.version = self.beta._version
 
     def replace(self, value: Tensor) -> None:
         """`layer.bias.data = value`, which may have another shape, as after pruning channels."""
         value = _to_plain(value).detach()
         with torch.no_grad():
-            beta = value - self.layer.alpha
+            beta = value - self.layer.initial_alpha
             if value.shape == self.beta.shape:
-                beta = torch.where(value == self.beta + self.layer.alpha, self.beta, beta)
+                beta = torch.where(value == self.beta + self.layer.initial_alpha, self.beta, beta)
         self.layer.beta.data = beta
+        self.layer.preserved = True
 
 
 def _getter(attribute: str) -> Any:
@@ -140,12 +155,6 @@ def _getter(attribute: str) -> Any:
 
 def _setter(attribute: str) -> Any:
     return getattr(Tensor, attribute).__set__
-
-
-def _initialises(func: Callable) -> bool:
-    """Whether a function of torch.nn.init is called, or one of the writes that it consists of."""
-    caller = sys._getframe(2).f_globals.get("__name__")
-    return "torch.nn.init" in (getattr(func, "__module__", None), caller)
 
 
 def _to_plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from .followed import without_rectifier
 from .layers import (
     PostShift,
     check_alpha,
-    check_load_bn,
+    lift,
     psBN1d,
     psBN2d,
     psBN3d,
@@ -46,7 +46,7 @@ def _post_shifted(kind: type[nn.Module]) -> type[PostShift] | None:
     return _TO_PS.get(kind) or _MMENGINE_TO_PS.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
-def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> nn.Module:
+def to_psbn(model: nn.Module, alpha: float = 0.1, *, shift: bool = False) -> nn.Module:
     """Turn every BatchNorm and InstanceNorm of a model into its post-shifted twin.
 
     In place: each layer keeps its identity (shared layers stay shared, hooks
@@ -61,8 +61,8 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> 
     Args:
         model: Any module; may be a normalization layer itself.
         alpha: The shift, see :class:`psBN2d`.
-        load_bn: ``'preserve'``, or ``'shift'`` for ``beta = bias``. Also what
-            the new layers do when a BN state dict is loaded later.
+        shift: Lift the network by alpha: ``beta = bias`` in the converted layers. This changes
+            what it computes; it is a way to start a training.
 
     Returns:
         The same ``model``.
@@ -76,9 +76,9 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> 
             lazy layer, one whose bias is pruned or parametrized, or shares its beta
             with one of another alpha; or the model is scripted or wrapped for
             distributed training. Nothing has been changed then.
-        ValueError: A wrong ``alpha`` or ``load_bn``, or no layer to convert.
+        ValueError: A wrong ``alpha``, or no layer to convert.
     """
-    alpha, load_bn = check_alpha(alpha), check_load_bn(load_bn)
+    alpha = check_alpha(alpha)
     _refuse_wrapped(model)
     layers: dict[str, Any] = {}  # their classes and attributes change below
     for name, module in norm_layers(model).items():
@@ -108,22 +108,22 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, load_bn: str = "preserve") -> 
     _refuse_tied(layers)
     betas: dict[nn.Parameter, nn.Parameter] = {}  # tied biases become tied betas
     for module in layers.values():
-        old: torch.Tensor | float
-        new = torch.tensor(alpha, dtype=module.weight.dtype)  # as the layer will hold it
         if isinstance(module, PostShift):
-            source, old = module.beta, module.alpha
+            source, old = module.beta, module.initial_alpha
         else:
-            source, old = module._parameters.pop("bias"), new if load_bn == "shift" else 0
+            source, old = module._parameters.pop("bias"), 0.0
             module.__class__ = _post_shifted(type(module))
+            module.preserved = True
             if isinstance(module, psSyncBN) and not hasattr(module, "process_group"):
                 module.process_group = None
         if source not in betas:
-            beta = rebase(source.detach(), old, new).clone()
+            beta = rebase(source.detach(), old, alpha).clone()
             betas[source] = nn.Parameter(beta, source.requires_grad)
         module.beta = betas[source]
-        module.register_buffer("alpha", new.to(module.weight.device))
+        module.register_buffer("alpha", torch.tensor(alpha).to(module.weight))
         module.initial_alpha = alpha
-        module.load_bn = load_bn
+    if shift:
+        lift(model)
     return model
 
 
@@ -151,11 +151,11 @@ def to_bn(model: nn.Module) -> nn.Module:
     biases: dict[nn.Parameter, nn.Parameter] = {}
     layer: Any
     for _, layer in shifted:
-        bias = (layer.beta + layer.alpha).detach()
+        bias = (layer.beta + layer.initial_alpha).detach()
         beta = layer._parameters.pop("beta")
         if beta not in biases:
             biases[beta] = nn.Parameter(bias, beta.requires_grad)
-        for name in ("initial_alpha", "load_bn"):
+        for name in ("initial_alpha", "preserved"):
             delattr(layer, name)
         del layer._buffers["alpha"]
         layer.__class__ = _TO_PLAIN[type(layer)]
@@ -167,13 +167,13 @@ def _refuse_tied(layers: dict[str, Any]) -> None:
     """One bias cannot be what several layers of one beta and different alphas add."""
     alphas: dict[nn.Parameter, float] = {}
     for name, layer in layers.items():
-        if isinstance(layer, PostShift):
-            alpha = float(layer.alpha)
-            if alphas.setdefault(layer.beta, alpha) != alpha:
-                raise TypeError(
-                    f"{name} shares its beta with a layer of another alpha: give each a beta of "
-                    "its own, or both the same alpha"
-                )
+        if isinstance(layer, PostShift) and (
+            alphas.setdefault(layer.beta, layer.initial_alpha) != layer.initial_alpha
+        ):
+            raise TypeError(
+                f"{name} shares its beta with a layer of another alpha: give each a beta of its "
+                "own, or both the same alpha"
+            )
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -12,16 +12,16 @@ is lost.
 
 Much of the ecosystem treats whatever is a ``_BatchNorm`` as
 ``(weight, bias, running_mean, running_var, eps)``: it fuses, freezes, exports
-and copies these. ``bias`` is therefore what the layer adds, ``beta + alpha``,
-so that every such reader gets the function that the layer computes; the trained
-parameter is called ``beta``. A state dict holds ``beta`` and ``alpha`` and no
-``bias``, so those of BN and psBN cannot be taken for each other.
+and copies these. ``bias`` is therefore what the layer adds, ``beta + alpha``, in the
+layer and in its state dict, so that every such reader computes what the layer
+computes, with or without this package; the trained parameter is called ``beta``.
+What is loaded or written as a ``bias`` is likewise what the layer adds.
 """
 
 from __future__ import annotations
 
 import math
-import sys
+import warnings
 from collections.abc import Callable
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -29,20 +29,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .bias import Bias
-
-# torch < 2.3 has none and breaks the graph at the check instead.
-_is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
 
 _TAKES_THE_PLACE_OF_BN = (
     "it takes the place of a BatchNorm, not of a GroupNorm or LayerNorm; for a network with these "
     "keep its norm_cfg and convert its BatchNorms with to_psbn, in a config with "
     "model.type=psbn_mmdet.ToPsBN model.of=MODEL"
 )
-LOAD_BN = ("preserve", "shift")
+_LOAD_BN_IS_GONE = (
+    "load_bn is no option of a layer any more: layers preserve what they load. To lift a network "
+    "by alpha once, at the start of a training, use to_psbn(model, shift=True), or in a config "
+    "custom_hooks=[dict(type='PsBNHook', shift=True)]"
+)
 
 
 def check_alpha(alpha: Any) -> float:
@@ -54,15 +56,7 @@ def check_alpha(alpha: Any) -> float:
     return value
 
 
-def check_load_bn(load_bn: Any) -> str:
-    if load_bn not in LOAD_BN:
-        raise ValueError(f"load_bn must be one of {LOAD_BN}, got {load_bn!r}")
-    return load_bn
-
-
-def rebase(
-    beta: Tensor, old: Tensor | float, new: Tensor | float, dtype: torch.dtype | None = None
-) -> Tensor:
+def rebase(beta: Tensor, old: float, new: float, dtype: torch.dtype | None = None) -> Tensor:
     """The beta whose sum with the shift ``new`` is what its sum with ``old`` was.
 
     ``beta + (old - new)``: from BN to psBN ``old`` is 0, from one alpha to another both are theirs.
@@ -72,13 +66,40 @@ def rebase(
 
     Args:
         beta: Shape (C,).
-        old, new: Shifts as the layers hold them: a 0-dim buffer, rounded to the layer's dtype.
+        old, new: The shifts.
         dtype: Do it in this dtype if it is the wider one; a float16 checkpoint then loads into a
             float32 layer without being rounded again.
     """
     dtype = torch.promote_types(beta.dtype, dtype or beta.dtype)
-    shift = float(old) - float(new)
-    return beta.to(dtype) + shift if shift else beta
+    return beta.to(dtype) + (old - new) if old != new else beta
+
+
+def saved_alpha(saved: Tensor, alpha: float) -> float:
+    """The number that the ``alpha`` of a state dict stands for.
+
+    Args:
+        saved: One number, rounded to the dtype of the file.
+        alpha: Of the layer; what rounds to ``saved`` is taken for the same.
+
+    Raises:
+        ValueError: It is not one finite number.
+    """
+    if saved.numel() != 1 or not torch.isfinite(saved).all():
+        raise ValueError(f"the checkpoint's alpha is {saved.tolist()}, not a finite number")
+    value = float(saved)
+    return alpha if value == float(torch.tensor(alpha, dtype=saved.dtype)) else value
+
+
+def agree(bias: Tensor, beta: Tensor, alpha: float) -> Tensor:
+    """Where ``bias`` is ``beta + alpha`` up to rounding, elementwise.
+
+    The bound is four units in the last place of the coarser of both dtypes, at the size of the
+    summands: averages and casts of a state dict stay below it.
+    """
+    eps = max(torch.finfo(bias.dtype).eps, torch.finfo(beta.dtype).eps)
+    bias, beta = bias.double(), beta.double()
+    close = (bias - beta - alpha).abs() <= 4 * eps * (beta.abs() + abs(alpha))
+    return close | (bias.isnan() & beta.isnan())
 
 
 class PostShift(nn.Module):
@@ -92,7 +113,19 @@ class PostShift(nn.Module):
         weight: nn.Parameter
         beta: nn.Parameter
         alpha: Tensor
+        initial_alpha: float
+        preserved: bool
+        running_mean: Tensor | None
+        running_var: Tensor | None
+        num_batches_tracked: Tensor | None
+        training: bool
+        track_running_stats: bool
+        momentum: float | None
+        eps: float
         reset_running_stats: Callable[[], None]
+        _check_input_dim: Callable[[Tensor], None]
+
+    _version = 3  # 1 and 2 are BN's own; up to 2 a state dict had beta and alpha and no bias
 
     def __init__(
         self,
@@ -105,34 +138,40 @@ class PostShift(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         alpha: float = 0.1,
-        load_bn: str = "preserve",
+        bias: bool = True,
         **unknown: Any,
     ) -> None:
         name = type(self).__name__
+        if "load_bn" in unknown:
+            raise TypeError(f"{name}: {_LOAD_BN_IS_GONE}")
         if unknown:
             raise TypeError(f"{name} does not take {', '.join(unknown)}: {_TAKES_THE_PLACE_OF_BN}")
-        if not affine:
+        if not (affine and bias):
             raise ValueError(
-                f"{name} needs affine=True: without a trained beta there is nothing for weight "
-                f"decay to pull toward alpha; use the plain layer"
+                f"{name} needs affine=True and a bias: without a trained beta there is nothing for "
+                "weight decay to pull toward alpha; use the plain layer"
             )
-        alpha, load_bn = check_alpha(alpha), check_load_bn(load_bn)
+        alpha = check_alpha(alpha)
         # Not affine for the base class, which would make `bias` a parameter.
         super().__init__(
             num_features, eps, momentum, False, track_running_stats, device=device, dtype=dtype
         )
         del self._parameters["bias"]
         self.affine = True
+        # What is added is this number. The buffer is its place in state dicts and for whoever goes
+        # by a module's tensors (FSDP's loading, export): averages and casts round it, and
+        # to_empty() leaves it to chance.
         self.initial_alpha = alpha
-        self.load_bn = load_bn
         self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         self.beta = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
-        self.register_buffer("alpha", torch.empty((), device=device, dtype=dtype))
+        self.register_buffer("alpha", torch.tensor(alpha, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set gamma = 1, beta = 0, alpha as constructed, running statistics of N(0, 1)."""
         self.reset_running_stats()
+        # Whether beta is a BN's bias minus alpha, loaded or written into `bias`, so can be lifted.
+        self.preserved = False
         if self.affine:  # not yet when the base class calls
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.beta)
@@ -142,9 +181,9 @@ class PostShift(nn.Module):
     def bias(self) -> Tensor:
         """``beta + alpha``, what the layer adds; see :class:`Bias` for writing into it."""
         if torch.jit.is_scripting():
-            return self.beta + self.alpha
+            return self.beta + self.initial_alpha
         else:  # or the compiler would look into what it cannot compile
-            return _bias_for_reader(self)
+            return Bias.of(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "bias" and isinstance(value, Bias) and value._origin.layer is self:
@@ -157,108 +196,171 @@ class PostShift(nn.Module):
         return super().__call__(input)
 
     def extra_repr(self) -> str:
-        alpha = self.initial_alpha if self.alpha.is_meta else round(float(self.alpha), 7)
-        return f"{super().extra_repr()}, alpha={alpha}, load_bn={self.load_bn}"
+        return f"{super().extra_repr()}, alpha={self.initial_alpha:g}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        beta = self.beta if keep_vars else self.beta.detach()
+        destination[prefix + "bias"] = beta + self.initial_alpha
+        destination[prefix + "alpha"] = self._saved(beta)
+
+    def _saved(self, beta: Tensor) -> Tensor:
+        """Alpha as a state dict holds it, beside a beta."""
+        return torch.tensor(self.initial_alpha, dtype=beta.dtype, device=beta.device)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
-        """Take over a psBN or a plain BN state dict.
+        """Take over a psBN or a plain BN state dict; what it computed is preserved.
 
-        From BN, ``beta = bias - alpha`` (``load_bn='preserve'``: the network
-        computes what it computed) or ``beta = bias`` (``'shift'``: every unit
-        is lifted by alpha). From psBN with another alpha, beta is rebased so
-        that ``beta + alpha`` stays. The layer's own alpha always stays, with ``assign`` in
-        the dtype and on the device of the checkpoint, as all other tensors.
+        **``bias`` is what the layer adds; beta keeps its bits where it agrees.** From BN, ``beta =
+        bias - alpha``. From psBN of the same alpha, beta is loaded as it is, of another, rebased.
+        In channels where ``bias`` is not ``beta + alpha`` up to rounding, a tool that knows BN has
+        changed it: ``bias`` counts, with a warning. Files of before version 3, with ``beta`` and
+        ``alpha`` alone, load as they did. The layer's own alpha always stays.
+
+        Raises:
+            RuntimeError: Only one of ``beta`` and ``alpha`` is there and no ``bias``, or ``alpha``
+                is not a finite number.
         """
         name = prefix.rstrip(".") or type(self).__name__
-        bias = state_dict.get(prefix + "bias")
-        beta = state_dict.get(prefix + "beta")
-        saved = state_dict.get(prefix + "alpha")
-        if bias is not None and (beta is not None or saved is not None):
+        bias = state_dict.pop(prefix + "bias", None)
+        beta, saved = state_dict.get(prefix + "beta"), state_dict.get(prefix + "alpha")
+        if "beta" not in self._parameters:  # pruned or parametrized: it is under other keys
+            return super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        try:
+            old = None if saved is None else saved_alpha(saved, self.initial_alpha)
+        except ValueError as error:
+            raise RuntimeError(f"{name}: {error}") from None
+        if bias is None and (beta is None) != (saved is None):
             raise RuntimeError(
-                f"{name}: the checkpoint holds both a bias (BN) and a beta or alpha (psBN), so "
-                "what it computed is unknown; keep one of the two"
+                f"{name}: the checkpoint holds only one of beta and alpha and no bias, so what it "
+                "computed is unknown; save it with state_dict(), which holds all three"
             )
-        if (beta is None) != (saved is None):
-            raise RuntimeError(
-                f"{name}: the checkpoint holds only one of beta and alpha, so what it computed is "
-                "unknown; save it with state_dict(), which holds both"
-            )
-        alpha, dtype = self.alpha, self.beta.dtype
-        if alpha.is_meta:
-            alpha = torch.tensor(self.initial_alpha, dtype=alpha.dtype)
-        loaded = beta if bias is None else bias
-        if loaded is not None and local_metadata.get("assign_to_params_buffers", False):
-            alpha, dtype = alpha.to(loaded.device, loaded.dtype), loaded.dtype
-        if bias is not None:
-            del state_dict[prefix + "bias"]
-            beta = bias if self.load_bn == "shift" else rebase(bias, 0, alpha, dtype)
-        elif beta is not None:
-            if saved.numel() != 1 or not torch.isfinite(saved).all():
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        new = self.initial_alpha
+
+        def based(tensor: Tensor, old: float) -> Tensor:
+            return rebase(tensor, old, new, tensor.dtype if assign else self.beta.dtype)
+
+        # torch.distributed.checkpoint fills in what it does not find from the module itself.
+        from_bn = bias is not None and (beta is None or saved is None or saved is self.alpha)
+        if from_bn:
+            if hasattr(self.beta, "placements") and not hasattr(bias, "placements"):
                 raise RuntimeError(
-                    f"{name}: the checkpoint's alpha is {saved.tolist()}, not a finite number"
+                    f"{name}: the whole state dict of a BN cannot be spread over shards of psBN: "
+                    "convert it before, with psbn_mmdet.checkpoint.psbn_state_dict"
                 )
-            beta = rebase(beta, saved, alpha, dtype)
+            beta = based(bias, 0)
+        elif beta is not None and old is not None:
+            kept = based(beta, old)
+            if _comparable(bias, beta) and not (same := agree(bias, beta, old)).all():
+                warnings.warn(
+                    f"{name}: in {int((~same).sum())} of {same.numel()} channels of the checkpoint "
+                    "bias is not beta + alpha; bias counts there, as for every reader of BN",
+                    stacklevel=2,
+                )
+                kept = torch.where(same, kept, based(bias, 0))
+            beta = kept
         if beta is not None:
             state_dict[prefix + "beta"] = beta
-            state_dict[prefix + "alpha"] = alpha
+            state_dict[prefix + "alpha"] = self._saved(beta)
+        if assign or not self.beta.is_meta:
+            self.preserved = from_bn
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-# Where the layers' own forward stands: it reads a plain sum and pays nothing for others' writes.
-_FORWARD = {"torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm", f"{__package__}.sync"}
-
-
-def _bias_for_reader(layer: PostShift) -> Tensor:
-    """A plain sum for the layer's forward and whoever records a graph, else a :class:`Bias`.
-
-    Raises:
-        TypeError: It is read in order to build a plain SyncBatchNorm from it.
-            ``convert_sync_batchnorm`` of torch and mmengine would end in an error that speaks of
-            tensors and parameters and says no way out.
-    """
-    if _is_compiling() or torch.jit.is_tracing():
-        return layer.beta + layer.alpha
-    reader = sys._getframe(2)
-    if reader.f_code.co_name == "convert_sync_batchnorm":
-        raise TypeError(
-            "a psBN layer cannot become a SyncBatchNorm, which would lose alpha: use psSyncBN "
-            "(norm_cfg=dict(type='psSyncBN') instead of sync_bn=..., or "
-            "to_psbn(nn.SyncBatchNorm.convert_sync_batchnorm(to_bn(model))))"
+def _comparable(bias: Any, beta: Tensor) -> bool:
+    """Whether both are there with numbers that this process can see (no shards, no meta)."""
+    return (
+        all(
+            type(t) in (Tensor, nn.Parameter) and not t.is_meta and t.layout == torch.strided
+            for t in (bias, beta)
         )
-    if reader.f_globals.get("__name__") in _FORWARD:
-        return layer.beta + layer.alpha
-    return Bias.of(layer)
+        and bias.shape == beta.shape
+    )
+
+
+def lift(model: nn.Module) -> int:
+    """Lift by alpha, in place, what layers have taken over from BN: beta becomes BN's bias.
+
+    The reading ``shift`` of a pretrained BN: every unit of the network starts alpha higher. Layers
+    whose beta was constructed, trained or loaded from psBN are where psBN starts and stay.
+
+    Args:
+        model: A model with post-shifted layers.
+
+    Returns:
+        How many layers were lifted.
+    """
+    layers = [m for m in model.modules() if isinstance(m, PostShift) and m.preserved]
+    with torch.no_grad():
+        for beta, alpha in {m.beta: m.initial_alpha for m in layers}.items():
+            beta.add_(alpha)
+    for layer in layers:
+        layer.preserved = False
+    return len(layers)
 
 
 def _call_as_leaf(module: PostShift, proxy: torch.fx.Proxy) -> torch.fx.Proxy:
     """Record a call of the module itself, as fx does with torch's own layers.
 
-    Stepping into it would freeze ``self.training`` as it is while tracing, and
-    the traced network would then normalize by batch statistics in eval mode.
+    Stepping into it would freeze ``self.training`` as it is while tracing, and the traced network
+    would then normalize by batch statistics in eval mode. The tracer's own ``call_module`` is used
+    since tracers keep account there of where they are; torchvision's names its nodes by that.
     """
     tracer: Any = proxy.tracer
-    target = tracer.path_of_module(module)
-    return tracer.create_proxy("call_module", target, (proxy,), {})
+
+    def record(*args: Any) -> torch.fx.Proxy:
+        return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+
+    return tracer.call_module(module, record, (proxy,), {})
 
 
-class psBN1d(PostShift, nn.BatchNorm1d, _BatchNorm):  # type: ignore[misc]
+class _PostShiftBN(PostShift):
+    """The forward of batch normalization with ``beta + alpha`` in the place of ``bias``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input``, (N, C, ...); see :class:`psBN2d`."""
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the average over all batches
+                momentum = 1.0 / float(self.num_batches_tracked)
+        tracks = not self.training or self.track_running_stats
+        return F.batch_norm(
+            input,
+            self.running_mean if tracks else None,
+            self.running_var if tracks else None,
+            self.weight,
+            self.beta + self.initial_alpha,
+            self.training or self.running_mean is None,
+            momentum,
+            self.eps,
+        )
+
+
+class psBN1d(_PostShiftBN, nn.BatchNorm1d, _BatchNorm):  # type: ignore[misc]
     """Post-shifted batch normalization over (N, C) or (N, C, L); see :class:`psBN2d`."""
 
 
 # _BatchNorm stands among the direct bases because mmengine's init_cfg with
 # layer='_BatchNorm' looks at the names of direct bases only.
-class psBN2d(PostShift, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
+class psBN2d(_PostShiftBN, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
     r"""Post-shifted batch normalization over (N, C, H, W) (arXiv 2001.11216, Eq. 6).
 
     .. math::
         y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + \alpha
 
     Parameters ``weight`` (gamma, initially 1) and ``beta`` (initially 0), shape
-    (C,); buffers ``alpha`` (0-dim) and BN's own. ``bias`` is the sum ``beta +
-    alpha``. Writing into it, as ``m.bias.data.mul_(mask)`` does, sets beta to
-    what was written minus alpha; functions of ``torch.nn.init`` initialise beta
-    itself, so ``nn.init.constant_(m.bias, 0)`` is the start of psBN. Writes within
-    compiled or traced code and through other libraries' kernels are not seen.
+    (C,); buffers ``alpha`` (0-dim) and BN's own. ``bias`` is ``beta + alpha``, what
+    the layer adds. Writing into it, as ``nn.init.zeros_(m.bias)`` or
+    ``m.bias.data.mul_(mask)`` do, sets beta to what was written minus alpha
+    (:class:`.bias.Bias`). So a network whose code sets the biases of its
+    BatchNorms to 0 starts as its BN twin does, with ``beta = -alpha``;
+    :func:`lift` takes it to ``beta = 0``.
+
+    A state dict holds ``weight``, ``bias``, ``beta``, ``alpha`` and BN's buffers.
+    Loading preserves the function, from BN and from psBN of any alpha.
 
     Without weight decay on ``beta`` the layer trains as BN does. Rules of
     mmengine that match the name ``bias`` do not see ``beta``;
@@ -268,16 +370,12 @@ class psBN2d(PostShift, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
         num_features: C.
         eps, momentum, track_running_stats, device, dtype: As in
             ``nn.BatchNorm2d``.
-        affine: Must be True.
+        affine, bias: Must be True.
         alpha: The shift. 0.1 worked across the paper's tasks; 0 is BN.
-        load_bn: What loading a BN state dict means: ``'preserve'`` (beta =
-            bias - alpha, the network computes what it computed) or ``'shift'``
-            (beta = bias, every unit lifted by alpha).
 
     Raises:
         TypeError: ``alpha`` is no number.
-        ValueError: ``alpha`` is negative or not finite, ``affine`` is False,
-            or ``load_bn`` is unknown.
+        ValueError: ``alpha`` is negative or not finite, or ``affine`` is False.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -294,7 +392,7 @@ class psBN2d(PostShift, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
 psBN = psBN2d
 
 
-class psBN3d(PostShift, nn.BatchNorm3d, _BatchNorm):  # type: ignore[misc]
+class psBN3d(_PostShiftBN, nn.BatchNorm3d, _BatchNorm):  # type: ignore[misc]
     """Post-shifted batch normalization over (N, C, D, H, W); see :class:`psBN2d`."""
 
 
@@ -311,6 +409,18 @@ class _PostShiftIN(PostShift):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return F.instance_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.beta + self.initial_alpha,
+            self.training or not self.track_running_stats,
+            0.0 if self.momentum is None else self.momentum,
+            self.eps,
+        )
 
 
 class psIN1d(_PostShiftIN, nn.InstanceNorm1d, _InstanceNorm):  # type: ignore[misc]

@@ -10,9 +10,7 @@ from torch import nn
 from .convert import to_psbn
 
 
-def to_psbn_model(
-    of: str | type[nn.Module], alpha: float = 0.1, load_bn: str = "preserve", **model: Any
-) -> nn.Module:
+def to_psbn_model(of: str | type[nn.Module], alpha: float = 0.1, **model: Any) -> nn.Module:
     """Build a model of a config and convert it with :func:`to_psbn`; registered as ``ToPsBN``.
 
     For any config, also of networks with LayerNorm or GroupNorm, which stay, and of models made of
@@ -30,10 +28,10 @@ def to_psbn_model(
 
     Args:
         of: The type that the model has without conversion.
-        alpha, load_bn: As in :func:`to_psbn`.
+        alpha: As in :func:`to_psbn`.
         **model: The other keys of the model's config.
 
     Raises:
         TypeError, ValueError: As :func:`to_psbn`: there is no BatchNorm, or one of another kind.
     """
-    return to_psbn(MODELS.build(dict(type=of, **model)), alpha, load_bn)
+    return to_psbn(MODELS.build(dict(type=of, **model)), alpha)

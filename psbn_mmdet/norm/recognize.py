@@ -12,6 +12,7 @@ rather than guessed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -31,8 +32,9 @@ def is_norm_layer(module: nn.Module) -> bool:
     These are: torch's own layers, synchronised, lazy and post-shifted ones and all other
     subclasses; their scripted forms; and whatever holds ``weight``, ``bias``, ``running_mean`` and
     ``running_var`` as one-dimensional tensors, such as the FrozenBatchNorm2d of mmdet and
-    torchvision, mmcv's SyncBatchNorm or a layer of an exported program. Of an exported post-shifted
-    layer, ``weight``, ``beta`` and ``alpha`` are what there is.
+    torchvision, mmcv's SyncBatchNorm or a layer of an exported program. Of an exported
+    post-shifted layer, ``weight``, ``beta`` and ``alpha`` are what there is. What only passes its
+    attributes on, as a wrapper for activation checkpointing or a compiled layer does, is none.
     """
     if isinstance(module, (_BatchNorm, _InstanceNorm)):
         return True
@@ -51,8 +53,9 @@ def is_post_shifted(module: nn.Module) -> bool:
 
 
 def _has_dim(module: nn.Module, name: str, dim: int) -> bool:
-    tensor = getattr(module, name, None)
-    if not isinstance(tensor, Tensor) or nn.parameter.is_lazy(tensor):
+    own = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    tensor = dict(own).get(name)
+    if tensor is None or nn.parameter.is_lazy(tensor):
         return False
     return tensor.dim() == dim
 
@@ -60,7 +63,8 @@ def _has_dim(module: nn.Module, name: str, dim: int) -> bool:
 def added_bias(module: nn.Module) -> Tensor | None:
     """What a normalization layer adds, detached; None if it adds nothing."""
     if is_post_shifted(module):
-        return (module.beta + module.alpha).detach()  # type: ignore[operator]
+        alpha = getattr(module, "initial_alpha", module.alpha)
+        return (module.beta + alpha).detach()  # type: ignore[operator]
     bias = getattr(module, "bias", None)
     return bias.detach() if isinstance(bias, Tensor) else None
 
@@ -81,11 +85,11 @@ def norm_kinds(state_dict: Mapping[str, Tensor]) -> dict[str, Kind]:
     ==========  ======================================================================
     ``bn``      ``weight, bias, running_mean, running_var``, all of shape (C,); a
                 BatchNorm, or an InstanceNorm that tracks statistics; no ``beta``, ``alpha``
-    ``psbn``    ``weight, beta`` of shape (C,) and a 0-dim ``alpha``, no ``bias``; any
-                post-shifted layer
+    ``psbn``    ``weight, beta`` of shape (C,) and a 0-dim ``alpha``; any post-shifted
+                layer (with ``bias``, if it was saved by 0.2 or later)
     ``unknown`` ``weight`` and ``bias`` or ``beta``, both of shape (C,), but neither of
                 the above: InstanceNorm without statistics, GroupNorm, LayerNorm, or a
-                post-shifted layer that is incomplete or holds a ``bias`` as well
+                post-shifted layer that is incomplete
     ==========  ======================================================================
 
     Layers without a gamma and a shift (``affine=False``) are not listed.
@@ -110,7 +114,9 @@ def norm_kinds(state_dict: Mapping[str, Tensor]) -> dict[str, Kind]:
             continue
         if all(shape.get(name) == per_channel for name in _BN) and not {"beta", "alpha"} & {*shape}:
             kinds[layer] = "bn"
-        elif (shape.get("beta"), shape.get("alpha")) == (per_channel, ()) and "bias" not in shape:
+        elif (shape.get("beta"), shape.get("alpha")) == (per_channel, ()) and (
+            shape.get("bias", per_channel) == per_channel
+        ):
             kinds[layer] = "psbn"
         elif per_channel in (shape.get("bias"), shape.get("beta")):
             kinds[layer] = "unknown"

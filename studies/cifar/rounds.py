@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from psbn_mmdet.checkpoint import CheckpointError, load_weights
 from psbn_mmdet.checkpoint import load as load_checkpoint
-from psbn_mmdet.checkpoint import mismatch
 from psbn_mmdet.collapse import THRESHOLD, measure
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
 from psbn_mmdet.python38 import removeprefix
@@ -391,10 +391,10 @@ def _start_from_parent(network: nn.Module, parent: Path) -> None:
     if checkpoint is None or not (parent / "result.json").exists():
         raise RunError(f"{parent}: is not finished, and this run starts from its weights")
     state = network_state(checkpoint)
-    wrong = mismatch(network, state, strict=True)
-    if wrong:
-        raise RunError(f"{parent}: {wrong}")
-    network.load_state_dict(state)
+    try:
+        load_weights(network, state, str(parent))
+    except CheckpointError as error:
+        raise RunError(str(error)) from None
 
 
 def study_data(settings: Settings, root: str | os.PathLike) -> tuple[Split, Split]:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 import psbn_mmdet  # noqa: F401  registers psBN and the hooks
 from psbn_mmdet.ap.coco_files import read_annotations, read_results
 from psbn_mmdet.ap.evaluate import evaluate
-from psbn_mmdet.checkpoint import bn_state_dict, mismatch
+from psbn_mmdet.checkpoint import CheckpointError, bn_state_dict, load_weights
 from psbn_mmdet.collapse import gather, measure, norm_modules
 from psbn_mmdet.python38 import removeprefix, zip_strict
 from studies.cifar.rounds import RoundsTrainLoop, latest_checkpoint, network_state
@@ -75,10 +75,10 @@ def load_backbone(backbone: nn.Module, pretrained: Path) -> None:
     }
     if any(key.endswith(".beta") for key in state):
         state = bn_state_dict(state)
-    wrong = mismatch(backbone, state, strict=True)
-    if wrong:
-        raise RunError(f"{pretrained}: {wrong}")
-    backbone.load_state_dict(state)
+    try:
+        load_weights(backbone, state, str(pretrained))
+    except CheckpointError as error:
+        raise RunError(str(error)) from None
 
 
 def filters_of(backbone: nn.Module) -> dict[str, float]:

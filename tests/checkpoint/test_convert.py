@@ -1,5 +1,6 @@
 """State dicts convert as models do, all of a file or none, by the tool as by the functions."""
 
+import ast
 import random
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 from psbn_mmdet import psIN2d, to_bn, to_psbn
 from psbn_mmdet.checkpoint import (
     CheckpointError,
+    bn_config,
     bn_state_dict,
     convert_all,
     load,
@@ -39,18 +41,19 @@ def same(a, b):
         assert_close(a[key], b[key], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("load_bn", ["preserve", "shift"])
-def test_state_dicts_convert_as_models_do(load_bn):
+def test_state_dicts_convert_as_models_do():
     model = network()
     bn = copied(model)
-    psbn = psbn_state_dict(bn, alpha=0.3, load_bn=load_bn)
-    same(psbn, to_psbn(model, alpha=0.3, load_bn=load_bn).state_dict())
+    psbn = psbn_state_dict(bn, alpha=0.3)
+    same(psbn, to_psbn(model, alpha=0.3).state_dict())
     same(bn_state_dict(psbn), to_bn(model).state_dict())
 
 
 def test_a_psbn_state_dict_is_rebased():
     model = to_psbn(network(), alpha=0.3)
-    same(psbn_state_dict(copied(model), alpha=0.1), to_psbn(model, alpha=0.1).state_dict())
+    psbn = psbn_state_dict(copied(model), alpha=0.1)
+    # A file's alpha is float32(0.3), the model's 0.3: half a unit in the last place of beta.
+    assert_close(psbn, dict(to_psbn(model, alpha=0.1).state_dict()))
 
 
 def test_the_order_of_the_keys_does_not_matter():
@@ -219,3 +222,79 @@ def test_what_cannot_be_converted_is_refused_in_one_line(content, message, tmp_p
     torch.save(content, tmp_path / "a.pth")
     assert message in convert.refuses(tmp_path / "a.pth", tmp_path / "b.pth", "--to=psbn")
     assert not (tmp_path / "b.pth").exists()
+
+
+CONFIG = """
+custom_imports = dict(imports=['psbn_mmdet', 'mine'], allow_failed_imports=False)
+custom_hooks = [
+    dict(type='SparsityLoggerHook', interval=500),
+    dict(type='EMAHook', momentum=0.1),
+    dict(shift=True, type='psbn_mmdet.PsBNHook'),
+]
+model = dict(
+    type='RetinaNet',
+    backbone=dict(norm_cfg=dict(type='psBN', alpha=0.2, requires_grad=True), alpha=3),
+    neck={'norm_cfg': {'type': 'psbn_mmdet.psSyncBN'}},
+    head=[dict(type='psIN2d', alpha=0.1), ('psBN', 1)])
+runner_type = 'psbn_mmdet.Runner'
+work_dir = './psbn'
+"""
+CONVERTED = """
+custom_imports = dict(imports=['mine'], allow_failed_imports=False)
+custom_hooks = [dict(type='EMAHook', momentum=0.1)]
+model = dict(
+    type='RetinaNet',
+    backbone=dict(norm_cfg=dict(type='BN', requires_grad=True), alpha=3),
+    neck={'norm_cfg': {'type': 'SyncBN'}},
+    head=[dict(type='IN2d'), ('psBN', 1)])
+work_dir = './psbn'
+"""
+
+
+def test_the_config_of_a_checkpoint_becomes_one_of_bn():
+    assert ast.dump(ast.parse(bn_config(CONFIG))) == ast.dump(ast.parse(CONVERTED))
+    wrapped = "model = dict(type='psbn_mmdet.ToPsBN', of='RetinaNet', alpha=0.2, depth=50)"
+    assert bn_config(wrapped) == "model = dict(type='RetinaNet', depth=50)\n"
+
+
+def test_a_config_without_psbn_keeps_its_text():
+    for text in (CONVERTED, "", "a = [1,  2]  # as written\n"):
+        assert bn_config(text) == text
+
+
+def test_a_config_is_not_run(tmp_path):
+    text = f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nmodel = dict(type='psBN')\n"
+    assert "type='BN'" in bn_config(text)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(CheckpointError, match="no Python program"):
+        bn_config("model = dict(")
+
+
+def test_frozen_batch_norms_stay():
+    bn, frozen = nn.BatchNorm2d(3).state_dict(), nn.BatchNorm2d(3).state_dict()
+    del frozen["num_batches_tracked"]
+    both = {
+        **{f"bn.{k}": v for k, v in bn.items()},
+        **{f"frozen.{k}": v for k, v in frozen.items()},
+    }
+    converted = psbn_state_dict(both)
+    assert {k.rpartition(".")[2] for k in converted if k.startswith("bn.")} >= {"beta", "alpha"}
+    same({k: v for k, v in converted.items() if k.startswith("frozen.")},
+         {k: v for k, v in both.items() if k.startswith("frozen.")})  # fmt: skip
+    assert "beta" in psbn_state_dict(frozen)  # where nothing counts batches, it may be an old BN
+
+
+def test_the_tool_makes_a_checkpoint_of_bn(tmp_path, convert):
+    """Opened by a model of the config that it carries, it computes what was trained."""
+    model = to_psbn(network(), alpha=0.3)
+    checkpoint = {"state_dict": model.state_dict(), "meta": {"cfg": CONFIG, "epoch": 1}}
+    torch.save(checkpoint, tmp_path / "psbn.pth")
+    done = convert(tmp_path / "psbn.pth", tmp_path / "bn.pth", "--to", "bn")
+    assert "meta.cfg, the config, names BN now" in done.stdout
+    converted = load(tmp_path / "bn.pth")
+    assert "ps" not in converted["meta"]["cfg"].replace("'psBN', 1", "").replace("./psbn", "")
+    assert converted["meta"]["epoch"] == 1
+    bn = network()
+    bn.load_state_dict(converted["state_dict"])
+    x = torch.randn(2, 3, 4, 4)
+    assert_close(bn.eval()(x), model.eval()(x))

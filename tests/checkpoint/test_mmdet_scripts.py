@@ -10,6 +10,7 @@ import mmdet
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
+from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, METRICS, MODELS
 from torch import nn
@@ -88,36 +89,57 @@ def script(name, norm, tmp_path, monkeypatch, *args):
     return work_dir
 
 
-def saved(kind, path):
+def saved(kind, path, save=torch.save):
     model = randomize(OneConv(dict(type="BN")))
     if kind == "psbn":
         to_psbn(model, alpha=0.3)
-    torch.save({"model": {f"module._orig_mod.{k}": v for k, v in model.state_dict().items()}}, path)
+    save({"state_dict": model.state_dict()}, path)
     return model.eval()
 
 
+def save_wrapped(content, path):
+    """As another project does, with a log that mmengine cannot read under torch >= 2.6."""
+    wrapped = {f"module._orig_mod.{k}": v for k, v in content["state_dict"].items()}
+    torch.save({"model": wrapped, "message_hub": {"loss": HistoryBuffer([1.0], [1])}}, path)
+
+
+ASKED = ("--cfg-options", "runner_type=psbn_mmdet.Runner")
+"""What a command line adds for our Runner in mmdet's own scripts."""
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("source", "norm"), [("bn", "BN"), ("bn", "psBN"), ("psbn", "psBN")])
-def test_what_was_saved_is_tested_and_trained(source, norm, tmp_path, monkeypatch):
-    model = saved(source, tmp_path / "a.pth")
+@pytest.mark.parametrize("asked", [(), ASKED], ids=["stock", "our Runner"])
+@pytest.mark.parametrize("norm", ["BN", "psBN"])
+@pytest.mark.parametrize("source", ["bn", "psbn"])
+def test_what_was_saved_is_tested_and_trained(source, norm, asked, tmp_path, monkeypatch):
+    model = saved(source, tmp_path / "a.pth", save_wrapped if asked else torch.save)
     with torch.no_grad():
         want = model(list(X))[0].tolist()
-    work_dir = script("test", norm, tmp_path, monkeypatch, str(tmp_path / "a.pth"))
+    work_dir = script("test", norm, tmp_path, monkeypatch, str(tmp_path / "a.pth"), *asked)
     (metrics,) = work_dir.glob("*/*.json")
     got = json.loads(metrics.read_text().splitlines()[-1])
     assert [got[f"channel_{i}"] for i in range(4)] == pytest.approx(want, abs=1e-4)
 
-    options = ("--cfg-options", f"load_from={tmp_path / 'a.pth'}")
+    options = (*(asked or ["--cfg-options"]), f"load_from={tmp_path / 'a.pth'}")
     trained = load(script("train", norm, tmp_path, monkeypatch, *options) / "epoch_1.pth")
-    for key in ("conv.weight", "conv.bias", "norm.weight"):
+    for key in ("conv.weight", "conv.bias", "norm.weight", "norm.bias"):
         torch.testing.assert_close(trained["state_dict"][key], model.state_dict()[key])
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["test", "train"])
-def test_psbn_weights_are_refused_by_a_bn_config(name, tmp_path, monkeypatch):
-    saved("psbn", tmp_path / "a.pth")
-    path = str(tmp_path / "a.pth")
-    args = [path] if name == "test" else ["--cfg-options", f"load_from={path}"]
-    with pytest.raises(CheckpointError, match=r"a.pth: it is a psBN checkpoint, and the model's"):
-        script(name, "BN", tmp_path, monkeypatch, *args)
+def test_a_run_is_resumed_by_mmdets_script_where_the_config_asks_for_it(tmp_path, monkeypatch):
+    script("train", "psBN", tmp_path, monkeypatch)
+    more = (*ASKED, "train_cfg.max_epochs=2")
+    resumed = script("train", "psBN", tmp_path, monkeypatch, "--resume", *more)
+    assert load(resumed / "epoch_2.pth")["meta"]["epoch"] == 2
+    assert (
+        len(load(resumed / "epoch_2.pth")["message_hub"]["log_scalars"]["train/loss"]._log_history)
+        == 2
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_testing_half_a_checkpoint_is_refused_where_the_config_asks_for_it(tmp_path, monkeypatch):
+    torch.save({"conv.weight": torch.ones(4, 3, 1, 1)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a.pth: 5 tensors are missing, as conv.bias"):
+        script("test", "BN", tmp_path, monkeypatch, str(tmp_path / "a.pth"), *ASKED)

@@ -2,9 +2,7 @@
 
 import functools
 import http.server
-import json
 import pickle
-import re
 import threading
 
 import numpy as np
@@ -13,7 +11,6 @@ import torch
 from torch import nn
 
 from psbn_mmdet.checkpoint import CheckpointError, is_whole, load, state_dict_of
-from psbn_mmdet.checkpoint.schemes import resolve
 from tests.helpers.malicious import Malicious
 
 
@@ -185,24 +182,22 @@ def test_a_cut_off_download_says_where_it_is_kept(state_dict, server, tmp_path):
     assert str(tmp_path / "home") in str(caught.value)
 
 
-def test_names_stand_for_the_urls_of_mmengines_tables(tmp_path, monkeypatch):
-    monkeypatch.setenv("MMENGINE_HOME", str(tmp_path))
-    (tmp_path / "open_mmlab.json").write_text(json.dumps({"mine": "mine.pth"}))
-    for scheme in ("torchvision", "modelzoo"):
-        url = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
-        assert resolve(f"{scheme}://resnet50") == url
-    for scheme in ("open-mmlab", "openmmlab"):
-        old = resolve(f"{scheme}://resnet50_caffe")  # deprecated in favour of
-        assert old == resolve(f"{scheme}://detectron/resnet50_caffe")
-        assert old.endswith("third_party/resnet50_caffe-788b5fa3.pth")
-        assert resolve(f"{scheme}://mine") == str(tmp_path / "mine.pth")
-    url = resolve("mmcls://vgg11")
-    assert re.match(
-        r"https://(download\.openmmlab\.com|mmassets\.onedl\.ai)/mmclassification/", url
-    )
-    for unknown in ("torchvision://no", "open-mmlab://no", "mmcls://no"):
-        with pytest.raises(CheckpointError, match="has no such name"):
-            resolve(unknown)
-    for scheme in ("mmpose", "openmim", "s3", "ftp"):
-        with pytest.raises(CheckpointError, match=f"the scheme {scheme}:// is unknown"):
-            load(f"{scheme}://a.pth")
+def test_a_date_is_no_checksum(state_dict, server):
+    folder, address = server
+    torch.save(state_dict, folder / "res50-20200709.pth")
+    assert load(f"{address}/res50-20200709.pth").keys() == state_dict.keys()
+
+
+def test_what_torch_hub_has_is_taken_where_nothing_can_be_downloaded(state_dict, server, tmp_path):
+    _, address = server
+    cached = tmp_path / "home" / "hub" / "checkpoints" / "a.pth"
+    cached.parent.mkdir(parents=True)
+    torch.save(state_dict, cached)
+    with pytest.warns(UserWarning, match=r"could not be downloaded.*taking .*a\.pth"):
+        assert load(f"{address}/a.pth").keys() == state_dict.keys()
+
+
+def test_other_schemes_are_refused():
+    for source in ("torchvision://resnet50", "s3://a.pth", "ftp://a.pth"):
+        with pytest.raises(CheckpointError, match="neither a path nor the URL of a file"):
+            load(source)

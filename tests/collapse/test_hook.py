@@ -278,7 +278,7 @@ class TestLoud:
         for gamma in (0.061, 0.06):
             net, more = Net(), [AnchoredBiasDecay(0.1)]
             if how == "psBN":
-                net, more = norm.to_psbn(net, load_bn="shift"), []
+                net, more = norm.to_psbn(net, shift=True), []
             for layer in (net.bn1, net.block.bn1):  # those that a ReLU follows
                 nn.init.constant_(layer.weight, gamma)
                 nn.init.zeros_(layer.beta if how == "psBN" else layer.bias)

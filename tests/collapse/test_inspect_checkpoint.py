@@ -302,7 +302,7 @@ class TestConvert:
             mine = psoptimizer.state[ours]["momentum_buffer"]
             assert torch.equal(mine, optimizer.state[theirs]["momentum_buffer"])
         assert kept["ema_state_dict"]["module.bn1.alpha"] == 0.25
-        assert "module.bn1.bias" not in kept["ema_state_dict"]
+        assert "module.bn1.beta" in kept["ema_state_dict"]
 
     def test_safetensors_both_ways(self, net, tmp_path, convert):
         save_file(net.state_dict(), tmp_path / "bn.safetensors")

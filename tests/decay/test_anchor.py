@@ -190,7 +190,7 @@ class TestTrainsAsPsbn:
     def test_from_scratch_starts_at_alpha(self):
         torch.manual_seed(0)
         bn = small_net()
-        psbn = to_psbn(copy.deepcopy(bn), ALPHA, load_bn="shift")
+        psbn = to_psbn(copy.deepcopy(bn), ALPHA, shift=True)
         optimizer = OPTIMIZERS["momentum"](bn.parameters())
         anchor_bias_decay(bn, optimizer, ALPHA, log=None)
         assert train(bn, optimizer)[0] == train(psbn, OPTIMIZERS["momentum"](psbn.parameters()))[0]

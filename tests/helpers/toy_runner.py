@@ -9,12 +9,12 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.runner import Runner
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from psbn_mmdet import norm
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
+from psbn_mmdet.launch.runner import Runner
 from tests.helpers.collapsed_net import Net
 
 

@@ -291,9 +291,12 @@ def test_never_without_a_whole_checkpoint(shapes, tmp_path):
         ("bn", lambda p: None, "no such checkpoint"),
         ("bn", lambda p: p.write_text("x"), "is no checkpoint of torch"),
         ("bn", lambda p: torch.save({"a": torch.ones(1)}, p), "tensors are missing"),
-        ("bn", lambda p: torch.save(model_of("psbn_finetune"), p), "it is a psBN checkpoint"),
         ("bn", lambda p: torch.save(model_of("bn", depth=34), p), "no place in the model"),
-        ("bn", lambda p: torch.save(model_of("bn", base_channels=8), p), "have another shape"),
+        (
+            "bn",
+            lambda p: torch.save(model_of("bn", base_channels=8), p),
+            "cannot be loaded, as size mismatch",
+        ),
     ],
 )
 def test_testing_refuses_a_checkpoint_that_is_not_of_the_config(

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import psbn_mmdet
 from psbn_mmdet import psBN, psBN1d, psBN2d, psBN3d, psIN, psIN1d, psIN3d, psSyncBN, to_bn, to_psbn
+from psbn_mmdet.norm import lift
 from tests.helpers.layers import randomize
 
 TWINS = [
@@ -139,7 +140,9 @@ def test_bias_cannot_be_assigned():
         ({"alpha": "0.1"}, TypeError, "alpha must be a number, got '0.1'"),
         ({"alpha": True}, TypeError, "alpha must be a number"),
         ({"affine": False}, ValueError, "needs affine=True"),
-        ({"load_bn": "keep"}, ValueError, r"load_bn must be one of \('preserve', 'shift'\)"),
+        ({"bias": False}, ValueError, "needs affine=True and a bias"),
+        ({"load_bn": "shift"}, TypeError, r"to_psbn\(model, shift=True\)"),
+        ({"num_groups": 2}, TypeError, "not of a GroupNorm"),
     ],
 )
 def test_bad_arguments(layer, kwargs, error, message):
@@ -150,15 +153,110 @@ def test_bad_arguments(layer, kwargs, error, message):
 # -- loading ---------------------------------------------------------------
 
 
-def test_loading_bn_preserves_the_function_and_shift_lifts_it():
+def test_loading_bn_preserves_the_function():
     bn = randomize(nn.BatchNorm2d(5)).eval()
     x = torch.randn(2, 5, 4, 4)
-    preserve, shift = psBN(5, alpha=0.2).eval(), psBN(5, alpha=0.2, load_bn="shift").eval()
-    preserve.load_state_dict(bn.state_dict())
-    shift.load_state_dict(bn.state_dict())
-    assert_close(preserve(x), bn(x))
-    assert_close(preserve.beta, bn.bias - 0.2)
-    assert_close(shift(x), bn(x) + 0.2)
+    layer = psBN(5, alpha=0.2).eval()
+    layer.load_state_dict(bn.state_dict())
+    assert_close(layer(x), bn(x))
+    assert_close(layer.beta, bn.bias - 0.2)
+
+
+@pytest.mark.parametrize("plain", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_a_reader_of_bn_computes_what_was_saved(plain):
+    layer = randomize((psBN if plain is nn.BatchNorm2d else psIN)(5, alpha=0.3)).eval()
+    bn = plain(5, affine=True).eval()
+    unexpected = bn.load_state_dict(layer.state_dict(), strict=False).unexpected_keys
+    assert set(unexpected) == {"beta", "alpha"}
+    x = torch.randn(2, 5, 4, 4)
+    assert_close(bn(x), layer(x))
+
+
+def test_the_same_alpha_keeps_the_bits_through_a_file():
+    source = randomize(psBN(1000, alpha=0.3))
+    assert not torch.equal(source.bias.detach() - 0.3, source.beta)  # the bias alone would not do
+    layer = psBN(1000, alpha=0.3)
+    layer.load_state_dict(source.state_dict())
+    assert torch.equal(layer.beta, source.beta)
+
+
+def test_files_of_before_the_bias_was_in_them_load_as_before():
+    source = randomize(psBN(5, alpha=0.3)).eval()
+    old = {key: value for key, value in source.state_dict().items() if key != "bias"}
+    same, other = psBN(5, alpha=0.3), psBN(5, alpha=0.1).eval()
+    same.load_state_dict(old)
+    assert torch.equal(same.beta, source.beta)
+    other.load_state_dict(old)
+    x = torch.randn(2, 5, 4, 4)
+    assert_close(other(x), source(x))
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.1])
+def test_a_bias_that_a_tool_has_edited_counts_where_it_did(alpha):
+    source = randomize(psBN(1000, alpha=0.3))
+    state_dict = source.state_dict()
+    state_dict["bias"] = state_dict["bias"].clone()
+    state_dict["bias"][:3] = torch.tensor([0.0, 1.0, 2.0])
+    layer = psBN(1000, alpha=alpha)
+    with pytest.warns(UserWarning, match="in 3 of 1000 channels .* bias is not beta"):
+        layer.load_state_dict(state_dict)
+    assert_close(layer.bias.detach()[:3], torch.tensor([0.0, 1.0, 2.0]))
+    assert_close(layer.bias.detach()[3:], source.bias.detach()[3:])
+    if alpha == 0.3:
+        assert torch.equal(layer.beta[3:], source.beta[3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_a_cast_or_an_average_rounds_is_no_edit(dtype):
+    a, b = (randomize(psBN(1000, alpha=0.1)).state_dict() for _ in range(2))
+    keys = [key for key in a if a[key].is_floating_point()]
+    rest = {"num_batches_tracked": a["num_batches_tracked"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        psBN(1000).load_state_dict({**{key: a[key].to(dtype) for key in keys}, **rest})
+        psBN(1000).load_state_dict({**{key: 0.3 * a[key] + 0.7 * b[key] for key in keys}, **rest})
+
+
+@pytest.mark.parametrize("prepare", [prune.random_unstructured, None])
+def test_a_pruned_or_parametrized_beta_reloads_its_own_state_dict(prepare):
+    def make():
+        layer = randomize(psBN(8, alpha=0.3)).eval()
+        if prepare:
+            prepare(layer, "beta", 0.5)
+        else:
+            nn.utils.parametrize.register_parametrization(layer, "beta", nn.Tanh())
+        return layer
+
+    source, layer = make(), make()
+    layer.load_state_dict(source.state_dict())
+    x = torch.randn(2, 8, 3, 3)
+    assert_close(layer(x), source(x))
+
+
+def test_lift_raises_what_was_taken_over_from_bn_and_nothing_else():
+    model = nn.ModuleDict({name: psBN(4, alpha=0.2) for name in ("made", "bn", "psbn", "written")})
+    bn, psbn = randomize(nn.BatchNorm2d(4)), randomize(psBN(4, alpha=0.2))
+    model["bn"].load_state_dict(bn.state_dict())
+    model["psbn"].load_state_dict(psbn.state_dict())
+    nn.init.zeros_(model["written"].bias)  # as mmengine's ConstantInit does
+    assert lift(model) == 2
+    assert_close(model["bn"].beta, bn.bias)
+    assert_close(model["written"].beta.detach(), torch.zeros(4))
+    assert torch.equal(model["psbn"].beta, psbn.beta)
+    assert torch.equal(model["made"].beta.detach(), torch.zeros(4))
+    assert lift(model) == 0  # once
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_meta_to_empty_and_loading_keep_the_constructed_alpha(assign):
+    source = randomize(psBN(5, alpha=0.3)).eval()
+    layer = psBN(5, alpha=0.3, device="meta").eval()
+    if not assign:
+        layer.to_empty(device="cpu")
+    layer.load_state_dict(source.state_dict(), assign=assign)
+    assert torch.equal(layer.beta, source.beta)
+    x = torch.randn(2, 5, 4, 4)
+    assert_close(layer(x), source(x))
 
 
 def test_loading_another_alpha_rebases_and_the_same_is_exact():
@@ -209,19 +307,15 @@ def test_loading_with_assign_takes_the_checkpoints_dtype(saved, device):
     assert_close(layer(x), source(x), rtol=0, atol=4 * 2.0**-8)
 
 
-def test_ambiguous_checkpoints_are_refused():
-    state_dict = psBN(3).state_dict()
-    with pytest.raises(RuntimeError, match="only one of beta and alpha"):
-        psBN(3).load_state_dict({k: v for k, v in state_dict.items() if k != "alpha"}, strict=False)
-    with pytest.raises(RuntimeError, match="both a bias"):
-        psBN(3).load_state_dict({**state_dict, "bias": torch.zeros(3)}, strict=False)
-    with pytest.raises(RuntimeError, match="alpha is nan"):
-        psBN(3).load_state_dict({**state_dict, "alpha": torch.tensor(float("nan"))})
-
-
-def test_a_psbn_checkpoint_does_not_load_into_bn():
-    with pytest.raises(RuntimeError, match=r"(?s)Missing.*bias.*Unexpected.*beta"):
-        nn.BatchNorm2d(3).load_state_dict(psBN(3).state_dict())
+def test_what_does_not_tell_what_was_computed_is_refused():
+    old = {key: value for key, value in psBN(3).state_dict().items() if key != "bias"}
+    for missing in ("beta", "alpha"):
+        part = {key: value for key, value in old.items() if key != missing}
+        with pytest.raises(RuntimeError, match="only one of beta and alpha and no bias"):
+            psBN(3).load_state_dict(part, strict=False)
+    for alpha in (torch.tensor(float("nan")), torch.zeros(3)):
+        with pytest.raises(RuntimeError, match="not a finite number"):
+            psBN(3).load_state_dict({**psBN(3).state_dict(), "alpha": alpha})
 
 
 def test_loading_another_width_names_the_layer():
@@ -270,8 +364,10 @@ def test_shift_reading_of_a_bn_model():
     model = randomize(nn.Sequential(nn.BatchNorm2d(3))).eval()
     x = torch.randn(2, 3, 4, 4)
     y = model(x)
-    assert_close(to_psbn(model, alpha=0.2, load_bn="shift")(x), y + 0.2)
-    assert model[0].load_bn == "shift"  # also for what is loaded later
+    state_dict = {key: value.clone() for key, value in model.state_dict().items()}
+    assert_close(to_psbn(model, alpha=0.2, shift=True)(x), y + 0.2)
+    model.load_state_dict(state_dict)  # what a checkpoint computes does not depend on it
+    assert_close(model(x), y)
 
 
 def test_conversion_of_a_converted_model_rebases():
@@ -374,9 +470,9 @@ def test_what_cannot_be_converted_is_refused_and_left_alone(convert, make, error
     assert list(model.state_dict()) == keys
 
 
-@pytest.mark.parametrize("kwargs", [{"alpha": -1}, {"alpha": "x"}, {"load_bn": ""}])
+@pytest.mark.parametrize("kwargs", [{"alpha": -1}, {"alpha": "x"}])
 def test_bad_conversion_arguments(kwargs):
-    with pytest.raises((TypeError, ValueError), match=r"alpha|load_bn"):
+    with pytest.raises((TypeError, ValueError), match="alpha"):
         to_psbn(nn.BatchNorm2d(3), **kwargs)
 
 

@@ -119,7 +119,7 @@ class TestStateDicts:
         "change",
         [
             lambda state: state.pop("alpha"),
-            lambda state: state.update(bias=torch.zeros(4)),
+            lambda state: state.update(bias=torch.zeros(3)),
             lambda state: state.update(alpha=torch.zeros(4)),
         ],
     )

@@ -64,7 +64,7 @@ def refusals_and_modes(rank):
     assert bf16.dtype == torch.bfloat16
     from mmengine.model import convert_sync_batchnorm
 
-    with pytest.raises(TypeError, match="use psSyncBN"):
+    with pytest.raises(TypeError, match="psSyncBN is its synchronised form"):
         convert_sync_batchnorm(nn.Sequential(psBN2d(2)), "mmcv")
 
 
@@ -119,3 +119,17 @@ def test_training_under_ddp_equals_one_process(tmp_path):
     for result in run(ddp_training, 2, tmp_path, state_dict, batches):
         for key, value in model.state_dict().items():
             assert_close(result[key], value, rtol=1e-4, atol=1e-5)
+
+
+def nothing_anywhere(rank):
+    layer = psSyncBN(3)
+    x = torch.randn(0, 3, 4, 4, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()  # all ranks take part, as DDP wants
+    assert y.shape == x.shape and layer.weight.grad is not None and layer.beta.grad is not None
+    assert torch.equal(layer.running_mean, torch.zeros(3))
+    assert layer.num_batches_tracked == 0
+
+
+def test_a_batch_without_samples_on_any_process(tmp_path):
+    run(nothing_anywhere, 2, tmp_path)
