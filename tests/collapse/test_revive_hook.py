@@ -69,7 +69,8 @@ def test_not_after_a_resume(tmp_path):
     first = Watch(epochs=[2])
     make_runner(tmp_path, [first], net=dead_chain(), epochs=1).train()
     again = Watch(epochs=[2])
-    make_runner(tmp_path, [again], net=dead_chain(), epochs=3, resume=True).train()
+    with resumable():
+        make_runner(tmp_path, [again], net=dead_chain(), epochs=3, resume=True).train()
     assert [epoch for epoch, _ in first.seen] == [0]
     assert [epoch for epoch, _ in again.seen] == [2]
 
