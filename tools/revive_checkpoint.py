@@ -17,15 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
-from torch import Tensor, nn
 
-from psbn_mmdet.checkpoint import load, load_weights
+from psbn_mmdet.checkpoint import load
 from psbn_mmdet.collapse import THRESHOLD
+from psbn_mmdet.collapse.detectors import build, read_images
 from psbn_mmdet.collapse.revive import TOLERANCE, ReviveError, revive, summary
 from psbn_mmdet.errors import (
     PsbnError,
@@ -35,31 +32,6 @@ from psbn_mmdet.errors import (
     written_whole,
 )
 from psbn_mmdet.launch import load_config
-
-
-def build(cfg: Config, checkpoint: Any, name: str) -> nn.Module:
-    """The model of a config with the weights of a checkpoint."""
-    init_default_scope(cfg.get("default_scope", "mmengine"))
-    model = MODELS.build(cfg.model)
-    load_weights(model, checkpoint, name)
-    return model
-
-
-def read_images(cfg: Config, model: nn.Module, folder: Path, count: int) -> Tensor:
-    """The first images of a folder as the test pipeline of a config prepares them, (N, C, H, W)."""
-    from mmcv.transforms import Compose
-    from mmdet.utils import get_test_pipeline_cfg
-
-    kinds = {".jpg", ".jpeg", ".png", ".bmp"}
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)[:count]
-    if len(paths) < 2:
-        raise PsbnError(f"{folder}: holds {len(paths)} images; at least two are needed")
-    steps = [s for s in get_test_pipeline_cfg(cfg) if "Annotations" not in s["type"]]
-    pipeline = Compose(steps)
-    data = [pipeline(dict(img_path=str(path), img_id=i)) for i, path in enumerate(paths)]
-    batch = {key: [each[key] for each in data] for key in ("inputs", "data_samples")}
-    preprocessor: Any = model.data_preprocessor
-    return preprocessor(batch, False)["inputs"]
 
 
 def run(args: argparse.Namespace) -> None:
