@@ -18,7 +18,6 @@ from mmengine.hooks import Hook
 from torch import nn
 
 from psbn_mmdet import collapse, norm
-from psbn_mmdet.collapse import hook as hooks
 from psbn_mmdet.collapse import measure, trace
 from psbn_mmdet.collapse.hook import SparsityLoggerHook, responsible_key, undecayed_betas
 from psbn_mmdet.decay.hook import AnchoredBiasDecay

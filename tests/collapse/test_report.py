@@ -1,6 +1,5 @@
 """Reports against hand-made truth."""
 
-import dataclasses
 import json
 import math
 
@@ -10,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from psbn_mmdet import norm
-from psbn_mmdet.collapse import Report, measure
+from psbn_mmdet.collapse import measure
 from psbn_mmdet.python38 import removeprefix
 from tests.helpers.collapsed_net import (
     CONSTANT,
