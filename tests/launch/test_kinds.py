@@ -61,7 +61,14 @@ def write_videos(root, videos=4, frames=3):
             images.append({"id": number, "video_id": video, "frame_id": frame, "height": 128})
             images[-1].update(width=128, file_name=names[number])
             box = {"id": number, "image_id": number, "video_id": video, "category_id": 1}
-            box.update(bbox=[8, 8, 40, 40], area=1600, iscrowd=0, instance_id=video, visibility=1)
+            box.update(
+                bbox=[8, 8, 40, 40],
+                area=1600,
+                iscrowd=0,
+                instance_id=video,
+                visibility=1,
+                mot_conf=1,
+            )
             annotations.append({**box, "segmentation": [[8, 8, 48, 8, 48, 48, 8, 48]]})
     out = {
         "images": images,
@@ -181,6 +188,8 @@ def step(path, cfg, shapes, folder):
     folder.mkdir()
     loader = cfg.train_dataloader.to_dict()
     loader["dataset"] = small(loader["dataset"], shapes)
+    if "dataset_size" in loader["sampler"]:  # of more images than are drawn here
+        loader["sampler"]["dataset_size"] = [4 for _ in loader["sampler"]["dataset_size"]]
     loader.update(num_workers=0, persistent_workers=False, pin_memory=False)
     loop = dict(cfg.train_cfg)
     by_epoch = not (kind_of(loop) == "IterBasedTrainLoop" or loop.get("by_epoch") is False)
