@@ -6,8 +6,8 @@ so that ``norm_cfg=dict(type='psBN')`` works in every library built on mmengine,
 such a config needs no import. Names are all that is added; nothing of mmengine is changed.
 
 ``import psbn_mmdet`` imports this module where mmengine has been imported before, as it has when a
-config's ``custom_imports`` are read. A script that imports psbn_mmdet first, and nothing of it by
-name, imports ``psbn_mmdet.registry``.
+config's ``custom_imports`` are read; so does the first use of a name of the package. A script that
+imports psbn_mmdet before mmengine, and uses no name of it, imports ``psbn_mmdet.registry``.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def test_importing_over_two_distributions_fails_in_one_line(tmp_path):
     (folder / "RECORD").write_text("mmengine/__init__.py,sha256=x,1\n")
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH"), str(ROOT)]))
     run = subprocess.run(
-        [sys.executable, "-c", "import psbn_mmdet"],
+        [sys.executable, "-c", "import psbn_mmdet.registry"],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,

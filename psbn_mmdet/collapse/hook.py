@@ -29,7 +29,7 @@ from .criteria import (
     does,
 )
 from .flops import Flops
-from .layers import norm_modules, read_filters
+from .layers import norm_modules, read_filters, refuse_sharded
 from .report import Report, measure
 from .trace import TraceError, Writer, read
 
@@ -106,6 +106,7 @@ class SparsityLoggerHook(Hook):
         self.figures = figures
 
     def before_train(self, runner: Runner) -> None:
+        refuse_sharded(runner.model)  # on every rank, or the others would wait for rank 0
         if not is_main_process():
             return
         model = _unwrapped(runner.model)

@@ -59,12 +59,28 @@ class Layer:
         return torch.full(self.gamma.shape, not not_started(self.gamma, self.bias, self.alpha))
 
 
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse a model of which this process holds a part of each tensor.
+
+    Raises:
+        MeasureError: A module is wrapped by FSDP, of either kind.
+    """
+    for name, module in model.named_modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if kinds & {"FullyShardedDataParallel", "FSDPModule"}:
+            raise MeasureError(
+                f"{name or 'the model'} is sharded by FSDP, and a shard does not tell what its "
+                "filters do: gather a full state dict and measure that"
+            )
+
+
 def norm_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The normalization layers with a gamma, by name, each once.
 
     Raises:
-        MeasureError: There is none, or one has not been materialised.
+        MeasureError: There is none, one has not been materialised, or they are sharded.
     """
+    refuse_sharded(model)
     norms = {}
     for name, module in norm_layers(model).items():
         weight = getattr(module, "weight", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .layers import (
     psBN1d,
     psBN2d,
     psBN3d,
+    psBNAct2d,
     psIN1d,
     psIN2d,
     psIN3d,
@@ -34,16 +36,25 @@ _TO_PS: dict[type[nn.Module], type[PostShift]] = {
     nn.InstanceNorm3d: psIN3d,
 }
 _TO_PLAIN = {ps: plain for plain, ps in _TO_PS.items()}
-# mmengine's own (norm_cfg type SyncBN, and what a Runner of one process makes of it) are torch's
-# layers but for the check of the number of dimensions. By name, since mmengine need not be there.
-_MMENGINE_TO_PS: dict[str, type[PostShift]] = {
+# By name, since neither need be there. mmengine's own (norm_cfg type SyncBN, and what a Runner of
+# one process makes of it) are torch's layers but for the check of the number of dimensions.
+_TIMM = "timm.layers.norm_act.BatchNormAct2d"
+_OTHERS_TO_PS: dict[str, type[PostShift]] = {
+    _TIMM: psBNAct2d,
     "mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm": psSyncBN,
     "mmengine.model.utils._BatchNormXd": psSyncBN,
 }
 
 
 def _post_shifted(kind: type[nn.Module]) -> type[PostShift] | None:
-    return _TO_PS.get(kind) or _MMENGINE_TO_PS.get(f"{kind.__module__}.{kind.__qualname__}")
+    return _TO_PS.get(kind) or _OTHERS_TO_PS.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _plain(kind: type[nn.Module]) -> type[nn.Module] | None:
+    if kind is psBNAct2d:
+        module, _, name = _TIMM.rpartition(".")
+        return getattr(import_module(module), name)
+    return _TO_PLAIN.get(kind)  # type: ignore[arg-type]
 
 
 def to_psbn(model: nn.Module, alpha: float = 0.1, *, shift: bool = False) -> nn.Module:
@@ -94,8 +105,8 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, *, shift: bool = False) -> nn.
         elif isinstance(getattr(module, "bias", None), nn.Parameter):
             raise TypeError(
                 f"{name or 'the model'} is a {type(module).__name__}, a kind of normalization that "
-                "has no post-shifted twin; replace it by torch's own layer (materialised, if lazy) "
-                "before to_psbn"
+                "has no post-shifted twin; replace it by torch's own layer and what it does "
+                "besides (and materialise lazy ones) before to_psbn"
             )
     if not layers:
         raise ValueError("the model has no BatchNorm or InstanceNorm with a trained bias")
@@ -142,7 +153,7 @@ def to_bn(model: nn.Module) -> nn.Module:
     _refuse_wrapped(model)
     shifted = [(name, m) for name, m in model.named_modules() if isinstance(m, PostShift)]
     for name, module in shifted:
-        if type(module) not in _TO_PLAIN:
+        if _plain(type(module)) is None:
             raise TypeError(
                 f"{name or 'the model'} is a {type(module).__name__}, a subclass of a post-shifted "
                 "layer that has no plain twin; replace it by hand before to_bn"
@@ -158,7 +169,7 @@ def to_bn(model: nn.Module) -> nn.Module:
         for name in ("initial_alpha", "preserved"):
             delattr(layer, name)
         del layer._buffers["alpha"]
-        layer.__class__ = _TO_PLAIN[type(layer)]
+        layer.__class__ = _plain(type(layer))
         layer.bias = biases[beta]
     return model
 

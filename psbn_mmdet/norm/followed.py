@@ -192,7 +192,7 @@ def _look(module: nn.Module, whole: bool, known: set[int], through_sums: bool) -
     if graph is not None:
         scope = _Scope(module, lambda: {"none"} if whole else {"unknown"}, through_sums)
         new = [
-            (*called, scope.uses(node))
+            (*called, _own_activation(called[0]) or scope.uses(node))
             for node in graph.nodes
             if (called := _layer_of(node, module)) and id(called[0]) not in known
         ]
@@ -202,6 +202,13 @@ def _look(module: nn.Module, whole: bool, known: set[int], through_sums: bool) -
         for child in module.children():
             if any(id(m) not in known for m in norm_layers(child).values()):
                 yield from _look(child, False, known, through_sums)
+
+
+def _own_activation(layer: nn.Module) -> set[Follower]:
+    """The activation that a norm layer applies itself, as timm's BatchNormAct2d does."""
+    act = getattr(layer, "act", None)
+    kind = _module_kind(act) if isinstance(act, nn.Module) else "pass"
+    return set() if kind == "pass" else {kind or "unknown"}
 
 
 class _Tracer(fx.Tracer):

@@ -392,6 +392,20 @@ class psBN2d(_PostShiftBN, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
 psBN = psBN2d
 
 
+class psBNAct2d(psBN2d):
+    """psBN in the place of timm's ``BatchNormAct2d``: its ``drop`` and ``act`` behind it.
+
+    Made by ``to_psbn`` alone, which keeps both modules.
+    """
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input``, (N, C, H, W), then drop and activate."""
+        return self.act(self.drop(super().forward(input)))
+
+
 class psBN3d(_PostShiftBN, nn.BatchNorm3d, _BatchNorm):  # type: ignore[misc]
     """Post-shifted batch normalization over (N, C, D, H, W); see :class:`psBN2d`."""
 

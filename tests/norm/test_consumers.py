@@ -98,6 +98,49 @@ def test_fx_keeps_the_layer_whole(norm, traced_in_training, x):
         assert_close(traced.train(training)(x), model.train(training)(x))
 
 
+class NamingTracer(torch.fx.Tracer):
+    """As torchvision's feature extractor: nodes are named by the module that is being called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.names = "", {}
+
+    def call_module(self, m, forward, args, kwargs):
+        before, self.called = self.called, self.path_of_module(m)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        finally:
+            self.called = before
+
+    def create_node(self, *args, **kwargs):
+        node = super().create_node(*args, **kwargs)
+        self.names[node.name] = self.called
+        return node
+
+
+def test_tracers_that_follow_calls_see_those_of_bn():
+    names = []
+    for norm in (nn.BatchNorm2d, psBN2d, psSyncBN):
+        tracer = NamingTracer()
+        tracer.trace(Block(norm))
+        names.append(tracer.names)
+    assert names[0] == names[1] == names[2]
+    assert names[0]["bn1"] == "bn1"
+
+
+def test_precise_bn_and_freezing_find_every_layer(x):
+    """They look for BatchNorm2d (fvcore, timm); a wrapper is not counted beside what it wraps."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    from psbn_mmdet.norm import norm_layers
+
+    for kind in (psBN2d, psSyncBN):
+        model = Block(kind)
+        assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == 2
+        model.bn1 = checkpoint_wrapper(model.bn1)
+        assert len(norm_layers(model)) == 2
+
+
 def test_fx_of_a_layer_alone_is_refused_as_that_of_bn():
     for layer in (nn.BatchNorm2d(3), psBN2d(3)):
         with pytest.raises(torch.fx.proxy.TraceError):

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import types
 import warnings
 
 import mmcv.cnn  # noqa: F401  registers SyncBN
@@ -14,7 +15,7 @@ from torch.testing import assert_close
 
 import psbn_mmdet
 from psbn_mmdet import psBN, psBN1d, psBN2d, psBN3d, psIN, psIN1d, psIN3d, psSyncBN, to_bn, to_psbn
-from psbn_mmdet.norm import lift
+from psbn_mmdet.norm import followed_by, lift
 from tests.helpers.layers import randomize
 
 TWINS = [
@@ -511,3 +512,40 @@ def test_deepcopy_and_names():
     layer = psBN(3, alpha=0.2)
     assert copy.deepcopy(layer).alpha == layer.alpha
     assert psBN is psBN2d and psIN is psbn_mmdet.psIN2d
+
+
+@pytest.fixture
+def batch_norm_act(monkeypatch):
+    """A layer as timm's is: BatchNorm2d with dropout and an activation of its own."""
+
+    class BatchNormAct2d(nn.BatchNorm2d):
+        def __init__(self, channels, act):
+            super().__init__(channels)
+            self.drop, self.act = nn.Identity(), act
+
+        def forward(self, x):
+            return self.act(self.drop(super().forward(x)))
+
+    BatchNormAct2d.__module__, BatchNormAct2d.__qualname__ = (
+        "timm.layers.norm_act",
+        "BatchNormAct2d",
+    )
+    timm = types.ModuleType("timm.layers.norm_act")
+    timm.BatchNormAct2d = BatchNormAct2d
+    monkeypatch.setitem(sys.modules, "timm.layers.norm_act", timm)
+    return BatchNormAct2d
+
+
+def test_timms_batch_norm_with_an_activation_keeps_it(batch_norm_act):
+    model = randomize(nn.Sequential(batch_norm_act(4, nn.ReLU()), nn.Conv2d(4, 4, 1))).eval()
+    x = torch.randn(2, 4, 5, 5)
+    y = model(x)
+    keys = list(model.state_dict())
+    to_psbn(model, alpha=0.2)
+    assert isinstance(model[0], psBN2d) and isinstance(model[0].act, nn.ReLU)
+    assert_close(model(x), y)
+    assert followed_by(model)["0"] == "relu"
+    to_bn(model)
+    assert type(model[0]) is batch_norm_act
+    assert_close(model(x), y)
+    assert list(model.state_dict()) == keys

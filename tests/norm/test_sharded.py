@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from psbn_mmdet import psBN2d
+from psbn_mmdet.collapse import MeasureError, measure
 from tests.helpers.distributed import run
 from tests.helpers.layers import randomize
 
@@ -55,6 +56,8 @@ def fsdp2(rank, whole, folder):
         set_model_state_dict(
             model, bn.state_dict(), options=StateDictOptions(full_state_dict=True, strict=False)
         )
+    with pytest.raises(MeasureError, match="sharded by FSDP"):
+        measure(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
     model.train()(torch.randn(2, 3, 8, 8)).square().sum().backward()
     optimizer.step()
@@ -76,6 +79,8 @@ def fsdp1(rank, whole, use_orig_params):
         model, use_orig_params=use_orig_params, device_id=torch.device("cpu")
     )
     assert_close(model(x), y)
+    with pytest.raises(MeasureError, match="sharded by FSDP"):
+        measure(model)
     state = model.state_dict()
     assert_close(state["1.bias"], whole["1.bias"])
     model.load_state_dict(state)
