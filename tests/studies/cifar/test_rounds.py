@@ -258,7 +258,7 @@ def test_child_waits_for_its_parent(root, tmp_path):
 @pytest.mark.slow
 def test_parent_of_another_shape_is_refused(root, tmp_path):
     train_run(replace(TOY, rounds=1), tmp_path / "parent", root)
-    with pytest.raises(RunError, match="tensors have another shape"):
+    with pytest.raises(RunError, match="tensors cannot be loaded"):
         train_run(replace(TOY, width=0.5, parent="parent"), tmp_path / "child", root)
 
 

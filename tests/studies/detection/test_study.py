@@ -214,7 +214,7 @@ def test_methods_of_a_seed_differ_in_the_backbone_alone(pretrained):
 
 
 def test_backbone_that_does_not_fit_or_is_missing_is_one_line(pretrained, tmp_path):
-    with pytest.raises(RunError, match=r"round_1.pth: \d+ tensors have another shape"):
+    with pytest.raises(RunError, match=r"round_1.pth: \d+ tensors cannot be loaded"):
         training.build_model(Settings(base_channels=16), 2, pretrained)
     with pytest.raises(RunError, match="no such checkpoint, and this run starts from it"):
         training.build_model(Settings(base_channels=8), 2, tmp_path / "round_1.pth")
@@ -418,8 +418,7 @@ def test_published_results_are_of_the_study_as_it_stands(name: str):
         assert not list(RESULTS.glob(f"{name}.*"))
         return
     published = json.loads(path.read_text())
-    seeds = max(len(arm["seeds"]) for arm in published["arms"].values())
-    experiment = experiments.build(name, seeds=seeds)
+    experiment = experiments.build(name)
     planned = {(run.arm, run.settings.seed): run for run in experiment.runs}
     done = {(name, seed) for name, arm in published["arms"].items() for seed in arm["seeds"]}
     assert done <= set(planned)
