@@ -20,7 +20,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ load_from = "{{{{ fileDirname }}}}/model.pth"
 '''
 
 
+@contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that becomes ``out`` if all goes well, and else is gone."""
     with ExitStack() as on_failure:
