@@ -24,7 +24,7 @@ import numpy as np
 from scipy.special import expit
 
 from psbn_mmdet.ap import compare, evaluate, matching
-from psbn_mmdet.ap.coco_files import Annotations, Results
+from psbn_mmdet.ap.coco_files import Annotations, Results, read_annotations
 from psbn_mmdet.errors import PsbnError, errors_in_one_line
 
 
@@ -322,11 +322,11 @@ METHODS = ("ours", "percentile", "BCa", "permutation")
 
 
 def _equal_pair(
-    classes: int, images: int, number: int
+    classes: int, images: int, number: int, ann: str = ""
 ) -> tuple[list[bool], list[tuple[int, bool]]]:
     """Which METHODS tell two equal detectors apart; and ours per class, with its images."""
     rng = np.random.default_rng([3, classes, images, number])
-    truth = simulate_objects(rng, images, classes)
+    truth = read_annotations(ann) if ann else simulate_objects(rng, images, classes)
     # of the same skill, so neither is better on average
     a, b = (simulate_detector(rng, truth, 1.0, 10.0) for _ in range(2))
     if truth.crowd.all():
@@ -405,26 +405,29 @@ def _swapped(
     return float((1 + (np.abs(swapped) >= abs(value) - 1e-9).sum()) / (1 + len(swapped)))
 
 
-def bench_images(draws: int = 200, processes: int = 2) -> None:
+def bench_images(draws: int = 200, processes: int = 2, ann: str = "") -> None:
     """How often two equal detectors are told apart, by the number of images; 5% is right.
 
     Beside our intervals those of the resamples' percentiles and of BCa, and the permutation test
     of the paired images, which is exact but gives no interval. Then the intervals of single
-    classes, by the images that have the class.
+    classes, by the images that have the class. With ``ann`` on the objects of that file.
     """
     print("| classes | images | " + " | ".join(METHODS) + " |\n" + "| ---: " * 6 + "|", flush=True)
     by_images: dict[int, list[bool]] = {}
+    sizes = [(classes, images) for classes in (1, 80) for images in IMAGES]
+    if ann:
+        truth = read_annotations(ann)
+        sizes = [(len(np.unique(truth.cls)), len(truth.image_ids))]
     with ProcessPoolExecutor(processes) as pool:
-        for classes in (1, 80):
-            for images in IMAGES:
-                args = [classes] * draws, [images] * draws, range(draws)
-                told = []
-                for apart, per_class in pool.map(_equal_pair, *args, chunksize=5):
-                    told.append(apart)
-                    for n, a in per_class if classes > 1 else ():
-                        by_images.setdefault(n, []).append(a)
-                shares = " | ".join(f"{x:.1%}" for x in np.mean(told, 0))
-                print(f"| {classes} | {images} | {shares} |", flush=True)
+        for classes, images in sizes:
+            args = [classes] * draws, [images] * draws, range(draws), [ann] * draws
+            told = []
+            for apart, per_class in pool.map(_equal_pair, *args, chunksize=5):
+                told.append(apart)
+                for n, a in per_class if classes > 1 else ():
+                    by_images.setdefault(n, []).append(a)
+            shares = " | ".join(f"{x:.1%}" for x in np.mean(told, 0))
+            print(f"| {classes} | {images} | {shares} |", flush=True)
     print("\n| images with the class | classes | told apart |\n| ---: | ---: | ---: |")
     for low, high in ((1, 5), (6, 7), (8, 9), (10, 14), (15, 19), (20, 50)):
         of = [a for n, told in by_images.items() if low <= n <= high for a in told]
@@ -473,13 +476,14 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["speed", "coverage", "images", "paired"])
     parser.add_argument("--draws", type=int, default=200, help="of each row, but for speed")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--ann", default="", help="of images: take the objects of this file")
     parser.add_argument("--only", default="", help="coverage of the arms whose name has this in it")
     args = parser.parse_args()
     with errors_in_one_line():
         if args.what == "speed":
             bench_speed()
         elif args.what == "images":
-            bench_images(args.draws, args.processes)
+            bench_images(args.draws, args.processes, args.ann)
         elif args.what == "paired":
             bench_paired(args.draws)
         else:

@@ -20,17 +20,17 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
-from torch import Tensor, nn
+from torch import Tensor
 
-from psbn_mmdet.checkpoint import load, load_weights
+from psbn_mmdet.checkpoint import load
 from psbn_mmdet.collapse import INACTIVE_BELOW, THRESHOLD
+from psbn_mmdet.collapse.detectors import build, read_images
 from psbn_mmdet.collapse.stripping import (
     TOLERANCE,
     Calls,
@@ -61,33 +61,6 @@ load_from = "{{{{ fileDirname }}}}/model.pth"
 '''
 
 
-def build(cfg: Config, checkpoint: Any, name: str) -> nn.Module:
-    """The model of a config with the weights of a checkpoint, in eval mode."""
-    init_default_scope(cfg.get("default_scope", "mmengine"))
-    model = MODELS.build(cfg.model)
-    load_weights(model, checkpoint, name)
-    model.eval()
-    return model
-
-
-def read_images(cfg: Config, model: nn.Module, folder: Path, count: int) -> Tensor:
-    """The first images of a folder as the test pipeline of a config prepares them, (N, C, H, W)."""
-    from mmcv.transforms import Compose
-    from mmdet.utils import get_test_pipeline_cfg
-
-    kinds = {".jpg", ".jpeg", ".png", ".bmp"}
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)[:count]
-    if len(paths) < 2:
-        raise PsbnError(f"{folder}: holds {len(paths)} images; at least two are needed")
-    steps = [s for s in get_test_pipeline_cfg(cfg) if "Annotations" not in s["type"]]
-    pipeline = Compose(steps)
-    data = [pipeline(dict(img_path=str(path), img_id=i)) for i, path in enumerate(paths)]
-    batch = {key: [each[key] for each in data] for key in ("inputs", "data_samples")}
-    preprocessor: Any = model.data_preprocessor
-    return preprocessor(batch, False)["inputs"]
-
-
-@contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that becomes ``out`` if all goes well, and else is gone."""
     with ExitStack() as on_failure:

@@ -260,11 +260,16 @@ def read_annotations(
     )
 
 
-def read_results(path: str | Path, annotations: Annotations) -> Results:
+def read_results(path: str | Path, annotations: Annotations, boxes_alone: bool = False) -> Results:
     """Read a COCO result file: ``[{image_id, category_id, score, bbox}, ...]``.
 
     With annotations of another kind it is ``segmentation`` or ``keypoints`` instead of ``bbox``.
     An empty list is a model that detects nothing.
+
+    Args:
+        path: The file; gzip, UTF-16 and a byte order mark are read, too.
+        annotations: What it refers to.
+        boxes_alone: Whether boxes are wanted although the records hold masks or keypoints, too.
 
     Raises:
         InputError: The JSON is cut off, lacks a key or has a value of another type (NaN is one);
@@ -314,9 +319,21 @@ def read_results(path: str | Path, annotations: Annotations) -> Results:
         box = np.concatenate([points.min(1), np.ptp(points, axis=1)], 1) if n else np.empty((0, 4))
     else:
         box = np.array([r.bbox for r in records], np.float64).reshape(n, 4)
+        if not boxes_alone:
+            _check_kind(path, records)
         _check_boxes(path, records, box, image, annotations)
     score = np.fromiter((r.score for r in records), np.float64, n)
     return Results(str(path), image, cls, box, score, **shapes)
+
+
+def _check_kind(path: str | Path, records: Sequence[_Box]) -> None:
+    """Refuse records that are likely meant for more than their boxes."""
+    for key, kind in (("segmentation", "segm"), ("keypoints", "keypoints")):
+        if any(len(bytes(getattr(r, key))) > 4 for r in records):  # more than null
+            raise InputError(
+                f"{path}: its records hold {key}; pass --type {kind} to compare those, or --type "
+                "bbox for their boxes"
+            )
 
 
 def _check_boxes(
@@ -329,12 +346,6 @@ def _check_boxes(
     """Refuse boxes that are something else."""
     if not len(box):
         return
-    for key, kind in (("segmentation", "segm"), ("keypoints", "keypoints")):
-        if any(len(bytes(getattr(r, key))) > 4 for r in records):  # more than null
-            raise InputError(
-                f"{path}: its records hold {key}; pass --type {kind} to compare those, or the "
-                ".bbox.json file to compare boxes"
-            )
     if (box[:, 2:] < 0).any():
         i = int(np.argmax((box[:, 2:] < 0).any(1)))
         raise InputError(

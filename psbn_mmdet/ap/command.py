@@ -63,9 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ann", metavar="FILE", help="COCO annotations; work dirs know theirs")
     parser.add_argument(
         "--type",
-        default="bbox",
         choices=["bbox", "segm", "keypoints"],
-        help="compare boxes, masks or COCO's keypoints (default: %(default)s)",
+        help="compare boxes (the default), masks or COCO's keypoints",
     )
     parser.add_argument(
         "--classes", metavar="A,B", help="evaluate these alone; work dirs know theirs"
@@ -130,11 +129,12 @@ def _run(args: argparse.Namespace) -> bool:
     def bar(items, what="resamples", total=args.resamples):
         return tqdm(items, desc=what, total=total, disable=None)  # None: only on a terminal
 
+    kind = args.type or "bbox"
     named = [_named(given) for given in args.runs]
     arms: dict[str, list[int]] = {}
     for i, (arm, _) in enumerate(named):
         arms.setdefault(arm, []).append(i)
-    files = [runs.find_run(arm, path, args.type) for arm, path in named]
+    files = [runs.find_run(arm, path, kind) for arm, path in named]
     _check(args, files, arms)
     names = list(arms)
     claims = [expect.parse(e, names) for e in args.expect]
@@ -147,9 +147,10 @@ def _run(args: argparse.Namespace) -> bool:
         arms, pairing = runs.pair_by_seed(files, arms)
 
     classes = [name.strip() for name in args.classes.split(",")] if args.classes else None
-    annotations = runs.read_shared_annotations(files, args.ann, args.type, classes)
+    annotations = runs.read_shared_annotations(files, args.ann, kind, classes)
     results = [
-        coco_files.read_results(f.results, annotations) for f in bar(files, "reading", len(files))
+        coco_files.read_results(f.results, annotations, args.type == "bbox")
+        for f in bar(files, "reading", len(files))
     ]
     # a work dir's config says on which images its model was run, a bare result file does not
     said = args.missing_is_empty or (not args.ann and all(f.annotations for f in files))
@@ -191,8 +192,8 @@ def _run(args: argparse.Namespace) -> bool:
         "version": f"psbn_mmdet {__version__}",
         "annotations": annotations.path,
         "images": len(annotations.image_ids),
-        "type": args.type,
-        "max_dets": args.max_dets or matching.MAX_DETS[args.type],
+        "type": kind,
+        "max_dets": args.max_dets or matching.MAX_DETS[kind],
         "resamples": len(measured.draws),
         "seed": args.seed,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -307,9 +307,14 @@ def check_distinct(runs: Sequence[RunFiles], results: Sequence[Results]) -> list
         InputError: Two runs of an arm have the same boxes.
     """
     said = []
-    contents = [_content(r) for r in results]
+    classes = 1 + max(int(r.cls.max(initial=0)) for r in results)
+    cells = [np.sort(r.image * classes + r.cls) for r in results]
     for (i, a), (j, b) in itertools.combinations(enumerate(runs), 2):
-        same = len(results[i].score) and _equal(contents[i], contents[j])
+        same = (
+            len(cells[i]) > 0
+            and np.array_equal(cells[i], cells[j])
+            and _same_boxes(results[i], results[j])
+        )
         if same and a.arm != b.arm:
             said.append(
                 f"{a.results} (of {a.arm}) and {b.results} (of {b.arm}) hold the same boxes"
@@ -329,20 +334,17 @@ def check_distinct(runs: Sequence[RunFiles], results: Sequence[Results]) -> list
     return said
 
 
-def _content(results: Results) -> tuple[np.ndarray, np.ndarray]:
-    """What a run found, whatever the order: cells, and in each every column sorted on its own.
+def _same_boxes(a: Results, b: Results) -> bool:
+    """Whether two hold the same, in whatever order: per image and class, column by column, sorted.
 
-    No sorted column moves by more than the boxes do, however rounding changes their order.
+    No column so sorted moves by more than the boxes do, however rounding changes their order.
     """
-    key = np.stack([results.image, results.cls])
-    columns = [*results.box.T, 100 * results.score]
-    values = [column[np.lexsort((column, *key))] for column in columns]
-    return key[:, np.lexsort(key)], np.stack(values)
 
+    def content(results: Results) -> np.ndarray:
+        columns = [*results.box.T, 100 * results.score]
+        return np.stack([x[np.lexsort((x, results.cls, results.image))] for x in columns])
 
-def _equal(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> bool:
-    same = np.array_equal(a[0], b[0])
-    return same and bool(np.abs(a[1] - b[1]).max(initial=0) <= 0.5 + 1e-6)
+    return bool(np.abs(content(a) - content(b)).max() <= 0.5 + 1e-6)
 
 
 def pair_by_seed(

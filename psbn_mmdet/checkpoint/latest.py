@@ -60,7 +60,7 @@ def latest_whole(
 def _names(folder: Path, template: str | None) -> list[Path]:
     """The files in a folder that may be checkpoints to resume from, as no ``best_*`` is."""
     endings = {".pth", Path(template or "").suffix or ".pth"}
-    folders = {folder, (folder / (template or "")).parent}
+    folders = {folder, (folder / (template or "x")).parent}
     return [
         path
         for place in folders

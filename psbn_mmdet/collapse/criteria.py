@@ -170,7 +170,7 @@ def nearly_linear(
     return bool(mean > above)
 
 
-def does(gradient: Tensor, effect: Tensor, unit: float = 0.0) -> Tensor:
+def does(gradient: Tensor, effect: Tensor, unit: float | None = None) -> Tensor:
     """What each filter of a network does, from one backward pass.
 
     Args:
@@ -178,19 +178,18 @@ def does(gradient: Tensor, effect: Tensor, unit: float = 0.0) -> Tensor:
             where it was not measured.
         effect: (F,), by how much L changes, to first order, when the filter is set to its mean; in
             any unit, as L may be.
-        unit: How much of L one output is, if that is known: in a network whose outputs hardly
-            depend on any filter the largest effect is small beside it.
+        unit: How much of L one output is, if that is known; else the largest effect stands for it.
 
     Returns:
         (F,) uint8 of UNKNOWN, STUCK, IDLE and CARRYING. Nothing is what is less than
-        :data:`ROUNDING` of the largest in the network, or of the unit.
+        :data:`ROUNDING` of the largest gradient in the network, and of the unit.
     """
     known = torch.isfinite(gradient) & torch.isfinite(effect)
     result = torch.full(gradient.shape, UNKNOWN, dtype=torch.uint8)
     if not known.any():
         return result
     result[known] = CARRYING
-    result[known & (effect <= ROUNDING * max(float(effect[known].max()), unit))] = IDLE
+    result[known & (effect <= ROUNDING * (effect[known].max() if unit is None else unit))] = IDLE
     result[known & (gradient <= ROUNDING * gradient[known].max())] = STUCK
     return result
 

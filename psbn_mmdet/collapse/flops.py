@@ -201,7 +201,7 @@ def _shares(
     for name, reader in whole.readers.items():
         if name not in pruned.readers:
             continue
-        kept_in = ~pruned.frozen_inputs(name) | whole.frozen_inputs(name)  # constant anyway: stays
+        kept_in = ~pruned.frozen_inputs(name) | whole.free_inputs(name)  # constant anyway: stays
         kept_out = ~_removed(whole, reader, constants)
         n_in, n_out = (kept.reshape(reader.groups, -1).sum(1) for kept in (kept_in, kept_out))
         left = int((n_in * n_out).sum())

@@ -138,7 +138,11 @@ def outputs_of(model: nn.Module, run: Run) -> list[Tensor]:
 
 
 class UnlikeError(Exception):
-    """The narrowed network is wired otherwise; ``parts``: those that are concerned, if known."""
+    """The narrowed network is wired otherwise, as is first seen in a module."""
+
+    def __init__(self, reason: str, module: str = "") -> None:
+        super().__init__(reason)
+        self.in_module = module
 
 
 def match(
@@ -190,7 +194,7 @@ def match(
             index = of_kept(weight, "each", before.size)
             found = _order(old.norms[before.name].slots, new.norms[after.name].slots, index, to_old)
             if found is None:
-                raise UnlikeError(f"other channels arrive at {after.name}")
+                raise UnlikeError(f"other channels arrive at {after.name}", after.name)
             if not np.array_equal(found, index):
                 for leaf in ("weight", "bias", "running_mean", "running_var"):
                     orders[f"{after.name}.{leaf}" if after.name else leaf] = found
@@ -200,11 +204,14 @@ def match(
             rows = np.where(after.inputs >= 0, to_old[after.inputs], -1)
             index = np.array([table.get(tuple(row), -1) for row in rows], dtype=np.int64)
             if (index < 0).any():
-                raise UnlikeError(f"{after.name} in {after.module or 'the model'} joins others")
+                raise UnlikeError(
+                    f"{after.name} in {after.module or 'the model'} joins others", after.module
+                )
         else:
             if before.size != after.size:
                 raise UnlikeError(
-                    f"{after.name} in {after.module or 'the model'} gets another size"
+                    f"{after.name} in {after.module or 'the model'} gets another size",
+                    after.module,
                 )
             index = np.arange(before.size)
         if len(index) != after.size:
@@ -215,14 +222,14 @@ def match(
         index = of_kept(name, "in", whole.inputs)
         found = _order(whole.slots, reader.slots, index, to_old)
         if found is None:
-            raise UnlikeError(f"other channels arrive at {reader.module}")
+            raise UnlikeError(f"other channels arrive at {reader.module}", reader.module)
         if not np.array_equal(found, index):
             if reader.depthwise:
-                raise UnlikeError(f"channels arrive at {reader.module} in another order")
+                raise UnlikeError(f"{reader.module} gets another order of channels", reader.module)
             size = whole.inputs // whole.groups
             now = len(found) // reader.groups
             if not np.array_equal(found // size, np.arange(len(found)) // now):
-                raise UnlikeError(f"channels arrive at other groups of {reader.module}")
+                raise UnlikeError(f"channels change groups at {reader.module}", reader.module)
             orders[name] = found
     if len(old.held) != len(new.held):
         raise UnlikeError("other operations read its channels")
@@ -254,8 +261,8 @@ def _order(
     found = []
     for n in range(len(index)):
         candidates = places.get(after.get(n))
-        if not candidates:
-            return None
+        if not candidates or len(candidates) > 1:
+            return None  # none, or pieces of one channel, which nodes do not tell apart
         found.append(candidates.pop())
     return np.array(found)
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -75,8 +76,8 @@ def revive(
             Running statistics of the revived filters come from them: a training batch.
         threshold: Of |gamma|.
         tolerance: Of the largest change of an output channel relative to the largest value there,
-            for what filters below the threshold still carried. Layers in which that is more are
-            left.
+            for what filters below the threshold still carried. Where that is more, those of larger
+            gamma are left.
         seed: Of the fresh weights.
 
     Returns:
@@ -273,9 +274,23 @@ def difference(expected: list[Tensor], actual: list[Tensor]) -> float:
     return worst
 
 
-def _rounding(outputs: list[Tensor]) -> float:
-    """What the rounding of a deep network may change a channel by: 1.2e-4 in float32."""
-    return min(max(1000 * max(torch.finfo(t.dtype).eps for t in outputs), 1e-10), 0.05)
+@torch.no_grad()
+def _rounding(model: nn.Module, calls: _Calls, outputs: list[Tensor]) -> float:
+    """What rounding may change an output channel by, 1e-5 or so in float32.
+
+    Ten times what it is if each weight is another one by a unit in the last place: what a network
+    makes of that depends on how much cancels within it.
+    """
+    saved = [(p, p.detach().clone()) for p in model.parameters() if p.is_floating_point()]
+    generator = torch.Generator().manual_seed(0)
+    for p, _ in saved:
+        drawn = torch.randint(2, p.shape, generator=generator).to(p) * 2 - 1
+        p.mul_(1 + drawn * torch.finfo(p.dtype).eps)
+    found = difference(outputs, calls.outputs(model))
+    for p, value in saved:
+        p.copy_(value)
+    least = 100 * max(torch.finfo(t.dtype).eps for t in outputs)
+    return min(max(10 * found, least, 1e-12), 0.05)
 
 
 # What has collapsed ----------------------------------------------------------------------
@@ -344,8 +359,8 @@ def _settle(
 ) -> tuple[list[Tensor], float]:
     """Make the collapsed filters what they are taken for: constants, of gamma exactly 0.
 
-    Where a ReLU is right behind, what is below the threshold becomes 0. Layers in which that
-    changes the outputs by more than ``tolerance`` are left as they were.
+    Where a ReLU is right behind, a bias below the threshold becomes 0. Where all that changes the
+    outputs by more than ``tolerance``, the filters of larger gamma are left as they were.
 
     Returns:
         The outputs now, and by how much they differ from before.
@@ -353,12 +368,12 @@ def _settle(
     expected = calls.outputs(model)
     wiring = calls.trace(model)
 
-    def settle(name: str) -> None:
+    def settle(name: str, silence: bool = True) -> None:
         norm, mask = norms[name], torch.from_numpy(chosen[name])
         norm.weight[mask] = 0
         silent = _behind_a_relu(wiring, name)
         bias = added_bias(norm)
-        if silent is not None and bias is not None:
+        if silence and silent is not None and bias is not None:
             small = mask & silent & ((bias > 0) & (bias < threshold)).cpu()
             _bias(norm)[small.to(bias.device)] = -_shift(norm)
 
@@ -377,15 +392,23 @@ def _settle(
     for name in chosen:
         _restore(norms[name], saved[name])
     outputs, carried = expected, 0.0
-    for name in list(chosen):
-        settle(name)
-        now = calls.outputs(model)
-        found = difference(expected, now)
-        if found <= tolerance:
-            outputs, carried = now, found
-        else:
+    for name, mask in list(chosen.items()):
+        gamma = saved[name][0].abs().cpu().numpy()
+        chosen[name] = np.zeros_like(mask)
+        # Less and less: without the small constants, with them, of smaller gamma alone.
+        for share, silence in product((1, 0.1, 0.01, 1e-4), (True, False)):
+            chosen[name] = mask & (gamma < share * threshold)
+            settle(name, silence)
+            now = calls.outputs(model)
+            found = difference(expected, now)
+            if found <= tolerance:
+                outputs, carried = now, found
+                break
             _restore(norms[name], saved[name])
-            left.add("it still carries something", name, chosen.pop(name).nonzero()[0])
+            chosen[name] = np.zeros_like(mask)
+        left.add("it still carries something", name, np.flatnonzero(mask & ~chosen[name]))
+        if not chosen[name].any():
+            del chosen[name]
     return outputs, carried
 
 
@@ -960,6 +983,7 @@ def _revive(
         record["filters"]["left"] = found
         return record
     expected, carried = _settle(model, calls, norms, chosen, threshold, tolerance, left)
+    rounding = _rounding(model, calls, expected)
     wiring = calls.trace(model)
     plan = _Plan(model, wiring, norms, chosen)
     zeros = _carry_out(plan, wiring, norms, threshold, seed)
@@ -967,7 +991,7 @@ def _revive(
         _even_out(plan, wiring, calls.trace(model), norms)
     still = _refresh_statistics(model, calls.all, norms, plan.refreshed)
     differs = difference(expected, calls.outputs(model))
-    if not differs <= _rounding(expected):
+    if not differs <= rounding:
         raise ReviveError(
             f"the outputs of the revived network differ by {differs:.2g} of the largest value of "
             "their channel, so nothing is changed"

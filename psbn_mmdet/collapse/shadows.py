@@ -278,6 +278,8 @@ class Tracer(TorchDispatchMode):
             if not nn.parameter.is_lazy(tensor) and tensor.layout == torch.strided:
                 self._params[_key(tensor)].append((name, tensor))
         self._calls = 0
+        self.last = ""
+        """The module that was entered last."""
         self.const(0.0)  # node 0: what padding writes
 
     # Nodes
@@ -441,6 +443,7 @@ class Tracer(TorchDispatchMode):
                     if _key(tensor) not in self._memory and _key(tensor) not in self._params:
                         self._adopt_input(tensor)
             self._stack.append((self._names[module], module, given))
+            self.last = self._names[module]
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if self._stack and self._stack[-1][1] is module:

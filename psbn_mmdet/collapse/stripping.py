@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -147,7 +147,7 @@ def strip(
     filters.look_behind(trace(wide, calls.first))
     wirings = _all_wirings(wide, calls, filters.constants)
     planned = plan(wide, wirings, filters, borders == "fold")
-    wide_twin, planned = _carried_out(wide, planned)
+    wide_twin, planned = _carried_out(wide, planned, calls.first, filters, borders == "exact")
     # The narrow one is written down in the precision that the model has.
     twin = narrow(copy.deepcopy(original), wide_twin.state_dict())
 
@@ -730,65 +730,99 @@ def _norms_behind(planned: Plan, name: str) -> list[str]:
 # Proof ----------------------------------------------------------------------------------
 
 
-def _carried_out(original: nn.Module, planned: Plan) -> tuple[nn.Module, Plan]:
-    """Take out what goes, as far as the narrowed network is wired as the original was."""
+ATTEMPTS = 60
+"""How often a narrowed network is tried at most before what is left of a doubt stays whole."""
 
-    def attempt(numbers: Iterable[int]) -> tuple[nn.Module, Plan] | str:
-        some = copy.copy(planned)
-        some.parts = [copy.copy(part) for part in planned.parts]
-        some.gone = list(numbers)
-        _leave_whole_layers(some)
-        some.order = {}
-        for _ in range(2):
-            twin, kept = take_out(original, some)
-            try:
-                found = {}
-                for wiring, run in some.wirings:
-                    if run is None:
-                        continue
-                    other = copy.deepcopy(twin).train() if wiring.training else twin
-                    found.update(match(wiring, trace(other, run), kept))
-            except UnlikeError as error:
-                return f"without it the network is wired otherwise ({error})"
-            except Exception as error:  # whatever a forward() raises
-                reason = " ".join(str(error).split())[:100]
-                return f"the network does not run without it ({reason})"
-            if all(k in some.order and (some.order[k] == v).all() for k, v in found.items()):
-                return twin, some
-            some.order.update(found)
-        return "without it the network is wired otherwise (channels in another order)"
 
-    result = attempt(planned.gone)
-    if not isinstance(result, str):
-        return result
+def _carried_out(
+    original: nn.Module, planned: Plan, run: Run, filters: _Filters, exact: bool
+) -> tuple[nn.Module, Plan]:
+    """Take out what goes, as far as the narrowed network is wired as the original was.
+
+    Where it is not, the layers that the failure points at are put back; in the end these are tried
+    again one by one, whole and in equal numbers of each half, third and quarter.
+    """
     families = _families(planned)
-    whys: dict[int, str] = {}
+    good, aside, whys = families, [], {}
+    attempts = 0
 
-    def sound(some: list[list[int]], beside: list[int]) -> list[int]:
-        """Those of some families that can go beside others."""
-        if not some:
-            return []
-        found = attempt(beside + [n for family in some for n in family])
-        if not isinstance(found, str):
-            return [n for family in some for n in family]
-        if len(some) == 1:
-            whys.update(dict.fromkeys(some[0], found))
-            for fewer in _balanced(planned, some[0]):
-                if not isinstance(attempt(beside + fewer), str):
-                    return fewer
-            return []
-        half = len(some) // 2
-        left = sound(some[:half], beside)
-        return left + sound(some[half:], beside + left)
+    def attempt(some: list[list[int]]) -> tuple[nn.Module, Plan] | Exception:
+        nonlocal attempts
+        attempts += 1
+        try:
+            found = _attempt(original, planned, [n for family in some for n in family])
+            # Nodes do not tell the pieces of one channel apart (of a focus layer), numbers do.
+            reference, _ = _reference(original, found[1], filters)
+            if exact and not difference(reference, found[0], run).relative <= EXACT:
+                raise UnlikeError("its outputs are others")
+            return found
+        except Exception as error:  # UnlikeError, or whatever a forward() raises
+            return error
 
-    gone = sound(families, [])
-    _put_back(
-        planned, {n: whys.get(n, "it is coupled to it") for n in planned.gone if n not in gone}
-    )
-    result = attempt(gone)
-    if isinstance(result, str):
-        raise StripError(f"nothing can be taken out: {result}")
-    return result
+    while isinstance(result := attempt(good), Exception):
+        if not good:
+            raise StripError(f"the network does not run twice alike: {_reason(result)}")
+        where = getattr(result, "in_module", "")
+        blamed = _pointed_at(planned, good, where) if attempts < ATTEMPTS else good
+        whys.update({n: _reason(result) for family in blamed for n in family})
+        aside += blamed
+        good = [family for family in good if family not in blamed]
+    for family in aside:
+        for fewer in (family, *_balanced(planned, family)):
+            if attempts < ATTEMPTS:
+                again = attempt([*good, fewer])
+                if not isinstance(again, Exception):
+                    result, good = again, [*good, fewer]
+                    break
+                whys.update(dict.fromkeys(family, _reason(again)))
+    twin, done = result
+    left = {n for family in good for n in family}
+    _put_back(done, {n: whys[n] for family in aside for n in family if n not in left})
+    return twin, done
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:100]
+    if isinstance(error, UnlikeError):
+        return f"without it the network is wired otherwise ({text})"
+    return f"the network does not run without it ({text})"
+
+
+def _attempt(original: nn.Module, planned: Plan, numbers: list[int]) -> tuple[nn.Module, Plan]:
+    """Take some parts out, and see that what is left is wired as before."""
+    some = copy.copy(planned)
+    some.parts = [copy.copy(part) for part in planned.parts]
+    some.gone, some.order = numbers, {}
+    _leave_whole_layers(some)
+    for _ in range(2):
+        twin, kept = take_out(original, some)
+        found: dict[str, np.ndarray] = {}
+        for wiring, run in some.wirings:
+            if run is not None:
+                other = copy.deepcopy(twin).train() if wiring.training else twin
+                found.update(match(wiring, trace(other, run), kept))
+        if all(k in some.order and (some.order[k] == v).all() for k, v in found.items()):
+            return twin, some
+        some.order.update(found)
+    raise UnlikeError("channels in another order", next(iter(found)).rpartition(".")[0])
+
+
+def _pointed_at(planned: Plan, families: list[list[int]], where: str) -> list[list[int]]:
+    """The families that are read in a module, or near it if none is; of none known all."""
+    reads: list[set[str]] = []
+    for family in families:
+        entries = [e for number in family for e in planned.parts[number].entries]
+        reads.append({name.rpartition(".")[0] for name, side, _ in entries if side == "in"})
+    found = [f for f, modules in zip(families, reads, strict=True) if where in modules]
+    while not found and where:
+        where = where.rpartition(".")[0]
+        prefix = f"{where}." if where else ""
+        found = [
+            f
+            for f, modules in zip(families, reads, strict=True)
+            if any(module.startswith(prefix) for module in modules)
+        ]
+    return found or families
 
 
 def _families(planned: Plan) -> list[list[int]]:

@@ -25,6 +25,7 @@ it depends on, not from the numbers that happen to come out. A product with a fr
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -125,7 +126,7 @@ class Wiring:
         self.training = False
         self._edges = np.concatenate([np.empty((0, 2), np.int64), *tracer.edges])
         self._constants = {k: v.numpy() for k, v in tracer.constants.items()}
-        self._starts = np.array([block.start for block in self.blocks])
+        self._starts = [block.start for block in self.blocks]
 
     @property
     def layers(self) -> list[Reader | Norm]:
@@ -137,7 +138,7 @@ class Wiring:
         return len(self.value)
 
     def block_of(self, node: int) -> Block:
-        return self.blocks[int(np.searchsorted(self._starts, node, side="right")) - 1]
+        return self.blocks[bisect_right(self._starts, node) - 1]
 
     @cached_property
     def kind(self) -> np.ndarray:
@@ -222,8 +223,7 @@ class Wiring:
         given = self._constants.get(norm.name)
         if given is not None:
             found |= ~np.isnan(given)
-        block = self.blocks[int(np.searchsorted(self._starts, norm.start))]
-        weight = block.inputs[:, 0]
+        weight = self.block_of(norm.start).inputs[:, 0]
         return found | ((weight >= 0) & frozen[weight] & (self.value[weight] == 0))
 
     def _frozen_pointwise(self, block: Block, frozen: np.ndarray) -> np.ndarray:
@@ -247,12 +247,24 @@ class Wiring:
         return found & (low == 0) if block.survives == "zero" else found
 
     def frozen_inputs(self, reader: str) -> np.ndarray:
-        """(C_in,) bool, the input channels of a layer that carry nothing but frozen numbers."""
+        """(C_in,) bool, the input channels of a layer that carry nothing but frozen numbers.
+
+        Args:
+            reader: Name of its weight.
+        """
         found = self.readers[reader]
         steady = np.ones(found.inputs, dtype=bool)
         index, node = found.slots.T
         np.logical_and.at(steady, index, self.frozen[node])
         return steady
+
+    def free_inputs(self, reader: str) -> np.ndarray:
+        """(C_in,) bool, those that get nothing of the network's input: a DETR's first queries."""
+        found = self.readers[reader]
+        free = np.ones(found.inputs, dtype=bool)
+        index, node = found.slots.T
+        np.logical_and.at(free, index, self.free[node])
+        return free
 
     # Forwards from a channel -------------------------------------------------------------
 
@@ -286,6 +298,15 @@ class Wiring:
         joined = joined[np.argsort(joined[:, 0], kind="stable")]
         ends = np.searchsorted(joined[:, 0], np.arange(self.size + 1))
         return ends, joined[:, 1]
+
+    @cached_property
+    def _joins(self) -> np.ndarray:
+        """(nodes,) bool, whether several nodes that vary come in, as in a sum."""
+        joins = np.zeros(self.size, dtype=bool)
+        for block in self.blocks:
+            varies = (block.inputs >= 0) & ~self.free[block.inputs]
+            joins[block.start : block.start + block.size] = varies.sum(1) > 1
+        return joins
 
     @cached_property
     def _why_held(self) -> dict[int, list[str]]:
@@ -328,11 +349,10 @@ class Wiring:
             readers.update((self._slot_names[slot], None) for slot in slots)
             if state == "linear" and (len(slots) or node in self._why_held):
                 activations["none"] = None
-            for child in made[ends[node] : ends[node + 1]]:
-                block, next_state, next_summed = self.block_of(int(child)), state, summed
-                at = int(child) - block.start
-                given = block.inputs[at]
-                if (~self.free[given[given >= 0]]).sum() > 1 and block.firing is None:
+            for child in made[ends[node] : ends[node + 1]].tolist():
+                block, next_state, next_summed = self.block_of(child), state, summed
+                at = child - block.start
+                if self._joins[child] and block.firing is None:
                     next_summed = True
                     if state == "linear":
                         activations["sum"] = None
@@ -353,7 +373,7 @@ class Wiring:
                     if nature != "linear":
                         activations[nature] = None
                         next_state = "summed"  # rectifiers behind still count
-                step = (int(child), next_summed, next_state)
+                step = (child, next_summed, next_state)
                 if step not in seen:
                     seen.add(step)
                     todo.append(step)
@@ -463,15 +483,19 @@ def trace(
             layer that did not run may read it.
 
     Raises:
-        Whatever ``run`` raises.
+        Whatever ``run`` raises, with the module that was entered last as ``in_module``.
     """
     given = {k: v.detach().double().cpu() for k, v in (constants or {}).items()}
     tracer = Tracer(model, given, watch)
     with ExitStack() as stack:
         tracer.hook(stack)
         stack.enter_context(torch.no_grad())
-        with tracer:
-            outputs = run(model)
+        try:
+            with tracer:
+                outputs = run(model)
+        except Exception as error:
+            setattr(error, "in_module", tracer.last)  # noqa: B010 (not an attribute of its class)
+            raise
         for tensor in tensors_in(outputs):
             tracer.hold([tracer.ids(tensor)], "the model returns it")
     return Wiring(tracer)

@@ -24,6 +24,7 @@ WORKER_GRACE = 60
 to finish its step and to save."""
 
 
+@FUNCTIONS.register_module("psbn_init_worker", force=True)  # FlexibleRunner wants a name
 def init_worker(worker_id: int, inner: Callable[[int], None] | None = None) -> None:
     """Start a worker of a data loader that a SIGTERM to all of a job does not end at once.
 
@@ -75,7 +76,7 @@ class SeededLoaders(Runner if TYPE_CHECKING else object):  # type: ignore[misc]
         if isinstance(dataloader, dict):
             dataloader = dict(dataloader)
             dataloader["worker_init_fn"] = {
-                "type": init_worker,
+                "type": "psbn_init_worker",
                 "inner": _inner_init(dataloader, seed or 0),
             }
         try:

@@ -335,8 +335,8 @@ def _division(runner: Runner) -> dict[str, Any]:
 
 def _told(division: dict[str, Any]) -> str:
     of, size = division["batches_per_epoch"], division["batch_size"]
-    epoch = "" if of is None else f"of {of} "
-    return f"{epoch}batches of {size} images on {division['processes']} processes"
+    epoch = "" if of is None else f" and {of} batches in an epoch"
+    return f"batches of {size} images on {division['processes']} processes{epoch}"
 
 
 def _or_else(division: dict[str, Any]) -> str:

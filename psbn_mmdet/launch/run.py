@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
+from mmengine.runner import FlexibleRunner
 
 from ..checkpoint import CheckpointError
 from ..errors import written_whole
@@ -183,9 +184,22 @@ def _resume(cfg: Config, resume: str | None) -> Start:
     return start
 
 
-def _make_runner(cfg: Config) -> Runner:
-    kind = RUNNERS.get(cfg.get("runner_type", "Runner"))
+def _make_runner(cfg: Config) -> Any:
+    """The Runner that a config names, or ours, with our data loaders.
+
+    Raises:
+        UsageError: It cannot be built, or is to load what it would read in its own way.
+    """
+    kind = RUNNERS.get(cfg.get("runner_type") or "Runner")
     bases = (SeededLoaders, kind) if issubclass(kind, Runner) else (SeededLoaders, Runner, kind)
+    if issubclass(kind, FlexibleRunner):
+        if cfg.get("load_from"):
+            raise UsageError(
+                f"runner_type={kind.__name__}: its strategies read checkpoints in their own way, "
+                f"which may run code, so it does not load {cfg.load_from} here; leave out "
+                "runner_type"
+            )
+        bases = (SeededLoaders, kind)
     made: Any = type(kind.__name__, bases, {})
     return built("Runner", lambda: made.from_cfg(cfg), cfg.get("model"))
 

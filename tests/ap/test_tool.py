@@ -217,10 +217,12 @@ def test_masks_are_compared(tmp_path, tool):
     assert tool(*args).returncode == 0
     metrics.write_text('{"coco/segm_mAP": 0.001}')
     assert "metrics.json says 0.001" in tool.refuses(*args)
-    assert "pass --type segm" in tool.refuses(
+    files = (
         "--ann", tmp_path / "ann.json", f"a={tmp_path}/bn_s0/results.segm.json",
-        f"b={tmp_path}/psbn_s0/results.segm.json",
+        f"b={tmp_path}/psbn_s0/results.segm.json", "--resamples", 100,
     )  # fmt: skip
+    assert "pass --type segm" in tool.refuses(*files)
+    assert tool(*files, "--type", "bbox").returncode == 0  # detectron2's files hold both
 
 
 def test_it_runs_without_torch_and_mmengine(tmp_path):

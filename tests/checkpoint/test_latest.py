@@ -41,6 +41,7 @@ def test_what_checkpoints_say_decides_and_not_their_names_and_times(seed, tmp_pa
 
 
 def test_a_checkpoint_cut_off_anywhere_is_passed_over(tmp_path):
+    save(tmp_path.with_suffix(".pth"), 99)  # beside the folder
     assert latest_whole(tmp_path) is None
     for number in (10, 2, 9):
         save(tmp_path / f"epoch_{number}.pth", number)

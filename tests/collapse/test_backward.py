@@ -42,7 +42,7 @@ def decayed(net, seed):
 def ablated(net, x, every=1):
     """Largest change of the outputs in float64 when a filter is set to its mean.
 
-    By layer, then by filter; of those that have not collapsed only some, which takes less time.
+    By layer, then by filter: each, or of many some, more of the collapsed.
     """
     net, x = copy.deepcopy(net).double().eval(), x.double()
     before = tensors_in(net(x))
@@ -51,7 +51,7 @@ def ablated(net, x, every=1):
         if not isinstance(module, nn.BatchNorm2d):
             continue
         for i in range(module.num_features):
-            if i % every and abs(module.weight[i]) >= 1e-3:
+            if i % every and (abs(module.weight[i]) >= 1e-3 or i % 8):
                 continue
 
             def to_mean(_, __, y, i=i):

@@ -140,52 +140,53 @@ def test_a_gamma_that_cannot_be_read_fails_whatever_is_allowed(net, tmp_path, in
     assert "1 layers cannot be read, as bn1: its gamma is stored as torch.int8" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope("mmdet")
+    pipeline = [
+        dict(type="LoadImageFromFile"),
+        dict(type="Resize", scale=(96, 96), keep_ratio=False),
+        dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape")),
+    ]
+    cfg = Config(
+        dict(
+            model=dict(
+                type="RetinaNet",
+                data_preprocessor=dict(type="DetDataPreprocessor", pad_size_divisor=32),
+                backbone=dict(type="ResNet", depth=18, base_channels=8, norm_eval=False),
+                neck=dict(type="FPN", in_channels=[8, 16, 32, 64], out_channels=8, num_outs=5),
+                bbox_head=dict(
+                    type="RetinaHead", num_classes=3, in_channels=8, feat_channels=8,
+                    stacked_convs=1,
+                    anchor_generator=dict(
+                        type="AnchorGenerator", octave_base_scale=4, scales_per_octave=3,
+                        ratios=[1.0], strides=[8, 16, 32, 64, 128]),
+                    bbox_coder=dict(type="DeltaXYWHBBoxCoder"),
+                    loss_cls=dict(type="FocalLoss", use_sigmoid=True),
+                    loss_bbox=dict(type="L1Loss")),
+                test_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=10),
+            ),
+            test_dataloader=dict(dataset=dict(pipeline=pipeline)),
+            default_scope="mmdet",
+        )
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("detector")
+    model = MODELS.build(cfg.model)
+    with torch.no_grad():
+        model.backbone.layer1[0].bn1.bias[:3] = -99  # never fires
+        model.backbone.layer1[0].bn2.weight.normal_()
+        model.backbone.layer1[0].bn2.weight[5] = 0
+    cfg.dump(folder / "config.py")
+    content = {"state_dict": model.state_dict(), "meta": {"cfg": cfg.pretty_text}}
+    torch.save(content, folder / "a.pth")
+    return folder
+
+
 class TestImages:
     """A small detector of mmdet, measured on real images with its own or a given config."""
-
-    @pytest.fixture(scope="class")
-    def detector(self, tmp_path_factory):
-        from mmengine.config import Config
-        from mmengine.registry import MODELS, init_default_scope
-
-        init_default_scope("mmdet")
-        pipeline = [
-            dict(type="LoadImageFromFile"),
-            dict(type="Resize", scale=(96, 96), keep_ratio=False),
-            dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape")),
-        ]
-        cfg = Config(
-            dict(
-                model=dict(
-                    type="RetinaNet",
-                    data_preprocessor=dict(type="DetDataPreprocessor", pad_size_divisor=32),
-                    backbone=dict(type="ResNet", depth=18, base_channels=8, norm_eval=False),
-                    neck=dict(type="FPN", in_channels=[8, 16, 32, 64], out_channels=8, num_outs=5),
-                    bbox_head=dict(
-                        type="RetinaHead", num_classes=3, in_channels=8, feat_channels=8,
-                        stacked_convs=1,
-                        anchor_generator=dict(
-                            type="AnchorGenerator", octave_base_scale=4, scales_per_octave=3,
-                            ratios=[1.0], strides=[8, 16, 32, 64, 128]),
-                        bbox_coder=dict(type="DeltaXYWHBBoxCoder"),
-                        loss_cls=dict(type="FocalLoss", use_sigmoid=True),
-                        loss_bbox=dict(type="L1Loss")),
-                    test_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=10),
-                ),
-                test_dataloader=dict(dataset=dict(pipeline=pipeline)),
-                default_scope="mmdet",
-            )
-        )  # fmt: skip
-        folder = tmp_path_factory.mktemp("detector")
-        model = MODELS.build(cfg.model)
-        with torch.no_grad():
-            model.backbone.layer1[0].bn1.bias[:3] = -99  # never fires
-            model.backbone.layer1[0].bn2.weight.normal_()
-            model.backbone.layer1[0].bn2.weight[5] = 0
-        cfg.dump(folder / "config.py")
-        content = {"state_dict": model.state_dict(), "meta": {"cfg": cfg.pretty_text}}
-        torch.save(content, folder / "a.pth")
-        return folder
 
     @pytest.mark.parametrize("given", [True, False])
     def test_what_the_filters_do_is_measured(self, given, detector, shared_data, tmp_path, inspect):

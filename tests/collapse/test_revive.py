@@ -4,6 +4,7 @@ import collections
 import copy
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from psbn_mmdet.collapse import MeasureError, norm_modules
 from psbn_mmdet.collapse.revive import ReviveError, difference, revive, summary
 from psbn_mmdet.collapse.wiring import tensors_in
 from psbn_mmdet.norm import added_bias
+from tests.helpers.paths import ROOT
+from tests.helpers.published import PUBLISHED, load
 from tests.helpers.random_nets import RandomNet
 from tests.helpers.strippable import (
     Dense,
@@ -60,6 +63,11 @@ def apart(a, b):
                 continue
             worst = max(worst, difference(expected, tensors_in(b(x))))
     return worst
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
 
 
 def settled(model):
@@ -113,7 +121,7 @@ def carries(model, name, i):
         handle = model.get_submodule(name).register_forward_hook(to_its_mean)
         after = tensors_in(model(x))
         handle.remove()
-    return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return difference(before, after) > 1e-10
 
 
 @pytest.mark.parametrize("kind", ["bn", "psbn"])
@@ -138,7 +146,8 @@ def test_the_function_stays_and_what_was_dead_learns(name, bias, kind):
     assert killed <= revived | left
     assert record["filters"]["collapsed"] == len(killed)
     assert record["filters"]["left"] == len(left)
-    assert len(revived) > 0.7 * len(killed)  # a level of SharedHead has no readers of its own
+    # A level of SharedHead has no readers of its own.
+    assert len(revived) >= (0.6 if name == "shared" else 0.9) * len(killed)
     assert not any(carries(original, *each) for each in killed)
     sgd(model, 5)
     asleep = [each for each in revived if not carries(model, *each)]
@@ -255,9 +264,7 @@ def test_a_residual_channel(dead, zeroed, gamma_0):
         way: {f"{name}.1": [3] for name in names} for way, names in expected.items() if names
     }
     assert apart(original, model) < 1e-10
-    # Before a sum with living filters one gradient is enough.
-    assert record["proof"]["passes"] == ({"2": 1, "1": 2} if False else record["proof"]["passes"])
-    if not zeroed:
+    if not zeroed:  # before a sum with living filters one backward pass is enough
         assert set(record["proof"]["passes"]) == {"1"}
 
 
@@ -311,15 +318,15 @@ def test_below_the_threshold_but_carrying():
         model[0][1].weight[1] = 9e-4
         model[1].weight[:, 1] = 1000
         kill(model[0][1], [2])
-    before = copy.deepcopy(model.state_dict())
+    original = copy.deepcopy(model)
     record = revive(model, images())
-    assert record["left"] == {"it still carries something": {"0.1": [1, 2]}}
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
+    assert record["left"] == {"it still carries something": {"0.1": [1]}}
+    assert record["revived"] == {"zeroed readers": {"0.1": [2]}}
+    assert apart(original, model) < 1e-10
     with torch.no_grad():
-        model[1].weight[:, 1] = 1
+        model[1].weight[:, 1] = 0.1
     record = revive(model, images())
-    assert record["filters"]["revived"] == 2
+    assert record["filters"] == {"collapsed": 1, "revived": 1, "left": 0, "behind_them": 0}
     assert 0 < record["proof"]["carried"] < 1e-3
 
 
@@ -354,6 +361,7 @@ def test_a_failure_changes_nothing():
 def test_the_seed_decides_and_nobody_elses_random_numbers_are_drawn():
     found = []
     for seed in (0, 0, 1):
+        torch.manual_seed(0)
         model = settled(chain())
         kill_at_random(model)
         torch.manual_seed(5)
@@ -394,3 +402,37 @@ def check(seed, counts):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_random_network_computes_anything_else(seed):
     check(seed, collections.Counter())
+
+
+@pytest.fixture
+def checkpoints():
+    folder = Path(os.environ.get("PSBN_TEST_DATA", ROOT.parent / "shared" / "data"), "checkpoints")
+    if not folder.is_dir():
+        pytest.skip(f"no published checkpoints at {folder}")
+    return folder
+
+
+# Filters with |gamma| < 1e-3, by plain torch, and how many of them are revived: LPRNet pools over
+# channels, behind which nothing is followed.
+COLLAPSED = {
+    "akamaster_resnet20-12fca82f.th": (17, 15),
+    "3ddfa_mb05.pth": (247, 242),
+    "lprnet.pth": (791, 457),
+    "ultralight_slim-320.pth": (52, 50),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", PUBLISHED)
+def test_published_networks(file, checkpoints):
+    kind, size = PUBLISHED[file]
+    model = load(kind(), checkpoints / file)
+    original = copy.deepcopy(model)
+    record = revive(model, torch.rand(4, *size))
+    collapsed, revived = COLLAPSED[file]
+    filters = record["filters"]
+    assert filters["collapsed"] == filters["revived"] + filters["left"] == collapsed
+    assert filters["revived"] >= revived
+    x = torch.rand(4, *size, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert difference(tensors_in(original(x)), tensors_in(model(x))) < 1e-3

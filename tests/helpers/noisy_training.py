@@ -190,7 +190,7 @@ class WaitForSigterm(At):
         (preemption,) = (hook for hook in runner.hooks if isinstance(hook, Preemption))
         Path(runner.work_dir, "waiting").touch()
         deadline = time.monotonic() + 120
-        while not preemption._asked:
+        while not preemption.asked:
             if time.monotonic() > deadline:
                 raise TimeoutError("no SIGTERM")
             time.sleep(0.02)

@@ -25,7 +25,7 @@ def kill(norm, filters, bias=-0.5):
     """Let some filters of a layer collapse: dead behind a ReLU unless the bias is positive."""
     with torch.no_grad():
         norm.weight[filters] = 0
-        norm.bias[filters] = torch.as_tensor(bias)
+        norm.bias[filters] = torch.as_tensor(bias, dtype=norm.bias.dtype)
 
 
 def kill_at_random(model, share=0.5, seed=0, bias=-0.5):

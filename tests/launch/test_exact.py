@@ -56,9 +56,9 @@ def within_an_epoch(tmp_path_factory):
 def test_within_an_epoch_that_is_divided_otherwise_it_is_refused(change, within_an_epoch, tmp_path):
     work_dir = shutil.copytree(within_an_epoch, tmp_path / "w")
     options, processes = {"every": 2}, 1
-    message = "was saved after 2 of 4 batches of 4 images on 1 processes, now there are"
+    message = "after 2 batches of 4 images on 1 processes and 4 batches in an epoch, now there are"
     if change == "processes":
-        processes, message = 2, f"{message} 2"
+        processes, message = 2, f"{message} batches of 4 images on 2 processes and 2"
     elif change == "batch size":
         options["train_dataloader__batch_size"] = 8
     else:

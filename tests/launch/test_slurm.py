@@ -2,6 +2,7 @@
 
 import functools
 import re
+import subprocess
 import sys
 
 import pytest
@@ -37,9 +38,14 @@ def uninterrupted(tmp_path_factory):
     return end
 
 
+def documented(number):
+    """A script of docs/train.md."""
+    return re.findall(r"```bash\n(.*?)```", (ROOT / "docs/train.md").read_text(), re.DOTALL)[number]
+
+
 def recipe(folder, config, **sbatch):
     """The batch script of docs/train.md for two processes and no GPU."""
-    text = re.search(r"```bash\n(.*?)```", (ROOT / "docs/train.md").read_text(), re.DOTALL)[1]
+    text = documented(0)
     directives = "".join(f"#SBATCH --{key}={value}\n" for key, value in sbatch.items())
     for old, new in [
         (" --gres=gpu:8 --cpus-per-task=5", ""),
@@ -122,3 +128,50 @@ def test_with_unshared_disks_rank_0_decides(cluster, uninterrupted, tmp_path):
     text = cluster.run(*line, **settings)
     assert "nothing to resume: starting from scratch" in text
     assert equal(last(tmp_path / "node01" / "w"), uninterrupted())
+
+
+def test_each_task_has_what_before_does_and_runs_in_the_container(cluster, uninterrupted, tmp_path):
+    """The file of docs/train.md, with a module that is a function and a disk of the node's own."""
+    text = documented(1).replace("/scratch", f"{tmp_path}/$(hostname)")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "coco").write_text("images")
+    tar = ["tar", "-cf", tmp_path / "home" / "coco.tar", "-C", tmp_path / "home", "coco"]
+    subprocess.run(tar, check=True)
+    text = text.replace("~/coco.tar", f"{tmp_path}/home/coco.tar")
+    seen = f'module() {{ echo "$SLURM_PROCID $*" >>{tmp_path}/modules; }}\n'
+    (tmp_path / "before.sh").write_text(seen + text)
+    container = tmp_path / "container"
+    container.write_text(f'#!/bin/sh\necho "$NCCL_SOCKET_IFNAME $*" >>{tmp_path}/contained\n'
+                         'shift 2; exec "$@"\n')  # fmt: skip
+    container.chmod(0o755)
+    config = make_config(tmp_path / "a.py")
+    line = ["bash", "tools/slurm_train.sh", "part", "job", config, tmp_path / "w"]
+    settings = {"BEFORE": str(tmp_path / "before.sh"), "CONTAINER": f"{container} exec --nv"}
+    cluster.run(*line, **settings, SRUN_ARGS="--nodes=2")
+    assert sorted((tmp_path / "modules").read_text().splitlines()) == [
+        "0 load cuda/12.6", "1 load cuda/12.6"
+    ]  # fmt: skip
+    contained = (tmp_path / "contained").read_text().splitlines()
+    assert [c.startswith(f"ib0 exec --nv {sys.executable}") for c in contained] == [True, True]
+    for node in ("node01", "node02"):
+        assert [p.read_text() for p in (tmp_path / node).glob("*/coco")] == ["images"]
+    assert equal(last(tmp_path / "w"), uninterrupted())
+
+
+def test_torchrun_on_two_nodes_under_sbatch(cluster, uninterrupted, tmp_path):
+    config = make_config(tmp_path / "a.py")
+    text = documented(2)
+    for old, new in [
+        (" --gres=gpu:8 --cpus-per-task=40", ""),
+        ("PARTITION", "part"),
+        ("CONFIG 8", f"{config} 1"),
+        ("WORK_DIR", str(tmp_path / "w")),
+        ("tools/dist_train.sh", f"bash {ROOT}/tools/dist_train.sh"),
+    ]:
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "job.sh").write_text(text)
+    job = submit(cluster, tmp_path, tmp_path / "job.sh")
+    end = cluster.wait(job, "COMPLETED", "FAILED")
+    assert end["JobState"] == "COMPLETED", (tmp_path / "log").read_text()
+    assert equal(last(tmp_path / "w"), uninterrupted())

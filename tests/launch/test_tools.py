@@ -116,6 +116,17 @@ def test_what_has_no_value_is_null_in_the_metrics(trained, tmp_path):
     assert 0 < abs(metrics["mean"]) < 10
 
 
+def test_a_flexible_runner_trains_and_loads_nothing(tmp_path):
+    """mmengine's strategies read checkpoints by themselves."""
+    strategy = {"runner_type": "FlexibleRunner", "strategy": {"type": "SingleDeviceStrategy"}}
+    strategy["env_cfg"] = {"dist_cfg": {"backend": "nccl"}}
+    config = changed(make_config(tmp_path / "a.py", epochs=1, workers=1), **strategy)
+    (ended,) = train(config, tmp_path / "w")
+    assert ended.status == 0, ended.text[-800:]
+    (ended,) = train(config, tmp_path / "w", "--resume")
+    assert ended.status == 2 and "runner_type=FlexibleRunner: its strategies read" in ended.text
+
+
 # -- not valid --------------------------------------------------------------------------------
 
 
