@@ -392,7 +392,7 @@ def test_engine_does_each_run_once_children_after_parents(root, tmp_path):
     engine.prepare(experiment, tmp_path, root)
     said = []
     assert engine.execute(experiment, tmp_path, root, workers=2, say=said.append) == []
-    assert "4 runs, 0 of them finished; the rest takes about" in said[0]
+    assert "8 runs, 0 of them finished; the rest takes about" in said[0]
     stamps = {r.name: r for r in experiment.runs}
     ended = {
         name: (tmp_path / "recovery" / name / "result.json").stat().st_mtime for name in stamps
@@ -400,7 +400,7 @@ def test_engine_does_each_run_once_children_after_parents(root, tmp_path):
     assert min(ended, key=ended.get) == "bn-seed0"
     said.clear()
     assert engine.execute(experiment, tmp_path, root, say=said.append) == []
-    assert said == ["recovery: 4 runs, 4 of them finished"]
+    assert said == ["recovery: 8 runs, 8 of them finished"]
     assert {
         name: (tmp_path / "recovery" / name / "result.json").stat().st_mtime for name in stamps
     } == ended
