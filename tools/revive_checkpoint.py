@@ -23,7 +23,7 @@ import torch
 from psbn_mmdet.checkpoint import load
 from psbn_mmdet.collapse import THRESHOLD
 from psbn_mmdet.collapse.detectors import build, read_images
-from psbn_mmdet.collapse.revive import TOLERANCE, ReviveError, revive, summary
+from psbn_mmdet.collapse.reviving import TOLERANCE, ReviveError, revive, summary
 from psbn_mmdet.errors import (
     PsbnError,
     errors_in_one_line,

@@ -9,6 +9,7 @@
 - :mod:`.detectors`: how a model is called with images
 - :mod:`.wiring`: how a network is wired, channel by channel, found by running it
 - :mod:`.stripping`: ``strip``, which takes the collapsed filters out
+- :mod:`.reviving`: ``revive``, which gives them a new life; :mod:`.revive_hook` in a training
 - :mod:`.narrow`: a network narrowed to the shapes of stripped weights
 - :mod:`.hook`: ``SparsityLoggerHook``, which measures while a model trains
 - :mod:`.trace`: the file it writes
@@ -37,6 +38,7 @@ from .flops import Flops, probe
 from .layers import Layer, gather, norm_modules
 from .narrow import StripError, narrow
 from .report import Report, measure
+from .reviving import ReviveError, revive
 from .stripping import Stripped, strip
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "Layer",
     "MeasureError",
     "Report",
+    "ReviveError",
     "StripError",
     "Stripped",
     "activation_probability",
@@ -65,5 +68,6 @@ __all__ = [
     "norm_modules",
     "not_finite",
     "probe",
+    "revive",
     "strip",
 ]

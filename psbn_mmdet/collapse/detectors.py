@@ -106,7 +106,7 @@ def build(cfg: Any, checkpoint: Any, name: str) -> nn.Module:
 
     from ..checkpoint import load_weights
 
-    init_default_scope(cfg.get("default_scope", "mmengine"))
+    init_default_scope(cfg.get("default_scope") or "mmengine")
     model = MODELS.build(cfg.model)
     load_weights(model, checkpoint, name)
     model.eval()  # that of mmdet's backbones returns nothing

@@ -15,7 +15,7 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from .criteria import THRESHOLD, check_thresholds
-from .revive import TOLERANCE, ReviveError, revive, summary
+from .reviving import TOLERANCE, ReviveError, revive, summary
 
 
 class ReviveFilters(Hook):

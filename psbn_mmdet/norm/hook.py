@@ -9,6 +9,7 @@ import torch
 from mmengine.hooks import Hook
 from torch import nn
 
+from .followed import without_rectifier
 from .layers import PostShift, lift
 
 
@@ -90,8 +91,17 @@ def decay_warnings(
             "own, or keep BN and use AnchoredBiasDecay"
         )
     culprits: dict[str, list[str]] = {}
-    for name, beta in betas.items():
-        if decay.get(id(beta)) == 0:
+    undecayed = [name for name, beta in betas.items() if decay.get(id(beta)) == 0]
+    layers = without_rectifier(model) if undecayed else set()
+    smooth = {f"{name}.beta".lstrip(".") for name in layers}
+    if undecayed and smooth >= {*undecayed}:
+        yield (
+            f"no ReLU follows any of the {len(undecayed)} psBN layers without weight decay (e.g. "
+            f"{undecayed[0]}): no filter dies for good there, so psBN has nothing to repair; leave "
+            "the decay of the norms as the config has it"
+        )
+    for name in undecayed:
+        if name not in smooth:
             culprits.setdefault(responsible_key(name, cfg), []).append(name)
     for key, names in culprits.items():
         yield (

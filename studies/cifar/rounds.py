@@ -43,7 +43,7 @@ from psbn_mmdet.checkpoint import CheckpointError, load_weights
 from psbn_mmdet.checkpoint import load as load_checkpoint
 from psbn_mmdet.collapse import THRESHOLD, measure
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
-from psbn_mmdet.collapse.revive import revive
+from psbn_mmdet.collapse.reviving import revive
 from psbn_mmdet.norm import lift
 from psbn_mmdet.python38 import removeprefix, zip_strict
 from studies.runs import RunError, check_settings, write_json

@@ -28,7 +28,7 @@ from psbn_mmdet.ap.coco_files import read_annotations, read_results
 from psbn_mmdet.ap.evaluate import evaluate
 from psbn_mmdet.checkpoint import CheckpointError, bn_state_dict, load_weights
 from psbn_mmdet.collapse import gather, measure, norm_modules
-from psbn_mmdet.collapse.revive import revive
+from psbn_mmdet.collapse.reviving import revive
 from psbn_mmdet.norm import lift
 from psbn_mmdet.python38 import removeprefix, zip_strict
 from studies.cifar.rounds import (

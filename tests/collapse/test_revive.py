@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from psbn_mmdet import to_psbn
 from psbn_mmdet.collapse import MeasureError, norm_modules
-from psbn_mmdet.collapse.revive import ReviveError, difference, revive, summary
+from psbn_mmdet.collapse.reviving import ReviveError, difference, revive, summary
 from psbn_mmdet.collapse.wiring import tensors_in
 from psbn_mmdet.norm import added_bias
 from tests.helpers.paths import ROOT

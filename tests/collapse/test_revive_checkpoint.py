@@ -8,7 +8,7 @@ from torch import nn
 
 from psbn_mmdet import launch
 from psbn_mmdet.collapse import norm_modules
-from psbn_mmdet.collapse.revive import difference
+from psbn_mmdet.collapse.reviving import difference
 from tests.helpers.strippable import kill_at_random, with_statistics
 from tests.helpers.tools import Main
 

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from psbn_mmdet import to_psbn
 from psbn_mmdet.collapse import norm_modules
-from psbn_mmdet.collapse.revive import ReviveError
 from psbn_mmdet.collapse.revive_hook import ReviveFilters
+from psbn_mmdet.collapse.reviving import ReviveError
 from psbn_mmdet.norm.hook import PsBNHook
 from tests.helpers.distributed import run
 from tests.helpers.strippable import chain, kill_at_random, with_statistics

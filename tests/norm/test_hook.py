@@ -1,6 +1,7 @@
 """What psBN says and does at the start of a training."""
 
 import logging
+import warnings
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ class FakeRunner:
 
 
 def model():
-    return to_psbn(randomize(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))))
+    layers = (nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU())
+    return to_psbn(randomize(nn.Sequential(*layers)))
 
 
 def said(runner, caplog, **kwargs):
@@ -81,3 +83,16 @@ def test_what_makes_psbn_do_nothing_is_named(make, message):
     (warning,) = decay_warnings(net, [make(net)], {})
     assert message in warning
     assert not [*decay_warnings(net, [torch.optim.SGD(net.parameters(), 0.1, 0.9, 0, 1e-4)], {})]
+
+
+def test_where_no_rectifier_follows_no_decay_is_asked_for():
+    def warned(*activations):
+        layers = [layer for act in activations for layer in (nn.BatchNorm2d(3), act)]
+        net = to_psbn(nn.Sequential(*layers, nn.Conv2d(3, 3, 1)))
+        (warning,) = decay_warnings(net, [torch.optim.SGD(net.parameters(), 0.1)], {})
+        return warning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # to_psbn says it, too
+        assert "no ReLU follows any of the 2 psBN layers" in warned(nn.SiLU(), nn.SiLU())
+    assert "beta of 1 layers (e.g. 2.beta) has none" in warned(nn.SiLU(), nn.ReLU())
