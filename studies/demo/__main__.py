@@ -17,9 +17,11 @@ import time
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 
-from psbn_mmdet.checkpoint import CheckpointError, is_whole, load, state_dict_of
-from psbn_mmdet.collapse import Report, measure
+from psbn_mmdet.checkpoint import CheckpointError, is_whole, load
+from psbn_mmdet.collapse import measure
+from psbn_mmdet.collapse.detectors import build, read_images
 from psbn_mmdet.collapse.page import write_page
 
 from .drawn_shapes import write_shapes
@@ -28,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tools"
 CONFIGS = ROOT / "configs" / "demo"
 EPOCHS = 16
+IMAGES = 8  # on which filters are measured
 STARTED = time.monotonic()
 
 
@@ -88,8 +91,11 @@ def ap_after(work_dir: Path) -> float:
     return 100 * next(r["coco/bbox_mAP"] for r in reversed(records) if "coco/bbox_mAP" in r)
 
 
-def filters(checkpoint: Path) -> Report:
-    return measure(state_dict_of(load(checkpoint), str(checkpoint)))
+def filters(config: str, checkpoint: Path, data: Path) -> dict[str, float]:
+    """What the filters of a checkpoint do on images of the demo, counted."""
+    cfg = Config.fromfile(CONFIGS / f"{config}.py")
+    model = build(cfg, load(checkpoint), str(checkpoint))
+    return measure(model, read_images(cfg, model, data, IMAGES)).totals
 
 
 def main() -> None:
@@ -114,8 +120,8 @@ def main() -> None:
         before = ap_before(config, first, work_dir / "before", n, data)
         last = train(f"finetune with {name}", config, work_dir, n, data, f"load_from={first}")
         after = ap_after(work_dir)
-        rows.append((name, before, after, filters(last)))
-    start = filters(first).totals
+        rows.append((name, before, after, filters(config, last, data)))
+    start = filters("demo_bn", first, data)
     page = write_page(
         {
             "BN": out / "bn",
@@ -127,19 +133,18 @@ def main() -> None:
     print(
         "\nA checkpoint trained with BN, finetuned with BN and with psBN\n"
         "(a demonstration on drawn shapes: one seed, one tiny network)\n\n"
-        "| finetuned with | AP before | AP after | collapsed before | after | dead after "
-        "| inactive before | after |\n|---|---|---|---|---|---|---|---|"
+        "| finetuned with | AP before | AP after | collapsed before | after | stuck before | after "
+        "| idle before | after |\n|---|---|---|---|---|---|---|---|---|"
     )
-    for name, before, after, report in rows:
-        t = report.totals
-        print(
-            f"| {name} | {before:.1f} | {after:.1f} | {start['collapsed']} | {t['collapsed']} "
-            f"| {t['dead']} | {start['inactive']} | {t['inactive']} |"
+    for name, before, after, totals in rows:
+        counts = " | ".join(
+            f"{start[state]} | {totals[state]}" for state in ("collapsed", "stuck", "idle")
         )
+        print(f"| {name} | {before:.1f} | {after:.1f} | {counts} |")
     print(
-        f"\nOf {start['filters']} filters. Collapsed: |gamma| < 1e-3; dead: such a filter, and no "
-        "bias\nthat comes through ReLU either; inactive: its ReLU fires for less than 1 in 1000\n"
-        f"inputs, so no gradient reaches it. Course and filters: {os.path.relpath(page)}"
+        f"\nOf {start['filters']} filters. Collapsed: |gamma| < 1e-3. Measured on {IMAGES} of the "
+        "images: stuck, no\ngradient arrives; idle, a gradient arrives and nothing is carried. "
+        f"Course and filters: {os.path.relpath(page)}"
     )
 
 
