@@ -104,6 +104,7 @@ def build(cfg: Any, checkpoint: Any, name: str) -> nn.Module:
     """
     from mmengine.registry import MODELS, init_default_scope
 
+    from .. import registry  # noqa: F401  a config names psBN
     from ..checkpoint import load_weights
 
     init_default_scope(cfg.get("default_scope") or "mmengine")

@@ -7,6 +7,8 @@ network, and decay and learning rate chosen so that filters collapse in minutes.
 Finished steps are kept; remove the folder to start again.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
