@@ -14,10 +14,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any, Dict, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from psbn_mmdet.errors import PsbnError
-from psbn_mmdet.python38 import zip_strict
 
 
 class RunError(PsbnError, ValueError):
@@ -172,13 +171,13 @@ def spread(values: Iterable[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "std": std, "values": values}
 
 
-Values = Dict[int, float]
+Values = dict[int, float]
 """Seed -> value."""
 
 
 def by_seed(seeds: Iterable[int], measure: dict[str, Any]) -> Values:
     """The values of a :func:`spread`, each under its seed."""
-    return dict(zip_strict(seeds, measure["values"]))
+    return dict(zip(seeds, measure["values"], strict=True))
 
 
 def minus(a: Values, b: Values | float) -> Values:

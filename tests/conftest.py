@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from psbn_mmdet.python38 import removeprefix
 from tests.helpers.devices import CUDA
 from tests.helpers.paths import ROOT
 
@@ -47,7 +46,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if not os.environ.get("CI") or reporter is None:
         return
     for report in reporter.stats.get("skipped", []):
-        reason = removeprefix(report.longrepr[2], "Skipped: ")
+        reason = report.longrepr[2].removeprefix("Skipped: ")
         if not any(re.search(allowed, reason) for allowed in MAY_BE_SKIPPED):
             reporter.write_line(f"\nmust not be skipped in CI: {report.nodeid}: {reason}", red=True)
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -33,9 +33,10 @@ def test_a_pipe_is_written_and_stays(tmp_path):
 @pytest.mark.parametrize("name", ["file/a", "a" * 250, "none/a"])
 def test_what_cannot_be_written_is_one_line(name, tmp_path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(PsbnError, match="cannot be written"), written_whole(
-        tmp_path / name
-    ) as part:
+    with (
+        pytest.raises(PsbnError, match="cannot be written"),
+        written_whole(tmp_path / name) as part,
+    ):
         part.write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 

@@ -42,7 +42,6 @@ from psbn_mmdet.collapse import (
 )
 from psbn_mmdet.launch import load_config
 from psbn_mmdet.launch.amp import cpu_has_bfloat16
-from psbn_mmdet.python38 import zip_strict
 
 ROOT = Path(__file__).resolve().parent.parent
 HEIGHT, WIDTH, BATCH = 192, 320, 2
@@ -100,7 +99,7 @@ def table(seconds: dict[str, list[float]], memory: dict[str, int] | None = None)
     lines = ["| | median ms | time: median ratio (quartiles) | peak memory: ratio |"]
     lines.append("|---|---|---|---|")
     for name, values in seconds.items():
-        ratios = [a / b for a, b in zip_strict(values, seconds[base])]
+        ratios = [a / b for a, b in zip(values, seconds[base], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         spread = "1" if name == base else f"{middle:.3f} ({low:.3f} to {high:.3f})"
         part = f"{memory[name] / memory[base]:.3f}" if memory else "-"
@@ -165,7 +164,7 @@ def bench_layers(rounds: int = 60) -> str:
 
         def run() -> None:
             # All forward, then all backward, so that memory holds what a network's would.
-            outputs = [layer(x) for layer, x in zip_strict(layers, inputs)]
+            outputs = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
             torch.autograd.backward(outputs, gradients)
             for tensor in [*inputs, *(p for layer in layers for p in layer.parameters())]:
                 tensor.grad = None
@@ -337,7 +336,7 @@ def bench_strip(rounds: int = 30) -> str:
             "stripped": partial(run, stripped.model),
         }
         seconds = alternate(variants, rounds)
-        faster = [a / b for a, b in zip_strict(*seconds.values())]
+        faster = [a / b for a, b in zip(*seconds.values(), strict=True)]
         texts.append(
             f"{100 * share:.0f}% of the filters within blocks collapsed: "
             f"{100 * (1 - macs['after'] / macs['before']):.0f}% of FLOPs saved, "

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, List, Optional, Tuple, TypeVar, Union
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,7 +25,7 @@ from ..errors import PsbnError
 KINDS = ("bbox", "segm", "keypoints")
 """What is compared, in pycocotools' words: boxes, masks or COCO's 17 keypoints of a person."""
 
-Id = Union[int, float, str]  # a float because some writers put 3.0 for 3, which are equal
+Id = int | float | str  # a float because some writers put 3.0 for 3, which are equal
 _ABSENT = msgspec.Raw(b"")
 
 
@@ -35,37 +35,37 @@ class InputError(PsbnError, ValueError):
 
 class _Image(msgspec.Struct, gc=False):
     id: Id
-    file_name: Optional[str] = ""
-    width: Optional[float] = None
-    height: Optional[float] = None
+    file_name: str | None = ""
+    width: float | None = None
+    height: float | None = None
     neg_category_ids: msgspec.Raw = _ABSENT  # LVIS has it
 
 
 class _Category(msgspec.Struct, gc=False):
     id: Id
-    name: Optional[Id] = None
+    name: Id | None = None
 
 
 class _Rle(msgspec.Struct, gc=False):
-    size: Tuple[int, int]  # height, width
-    counts: Union[str, List[int]]
+    size: tuple[int, int]  # height, width
+    counts: str | list[int]
 
 
 class _Object(msgspec.Struct, gc=False):
     id: Id
     image_id: Id
     category_id: Id
-    bbox: Tuple[float, float, float, float]
+    bbox: tuple[float, float, float, float]
     area: float
-    iscrowd: Union[bool, int, float, None] = 0
+    iscrowd: bool | int | float | None = 0
 
 
 class _ObjectWithMask(_Object, gc=False, kw_only=True):
-    segmentation: Union[_Rle, List[List[float]]]
+    segmentation: _Rle | list[list[float]]
 
 
 class _ObjectWithKeypoints(_Object, gc=False, kw_only=True):
-    keypoints: List[float]
+    keypoints: list[float]
     num_keypoints: int
 
 
@@ -73,15 +73,15 @@ _O = TypeVar("_O")
 
 
 class _Dataset(msgspec.Struct, Generic[_O]):
-    images: List[_Image]
-    categories: List[_Category]
-    annotations: List[_O]
+    images: list[_Image]
+    categories: list[_Category]
+    annotations: list[_O]
 
 
 class _Box(msgspec.Struct, gc=False):
     image_id: Id
     category_id: Id
-    bbox: Tuple[float, float, float, float]
+    bbox: tuple[float, float, float, float]
     score: float
     segmentation: msgspec.Raw = _ABSENT
     keypoints: msgspec.Raw = _ABSENT
@@ -97,7 +97,7 @@ class _Mask(msgspec.Struct, gc=False):
 class _Pose(msgspec.Struct, gc=False):
     image_id: Id
     category_id: Id
-    keypoints: List[float]
+    keypoints: list[float]
     score: float
 
 
@@ -107,9 +107,9 @@ _OBJECTS = {
     "keypoints": (_Dataset[_ObjectWithKeypoints], "annotations with keypoints and num_keypoints"),
 }
 _FOUND = {
-    "bbox": (List[_Box], "bbox [x, y, w, h]"),
-    "segm": (List[_Mask], "segmentation {size, counts}"),
-    "keypoints": (List[_Pose], "keypoints [x, y, score, ...]"),
+    "bbox": (list[_Box], "bbox [x, y, w, h]"),
+    "segm": (list[_Mask], "segmentation {size, counts}"),
+    "keypoints": (list[_Pose], "keypoints [x, y, score, ...]"),
 }
 
 

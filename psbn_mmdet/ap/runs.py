@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 
@@ -130,7 +130,7 @@ def _reported(path: Path, kind: str) -> dict[str, float]:
     """What mmdet wrote: AP, AP50 and so on, and those of classes; -1 and NaN are left out."""
     if not path.exists():
         return {}
-    metrics = decode(path, Dict[str, Any], "the metrics that tools/test.py writes")
+    metrics = decode(path, dict[str, Any], "the metrics that tools/test.py writes")
     found = {name: metrics.get(f"coco/{kind}_{key}") for name, key in _REPORTED.items()}
     if not any(f"coco/{other}_mAP" in metrics for other in KINDS if other != kind):
         # mmdet writes those of the kind it evaluated last

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..errors import PsbnError
-from ..python38 import removeprefix
 
 WEIGHTS = ("state_dict", "model", "model_state_dict", "model_state", "net", "params", "module")
 """Where projects keep the weights of a model: mmengine and Lightning, detectron2 and timm, ..."""
@@ -60,7 +59,7 @@ def state_dict_of(checkpoint: Any, name: str = "the checkpoint") -> OrderedDict[
             return unwrapped
         for counter in unwrapped.keys() - {*named}:
             del unwrapped[counter]
-        tensors = _renamed(unwrapped, lambda key: removeprefix(key, "module."), name)
+        tensors = _renamed(unwrapped, lambda key: key.removeprefix("module."), name)
 
 
 def _without_compiled(key: str) -> str:

@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..norm import rectified
-from ..python38 import zip_strict
 
 INIT = ("auto", "keep", "alpha")
 # Their step() reads and writes the parameters in place, and no state of theirs is a parameter.
@@ -315,7 +314,9 @@ class AnchoredBiases:
     @torch.no_grad()
     def _set_to_alpha(self, names: list[str]) -> None:
         for pack in self._packs:
-            for (name, p), value in zip_strict(pack.params.items(), pack.split(pack.alphas())):
+            for (name, p), value in zip(
+                pack.params.items(), pack.split(pack.alphas()), strict=True
+            ):
                 if name in names:
                     p.copy_(value.view_as(p))
 
@@ -437,17 +438,17 @@ class _Pack:
     def _write(self, flat: Tensor) -> None:
         params: list[Tensor] = list(self.params.values())
         pieces = self.split(flat)
-        torch._foreach_copy_(params, [v.view_as(p) for v, p in zip_strict(pieces, params)])
+        torch._foreach_copy_(params, [v.view_as(p) for v, p in zip(pieces, params, strict=True)])
 
     def betas(self) -> Iterator[tuple[str, Tensor]]:
         if self.beta is not None:
-            for (name, p), value in zip_strict(self.params.items(), self.split(self.beta)):
+            for (name, p), value in zip(self.params.items(), self.split(self.beta), strict=True):
                 yield name, value.view_as(p).clone()
 
     def load(self, betas: dict[str, Tensor]) -> None:
         pieces = []
-        for (name, p), here in zip_strict(
-            self.params.items(), self.split(self._read() - self.alphas())
+        for (name, p), here in zip(
+            self.params.items(), self.split(self._read() - self.alphas()), strict=True
         ):
             value = betas.get(name, here.view_as(p))
             if value.shape != p.shape:

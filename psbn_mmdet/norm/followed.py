@@ -11,12 +11,11 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from numbers import Real
-from typing import Any, Literal, Optional, Set, Tuple
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
-from ..python38 import removesuffix
 from .recognize import is_norm_layer, norm_layers
 
 Follower = Literal["relu", "leaky", "hard", "other", "none", "sum", "unknown"]
@@ -175,7 +174,7 @@ def _all_uses(
     return by_name, by_bias
 
 
-_Seen = Tuple[nn.Module, Optional[nn.Parameter], Set[Follower]]
+_Seen = tuple[nn.Module, nn.Parameter | None, set[Follower]]
 
 
 def _look(module: nn.Module, whole: bool, known: set[int], through_sums: bool) -> Iterator[_Seen]:
@@ -258,7 +257,7 @@ def _layer_of(node: fx.Node, root: nn.Module) -> tuple[nn.Module, nn.Parameter |
 def _name(node: fx.Node) -> str:
     """'relu' for F.relu, x.relu(), x.relu_() and aten.relu_.default."""
     target = node.target if isinstance(node.target, str) else node.target.__name__
-    return removesuffix(target.split(".")[0], "_")
+    return (target.split(".")[0]).removesuffix("_")
 
 
 class _Scope:

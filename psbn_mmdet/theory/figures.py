@@ -10,7 +10,6 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 from .. import theory
-from ..python38 import zip_strict
 
 ALPHA = 0.1
 SILENT = -3.0  # C below which a filter fires on less than 0.14 % of its inputs
@@ -74,7 +73,7 @@ def draw_drift() -> Figure:
     figure, axes = _figure(2, "Where noise drives the probability of firing (Eq. 3, for η c = 1)")
     gamma, beta = np.meshgrid(np.linspace(0.02, 1, 400), np.linspace(-1.5, 1.5, 601))
     norm = SymLogNorm(linthresh=0.01, vmin=-100, vmax=100)
-    for axis, name, shift in zip_strict(axes, ("BN", "psBN, α = 0.1"), (0.0, ALPHA)):
+    for axis, name, shift in zip(axes, ("BN", "psBN, α = 0.1"), (0.0, ALPHA), strict=True):
         field = theory.drift(gamma, beta + shift, 1.0, 1.0)
         image = axis.pcolormesh(gamma, beta, field, norm=norm, cmap="RdBu", rasterized=True)
         axis.set(xlabel="γ", ylabel="β", title=name, xlim=(0, 1), ylim=(-1.5, 1.5))
@@ -98,11 +97,11 @@ def draw_decay() -> Figure:
     schedule = np.full(40_000, lr)
     starts = [(0.32, -1.05), (0.24, -0.9), (0.16, -0.65), (0.1, -0.6), (0.06, -1.2)]
     colors = matplotlib.colormaps["plasma"](np.linspace(0, 0.8, len(starts)))
-    for axis, name, shift in zip_strict(axes, ("BN", "psBN, α = 0.1"), (0.0, ALPHA)):
+    for axis, name, shift in zip(axes, ("BN", "psBN, α = 0.1"), (0.0, ALPHA), strict=True):
         axis.set(xlabel="γ", ylabel="what is added: β + α" if shift else "what is added: β")
         axis.set(xlim=(0, 0.36), ylim=(-1.45, 0.3), title=name)
         _silent_region(axis, np.linspace(0, 0.36, 101))
-        for (gamma0, added), color in zip_strict(starts, colors):
+        for (gamma0, added), color in zip(starts, colors, strict=True):
             gamma, beta = theory.decay_path(gamma0, added - shift, schedule, weight_decay, momentum)
             axis.plot(gamma, beta + shift, color=color, lw=2)
             axis.plot(gamma0, added, "o", color=color, mec="black", ms=6)

@@ -19,7 +19,6 @@ from mmengine.hooks import Hook
 from torch.nn import functional as F
 
 from psbn_mmdet.launch.amp import cpu_has_bfloat16
-from psbn_mmdet.python38 import zip_strict
 from studies.cifar.data import Batches, Split
 from studies.cifar.rounds import make_runner, study_data
 from studies.cifar.settings import Settings
@@ -152,12 +151,14 @@ def main() -> None:
     print("| | ms a step | this package / it, median of pairs (quartiles) |\n|---|---|---|")
     ours = found["this package"]
     for name, values in found.items():
-        low, middle, high = statistics.quantiles([a / b for a, b in zip_strict(ours, values)], n=4)
+        low, middle, high = statistics.quantiles(
+            [a / b for a, b in zip(ours, values, strict=True)], n=4
+        )
         print(
             f"| {name} | {1000 * statistics.median(values):.1f} | {middle:.3f} "
             f"({low:.3f} to {high:.3f}) |"
         )
-    share = statistics.median(a / b for a, b in zip_strict(found["batches"], ours))
+    share = statistics.median(a / b for a, b in zip(found["batches"], ours, strict=True))
     print(f"Making the batches is {100 * share:.2f}% of a step.")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from psbn_mmdet.collapse import filter_l1
 from psbn_mmdet.collapse.course import non_trainable
 from psbn_mmdet.collapse.stripping import time_in_pairs
 from psbn_mmdet.collapse.trace import Trace, read
-from psbn_mmdet.python38 import removeprefix, removesuffix
 from studies.runs import folder_of, result_of, spread
 
 from .cuts import cut, size_of
@@ -27,7 +26,7 @@ from .networks import macs
 from .rounds import network_state
 from .settings import Settings
 
-Arms = Dict[str, List[Run]]
+Arms = dict[str, list[Run]]
 """Finished runs by arm."""
 
 
@@ -35,7 +34,7 @@ def conv_norms(settings: Settings, folder: Path) -> dict[str, np.ndarray]:
     """L1 norms of the filters of each convolution at the end of the last round."""
     state = network_state(folder / f"round_{settings.rounds}.pth")
     return {
-        removesuffix(k, ".weight"): filter_l1(v).numpy() for k, v in state.items() if v.dim() == 4
+        k.removesuffix(".weight"): filter_l1(v).numpy() for k, v in state.items() if v.dim() == 4
     }
 
 
@@ -89,7 +88,7 @@ def path_of(trace: Trace, iterations_per_round: int) -> dict[str, Any]:
     name = max(slices, key=lambda k: fell[slices[k]].mean())
     gamma, bias, fell = gamma[:, slices[name]], bias[:, slices[name]], fell[slices[name]]
     return {
-        "layer": removeprefix(name, "network."),
+        "layer": name.removeprefix("network."),
         "collapsed": int(fell.sum()),
         "fell": fell.tolist(),
         "gamma": [_rounded(path) for path in gamma.T],

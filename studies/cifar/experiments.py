@@ -6,8 +6,9 @@ comments say where the paper leaves a setting open, what was chosen, and why.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Callable
+from typing import Any
 
 from studies.runs import RunError
 

@@ -12,7 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from psbn_mmdet.collapse.figures import FIGURE_STYLE
-from psbn_mmdet.python38 import removeprefix, zip_strict
 from studies.runs import RunError
 
 from .experiments import figure_of
@@ -37,7 +36,7 @@ def _draw_rounds(figure: Figure, summary: dict[str, Any]) -> None:
     for column, line in enumerate(lines):
         members = [(a, e) for a, e in summary["arms"].items() if e["line"] == line]
         for color, (arm, entry) in zip(_COLORS, members):
-            label = removeprefix(arm, f"{line}, ")
+            label = arm.removeprefix(f"{line}, ")
             for row, metric in enumerate(("sparsity", "accuracy")):
                 _line(axes[row, column], entry["rounds"], metric, label, color)
                 axes[row, column].set_ylabel(METRICS[metric])
@@ -91,7 +90,7 @@ def _draw_finetune(figure: Figure, summary: dict[str, Any]) -> None:
     """Accuracy and collapse after finetuning; a line is a seed."""
     figure.set_size_inches(10, 4)
     arms = {a: e for a, e in summary["arms"].items() if e["line"] == "after"}
-    for axes, metric in zip_strict(figure.subplots(1, 2), ("accuracy", "collapsed")):
+    for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "collapsed"), strict=True):
         values = np.array([e["rounds"][-1][metric]["values"] for e in arms.values()])
         axes.plot(np.arange(len(arms)), values, "o-", color="#8195a8", lw=0.7, ms=3)
         axes.plot(np.arange(len(arms)), values.mean(1), "_", color="black", ms=24, mew=2)
@@ -104,7 +103,7 @@ def _draw_alpha(figure: Figure, summary: dict[str, Any]) -> None:
     figure.set_size_inches(10, 7)
     lines = list(dict.fromkeys(e["line"] for e in summary["arms"].values()))
     panels = figure.subplots(2, 2, sharex=True).flat
-    for axes, metric in zip_strict(panels, ("accuracy", "collapsed", "inactive", "p_active")):
+    for axes, metric in zip(panels, ("accuracy", "collapsed", "inactive", "p_active"), strict=True):
         for color, line in zip(_COLORS, lines):
             points = []
             for entry in summary["arms"].values():
@@ -126,7 +125,7 @@ def _draw_snapshots(figure: Figure, summary: dict[str, Any]) -> None:
     figure.set_size_inches(10, 4)
     axes = figure.subplots(1, 2)
     for color, (arm, entry) in zip(_COLORS, summary["arms"].items()):
-        for panel, metric in zip_strict(axes, ("accuracy", "sparsity")):
+        for panel, metric in zip(axes, ("accuracy", "sparsity"), strict=True):
             _line(panel, entry["rounds"], metric, arm, color)
             printed = (summary["paper"] or {}).get(arm)
             if printed and len(printed[metric]) == len(entry["rounds"]):
@@ -161,12 +160,12 @@ def _draw_paths(figure: Figure, summary: dict[str, Any]) -> None:
     paths = summary["paths"]
     figure.set_size_inches(6, 5)
     axes = figure.subplots()
-    for gamma, bias, fell in zip_strict(paths["gamma"], paths["bias"], paths["fell"]):
+    for gamma, bias, fell in zip(paths["gamma"], paths["bias"], paths["fell"], strict=True):
         color = "#c1121f" if fell else "#8195a8"
         axes.plot(gamma, bias, color=color, lw=0.8, alpha=0.8)
         axes.plot(gamma[0], bias[0], "o", color=color, ms=3)
     if paths["region"]:
-        x, y = zip_strict(*paths["region"])
+        x, y = zip(*paths["region"], strict=True)
         axes.fill(x, y, color="#e69f00", alpha=0.15, lw=0, label="non-trainable region")
     axes.plot([], [], color="#c1121f", label="collapsed in this round")
     axes.plot([], [], color="#8195a8", label="others")
@@ -201,7 +200,7 @@ def _draw_cuts(figure: Figure, summary: dict[str, Any]) -> None:
         rounds = summary["arms"][arm]["rounds"]
         after, before = rounds[-1]["accuracy"], entry["accuracy"]["mean"]
         time = entry["time_percent"][1] if entry["time_percent"] else 100
-        for axes, x in zip_strict(panels, (entry["flops_percent"]["mean"], time)):
+        for axes, x in zip(panels, (entry["flops_percent"]["mean"], time), strict=True):
             axes.errorbar(
                 x, after["mean"], after["std"], fmt="o", color=color, capsize=3, label=arm
             )

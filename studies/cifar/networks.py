@@ -10,7 +10,7 @@ Zisserman (arXiv 1409.1556) with one linear layer behind, as is usual on CIFAR-1
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from mmcv.cnn import build_activation_layer, build_norm_layer
@@ -28,7 +28,7 @@ RESNET_BLOCKS = {"resnet20": 3, "resnet56": 9, "resnet110": 18}
 MMDET_RESNET18 = "mmdet_resnet18"
 NETWORKS = (*RESNET_BLOCKS, *VGG_STAGES, MMDET_RESNET18)
 
-Cfg = Dict[str, Any]
+Cfg = dict[str, Any]
 
 
 def build_network(

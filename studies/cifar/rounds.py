@@ -45,7 +45,6 @@ from psbn_mmdet.collapse import THRESHOLD, measure
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
 from psbn_mmdet.collapse.reviving import revive
 from psbn_mmdet.norm import lift
-from psbn_mmdet.python38 import removeprefix, zip_strict
 from studies.runs import RunError, check_settings, write_json
 
 from .cuts import cut, size_of
@@ -146,7 +145,7 @@ class RoundsHook(Hook):
         before = [parameter.detach().clone() for parameter in network.parameters()]
         revive(network, images, seed=self.settings.seed)
         state = runner.optim_wrapper.optimizer.state
-        for parameter, old in zip_strict(network.parameters(), before):
+        for parameter, old in zip(network.parameters(), before, strict=True):
             if "momentum_buffer" in state.get(parameter, {}):
                 state[parameter]["momentum_buffer"][parameter != old] = 0
         runner.model.train()
@@ -293,7 +292,7 @@ def ensemble_accuracy(settings: Settings, folder: Path, test: Split) -> float:
 def network_state(path: Path) -> dict[str, Tensor]:
     """The state dict of the network in a checkpoint of a run."""
     state = load_checkpoint(path)["state_dict"]
-    return {removeprefix(k, "network."): v for k, v in state.items()}
+    return {k.removeprefix("network."): v for k, v in state.items()}
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

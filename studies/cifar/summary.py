@@ -8,11 +8,10 @@ import os
 import statistics
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any
 
 import numpy as np
 
-from psbn_mmdet.python38 import zip_strict
 from studies.runs import (
     RunError,
     by_arm,
@@ -38,7 +37,7 @@ METRICS = {
     "pruned_accuracy": "accuracy without the collapsed filters (%)",
     "train_loss": "training loss, mean of the last epoch",
 }
-Outcome = Tuple[Run, Dict[str, Any]]
+Outcome = tuple[Run, dict[str, Any]]
 
 
 def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "") -> dict[str, Any]:
@@ -53,7 +52,7 @@ def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "")
     arms = {}
     for arm, members in by_arm(outcomes).items():
         rounds = []
-        for rows in zip_strict(*(result["rounds"] for _, result in members)):
+        for rows in zip(*(result["rounds"] for _, result in members), strict=True):
             shown = [m for m in METRICS if m in rows[0]]
             rounds.append({m: spread(row[m] for row in rows) for m in shown})
             rounds[-1]["epoch_losses"] = np.mean([r["epoch_losses"] for r in rows], 0).tolist()

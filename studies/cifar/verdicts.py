@@ -22,11 +22,10 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 
-from psbn_mmdet.python38 import zip_strict
 from studies.runs import (
     RunError,
     Values,
@@ -42,7 +41,7 @@ README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
 MOST_SEEDS = 10_000
 
-Summary = Dict[str, Any]
+Summary = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def _extremes(*, large: bool) -> Callable[[Summary], Values]:
 def _near_zero(s: Summary) -> Values:
     seeds = s["arms"]["VGG11 with BN"]["seeds"]
     with_bn, without = (s["near_zero_percent"][f"VGG11 {name} BN"] for name in ("with", "without"))
-    return {seed: a - b for seed, a, b in zip_strict(seeds, with_bn, without)}
+    return {seed: a - b for seed, a, b in zip(seeds, with_bn, without, strict=True)}
 
 
 def _came_back(s: Summary) -> Values:
@@ -190,10 +189,10 @@ def _came_back(s: Summary) -> Values:
         entry = s["recovery"][arm]
         seeds = [
             seed
-            for seed, count in zip_strict(s["arms"][arm]["seeds"], entry["collapsed_before"])
+            for seed, count in zip(s["arms"][arm]["seeds"], entry["collapsed_before"], strict=True)
             if count
         ]
-        shares.append(dict(zip_strict(seeds, entry["still_collapsed_percent"])))
+        shares.append(dict(zip(seeds, entry["still_collapsed_percent"], strict=True)))
     return minus(*shares)
 
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Union
 
 from studies.cifar import data as cifar_data
 from studies.cifar import rounds as cifar_rounds
@@ -29,7 +28,7 @@ from .settings import Settings
 WAIT_SECONDS = 10.0
 """Before looking again, when all that is left is in the hands of other processes."""
 
-Folder = Union[str, os.PathLike]
+Folder = str | os.PathLike
 
 
 def backbone_folder(name: str, out: Folder) -> Path:

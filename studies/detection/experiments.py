@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Callable, Tuple
+from typing import Any
 
 from studies.cifar.networks import MMDET_RESNET18
 from studies.cifar.settings import Settings as CifarSettings
@@ -26,7 +27,7 @@ DEGREES = {"1 round": 1, "2 rounds": 2, "3 rounds": 3, "6 rounds": 6}
 TWIN = "6 rounds of psBN"
 """As long a pretraining without the collapse: the other side of what collapse costs."""
 
-Pair = Tuple[str, str]
+Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from psbn_mmdet.collapse.figures import FIGURE_STYLE
-from psbn_mmdet.python38 import zip_strict
 
 from .experiments import TWIN
 from .settings import BN
@@ -66,7 +65,7 @@ def _draw_transfer(figure: Figure, summary: dict[str, Any]) -> None:
         _points(right, x, [e["rounds"][-1]["collapsed"] for e in entries], line, color)
         judged = [
             (position, differences[arms[line, e["x"]], arms[BN, e["x"]]])
-            for position, e in zip_strict(x, entries)
+            for position, e in zip(x, entries, strict=True)
             if line != BN and (BN, e["x"]) in arms
         ]
         if judged:
@@ -106,7 +105,9 @@ def _draw_revive(figure: Figure, summary: dict[str, Any]) -> None:
 
 def _draw_rounds(figure: Figure, summary: dict[str, Any]) -> None:
     figure.set_size_inches(14, 4.4)
-    panels = dict(zip_strict(("AP", "collapsed", "active_probability"), figure.subplots(1, 3)))
+    panels = dict(
+        zip(("AP", "collapsed", "active_probability"), figure.subplots(1, 3), strict=True)
+    )
     for i, (color, (arm, entry)) in enumerate(zip(COLORS, summary["arms"].items())):
         x = np.arange(1, len(entry["rounds"]) + 1) + 0.05 * (i - 1)
         for key, axes in panels.items():

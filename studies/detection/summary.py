@@ -12,13 +12,12 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any
 
 import numpy as np
 
 from psbn_mmdet.ap.coco_files import Results, read_annotations, read_results
 from psbn_mmdet.ap.compare import Comparison, compare, measure
-from psbn_mmdet.python38 import zip_strict
 from studies.runs import RunError, by_arm, by_seed, finished, folder_of, paired, processor, spread
 
 from .engine import annotations_of, backbone_folder
@@ -33,7 +32,7 @@ FILTERS = {
 }
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-Outcome = Tuple[Run, Dict[str, Any]]
+Outcome = tuple[Run, dict[str, Any]]
 
 
 def compare_rounds(
@@ -159,7 +158,7 @@ def _backbones(experiment: Experiment, out: str | os.PathLike) -> dict[str, list
                 "seeds": list(members),
                 **{key: spread(row[key] for row in rows) for key in ("accuracy", "collapsed")},
             }
-            for rows in zip_strict(*members.values())
+            for rows in zip(*members.values(), strict=True)
         ]
         for norm, members in found.items()
     }
@@ -193,7 +192,7 @@ def compare_round(
         results += [read_results(file, annotations) for file in files]
     measured = measure(annotations, results, resamples, threads=1)
     of_seed = {
-        arm: {run.settings.seed: i for (run, _), i in zip_strict(of_arm, indices[arm])}
+        arm: {run.settings.seed: i for (run, _), i in zip(of_arm, indices[arm], strict=True)}
         for arm, of_arm in arms.items()
     }
     differences = []
@@ -321,7 +320,7 @@ def markdown(summary: dict[str, Any]) -> str:
 
 def _backbone_rows(backbones: dict[str, list[dict[str, Any]]]) -> Iterator[list[str]]:
     for norm, rows in backbones.items():
-        for number, (row, of_bn) in enumerate(zip_strict(rows, backbones["BN"]), 1):
+        for number, (row, of_bn) in enumerate(zip(rows, backbones["BN"], strict=True), 1):
             accuracy, bns = (by_seed(r["seeds"], r["accuracy"]) for r in (row, of_bn))
             more = "" if norm == "BN" else paired(accuracy, bns)
             yield [norm, str(number), _number(row["accuracy"]), more, _number(row["collapsed"])]

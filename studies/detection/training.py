@@ -30,7 +30,6 @@ from psbn_mmdet.checkpoint import CheckpointError, bn_state_dict, load_weights
 from psbn_mmdet.collapse import gather, measure, norm_modules
 from psbn_mmdet.collapse.reviving import revive
 from psbn_mmdet.norm import lift
-from psbn_mmdet.python38 import removeprefix, zip_strict
 from studies.cifar.rounds import (
     RoundsTrainLoop,
     latest_checkpoint,
@@ -104,7 +103,7 @@ def load_backbone(backbone: nn.Module, pretrained: Path) -> None:
         raise RunError(f"{pretrained}: no such checkpoint, and this run starts from it")
     prefix = "backbone."
     state = {
-        removeprefix(key, prefix): value
+        key.removeprefix(prefix): value
         for key, value in network_state(pretrained).items()
         if key.startswith(prefix)
     }
@@ -140,8 +139,8 @@ def detect(model: BaseModel, images: Images) -> list[dict[str, Any]]:
             predicted = sample.pred_instances
             corners = predicted.bboxes.double()
             boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-            for box, score, label in zip_strict(
-                boxes.tolist(), predicted.scores.tolist(), predicted.labels.tolist()
+            for box, score, label in zip(
+                boxes.tolist(), predicted.scores.tolist(), predicted.labels.tolist(), strict=True
             ):
                 found.append(
                     {

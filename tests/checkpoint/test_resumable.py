@@ -17,7 +17,6 @@ from mmengine.registry import HOOKS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULER
 from torch import nn
 
 from psbn_mmdet.checkpoint import CheckpointError, load
-from psbn_mmdet.python38 import removesuffix, zip_strict
 from tests.helpers.toy_runner import Noise, make_runner
 
 
@@ -29,7 +28,7 @@ def same(a, b):
             same(a[key], b[key])
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b)
-        for x, y in zip_strict(a, b):
+        for x, y in zip(a, b, strict=True):
             same(x, y)
     elif isinstance(a, (torch.Tensor, np.ndarray)):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
@@ -69,7 +68,7 @@ ARGUMENTS = {
     "Step": dict(step_size=2, **LR),
 }
 SCHEDULERS = {
-    name: (registry, ARGUMENTS[removesuffix(name, what)], what)
+    name: (registry, ARGUMENTS[name.removesuffix(what)], what)
     for registry in (PARAM_SCHEDULERS, MMDET_PARAM_SCHEDULERS)
     for name in registry.module_dict
     for what in ("LR", "Momentum", "ParamScheduler")
@@ -211,7 +210,7 @@ def test_a_run_with_all_of_it_is_resumed(tmp_path, monkeypatch):
     whole = run("whole")
     parts = run("parts", load_from=str(tmp_path / "whole" / "iter_4.pth"), resume=True)
     assert (parts.iter, parts.ema_steps) == (8, whole.ema_steps)
-    for one, other in zip_strict(whole.param_schedulers, parts.param_schedulers):
+    for one, other in zip(whole.param_schedulers, parts.param_schedulers, strict=True):
         # _global_step, which mmengine counts from 0 in each process, serves a warning only
         same(
             *(

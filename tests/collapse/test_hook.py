@@ -22,7 +22,6 @@ from psbn_mmdet.collapse import measure, trace
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
 from psbn_mmdet.decay.hook import AnchoredBiasDecay
 from psbn_mmdet.norm.hook import decay_warnings, responsible_key
-from psbn_mmdet.python38 import removeprefix
 from tests.helpers import distributed
 from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
 from tests.helpers.disk import files_no_larger_than
@@ -138,7 +137,7 @@ def everywhere(net, work_dir):
         parameter.requires_grad_(parameter is net.fc.bias)
     make_runner(work_dir, [SparsityLoggerHook(1, figures=False)], net, iterations=1).train()
     rows = trace.read(work_dir / "collapse.trace").report().rows
-    return {removeprefix(row["name"], "net."): row["collapsed_filters"] for row in rows}
+    return {(row["name"]).removeprefix("net."): row["collapsed_filters"] for row in rows}
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if "Sync" not in v])
@@ -236,7 +235,7 @@ class TestAveragedWeights:
         for at in (4, 8, 12):
             saved = torch.load(tmp_path / f"iter_{at}.pth", weights_only=False)
             evaluated = measure(saved["state_dict"]).totals
-            trained = measure({removeprefix(k, "module."): v
+            trained = measure({k.removeprefix("module."): v
                                for k, v in saved["ema_state_dict"].items()}).totals  # fmt: skip
             for name in ("collapsed_percent",):
                 assert rows[at][f"collapse/{name}"] == pytest.approx(trained[name])

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from psbn_mmdet import norm
 from psbn_mmdet.collapse import measure
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
 from tests.helpers.disk import files_no_larger_than
 from tests.helpers.tools import TOOLS, Main
@@ -384,7 +383,7 @@ class TestConvert:
         psnet.load_state_dict(kept["state_dict"])
         psoptimizer = torch.optim.SGD(psnet.parameters(), 0.1, momentum=0.9)
         psoptimizer.load_state_dict(kept["optimizer"])
-        for ours, theirs in zip_strict(psnet.parameters(), net.parameters()):
+        for ours, theirs in zip(psnet.parameters(), net.parameters(), strict=True):
             mine = psoptimizer.state[ours]["momentum_buffer"]
             assert torch.equal(mine, optimizer.state[theirs]["momentum_buffer"])
         assert kept["ema_state_dict"]["module.bn1.alpha"] == 0.25

@@ -15,7 +15,6 @@ from psbn_mmdet.collapse import page as page_module
 from psbn_mmdet.collapse.criteria import STATES
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
 from psbn_mmdet.collapse.page import write_page
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers.browser import WHY_NOT, Tab, chromium
 from tests.helpers.collapsed_net import CONSTANT, DEAD, VARIANTS, Net, collapse_by_hand
 from tests.helpers.tools import Main
@@ -50,7 +49,7 @@ def random_run(layers, filters, moments, seed=0):
 def test_states_are_those_made_by_hand():
     run = by_hand()
     found = np.split(course.states(run)[0], np.cumsum([n for _, n, *_ in run.layers])[:-1])
-    for (name, *_), codes in zip_strict(run.layers, found):
+    for (name, *_), codes in zip(run.layers, found, strict=True):
         assert np.flatnonzero(codes == STATES.index("collapsed")).tolist() == COLLAPSED[name]
     assert [np.flatnonzero(c == 1).tolist() for c in found] == [[2], [], [], []]
 
@@ -60,7 +59,7 @@ def test_what_was_measured_goes_before_what_the_weights_tell():
     run.does[0, :5] = [1, 2, 3, 0, 1]
     found = [STATES[code] for code in course.states(run)[0, :6]]
     assert found == ["stuck", "idle", "carrying", "live", "stuck", "collapsed"]
-    shares = dict(zip_strict(course.MEASURES, course.percent(*course.counted(run))))
+    shares = dict(zip(course.MEASURES, course.percent(*course.counted(run)), strict=True))
     assert shares["stuck"] == pytest.approx(100 * 2 / 4)  # of the measured
     assert shares["idle"] == pytest.approx(100 * 1 / 4)
     assert shares["collapsed"] == pytest.approx(100 * 8 / 28)
@@ -92,7 +91,7 @@ def test_states_know_what_follows_a_layer_and_what_is_not_finite():
     assert [STATES[code] for code in found[0]] == [
         "collapsed", "live", "live", "not finite", "collapsed", "inactive", "live", "not finite",
     ]  # fmt: skip
-    shares = dict(zip_strict(course.MEASURES, course.percent(*course.counted(run))))
+    shares = dict(zip(course.MEASURES, course.percent(*course.counted(run)), strict=True))
     assert shares["collapsed"] == pytest.approx([100 * 2 / 6])
     assert shares["inactive"] == pytest.approx([100 * 1 / 3])
     assert np.isnan(shares["stuck"]).all()

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from psbn_mmdet import norm
 from psbn_mmdet.collapse import measure
-from psbn_mmdet.python38 import removeprefix
 from tests.helpers.collapsed_net import (
     CONSTANT,
     DEAD,
@@ -37,7 +36,7 @@ def test_a_report_has_exactly_the_filters_collapsed_by_hand(net, variant, source
         report = measure(model.state_dict())
     else:
         report = measure({"module." + k: v for k, v in model.state_dict().items()})
-    rows = {removeprefix(row["name"], "module."): row for row in report.rows}
+    rows = {(row["name"]).removeprefix("module."): row for row in report.rows}
     assert list(rows) == list(DEAD)
     for name, row in rows.items():
         collapsed = sorted(DEAD[name] + CONSTANT[name])
@@ -49,7 +48,7 @@ def test_a_report_has_exactly_the_filters_collapsed_by_hand(net, variant, source
         assert row["inactive_filters"] == (INACTIVE_ONLY[name] if told else [])
         conv = {"bn1": "conv1", "block.bn1": "block.conv1"}
         conv.update({"block.bn2": "block.conv2", "block.down.1": "block.down.0"})
-        assert removeprefix(row["conv"], "module.") == conv[name]
+        assert (row["conv"]).removeprefix("module.") == conv[name]
     totals = report.totals
     assert (totals["filters"], totals["collapsed"]) == (28, 8)
     told = (totals["told"], totals["dead"], totals["constant"], totals["inactive"])
@@ -146,7 +145,7 @@ class Activations(nn.Module):
 class TestWhatFollows:
     def test_only_a_relu_makes_filters_dead_or_inactive(self):
         report = measure(Activations())
-        rows = {removeprefix(row["name"], "bn_"): row for row in report.rows}
+        rows = {(row["name"]).removeprefix("bn_"): row for row in report.rows}
         follows = {name: row["followed_by"] for name, row in rows.items()}
         assert follows == {"relu": "relu", "silu": "other", "leaky": "leaky", "linear": "none"}
         states = {n: (r["dead"], r["constant"], r["inactive_filters"]) for n, r in rows.items()}

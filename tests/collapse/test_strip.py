@@ -12,7 +12,6 @@ from torch.nn.utils import prune
 
 from psbn_mmdet import to_psbn
 from psbn_mmdet.collapse import MeasureError, StripError, measure, probe, strip
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers.strippable import (
     Dense,
     SharedHead,
@@ -47,7 +46,7 @@ def relative_difference(a, b, size=SIZE):
     """On images that the proof did not see."""
     x = torch.randn(3, *size, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        pairs = list(zip_strict(tensors(a(x)), tensors(b(x))))
+        pairs = list(zip(tensors(a(x)), tensors(b(x)), strict=True))
     return max(float((p - q).abs().max() / p.abs().max()) for p, q in pairs)
 
 

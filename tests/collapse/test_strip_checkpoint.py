@@ -16,7 +16,6 @@ from torch import nn
 from psbn_mmdet import launch
 from psbn_mmdet.collapse import StripError
 from psbn_mmdet.collapse.narrow import stripped_model
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers.disk import files_no_larger_than
 from tests.helpers.paths import ROOT
 from tests.helpers.strippable import kill, kill_at_random, with_statistics
@@ -112,8 +111,8 @@ def test_weights_config_and_record_give_the_same_function(original, stripped):
     old, new = loaded(original, "checkpoint.pth"), loaded(stripped, "model.pth")
     x = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        for a, b in zip_strict(old(x), new(x)):
-            for p, q in zip_strict(a, b):
+        for a, b in zip(old(x), new(x), strict=True):
+            for p, q in zip(a, b, strict=True):
                 assert (p - q).abs().max() <= 1e-5 * p.abs().max()
     record = json.loads((stripped / "record.json").read_text())
     assert record["parameters"]["after"] == sum(p.numel() for p in new.parameters())
@@ -147,8 +146,8 @@ def test_what_is_stripped_can_collapse_further_and_be_stripped_again(stripped, t
     assert sum(p.numel() for p in new.parameters()) < sum(p.numel() for p in model.parameters())
     x = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        for a, b in zip_strict(model(x), new(x)):
-            for p, q in zip_strict(a, b):
+        for a, b in zip(model(x), new(x), strict=True):
+            for p, q in zip(a, b, strict=True):
                 assert (p - q).abs().max() <= 1e-5 * p.abs().max()
     third = tmp_path / "third"
     kill_at_random(new, 0.3)
@@ -174,7 +173,7 @@ def test_onnx_of_a_stripped_detector_computes_the_same(stripped, tmp_path):
     got = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         expected = [tensor for level in model(x) for tensor in level]
-    for a, b in zip_strict(expected, got):
+    for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(torch.from_numpy(b), a, rtol=1e-3, atol=1e-4)
 
 

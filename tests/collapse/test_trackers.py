@@ -7,7 +7,6 @@ import time
 import pytest
 
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers.collapsed_net import Net, collapse_by_hand
 from tests.helpers.toy_runner import make_runner
 
@@ -41,7 +40,7 @@ def check(curves):
     }
     assert "loss" in curves  # LoggerHook's own are beside it
     for name, value in WANTED.items():
-        steps, values = zip_strict(*curves[name])
+        steps, values = zip(*curves[name], strict=True)
         assert list(steps) == STEPS, name
         assert list(values) == pytest.approx([value] * 4), name
 

@@ -14,7 +14,6 @@ from torch.testing import assert_close
 
 from psbn_mmdet import to_psbn
 from psbn_mmdet.decay import anchor_bias_decay
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers.anchored import (
     ALPHA,
     OPTIMIZERS,
@@ -38,8 +37,8 @@ def assert_same_run(make_optimizer, step_of=lambda: None, build=small_net, steps
     losses, biases = train(bn, optimizer, steps, step_of())
     expected_losses, expected = train(psbn, make_optimizer(psbn), steps, step_of())
     assert losses == expected_losses
-    for a, b in zip_strict(biases, expected):
-        assert all(torch.equal(x, y) for x, y in zip_strict(a, b))
+    for a, b in zip(biases, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     _, unanchored = train(free, make_optimizer(free), steps, step_of())
     assert not torch.equal(unanchored[-1][0], biases[-1][0])
     return losses
@@ -262,7 +261,7 @@ class TestIsBnPulledTowardAlpha:
         data = list(batches(dtype=torch.float64))
         _, biases = train(model, optimizer, data=data)
         _, expected = train(by_hand, make_optimizer(by_hand), step=step, data=data)
-        for a, b in zip_strict(biases, expected):
+        for a, b in zip(biases, expected, strict=True):
             assert_close(a, b, rtol=0, atol=self.atol)
 
 

@@ -23,7 +23,6 @@ from torch.utils.data import TensorDataset
 from psbn_mmdet import to_psbn
 from psbn_mmdet.decay.anchor import NothingToAnchor
 from psbn_mmdet.decay.hook import AnchoredBiasDecay
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers.anchored import (
     ALPHA,
     as_psbn_computes,
@@ -52,7 +51,7 @@ class Toy(BaseModel):
 class TestHook:
     @staticmethod
     def run(work_dir, iters, post_shifted=False, resume=False, hook=None, **options):
-        x, target = map(torch.cat, zip_strict(*batches(20)))
+        x, target = map(torch.cat, zip(*batches(20), strict=True))
         dataset = TensorDataset(x, target)
         runner = Runner(
             Toy(post_shifted),
@@ -88,7 +87,7 @@ class TestHook:
         assert all(map(torch.equal, norm_biases(whole.model), norm_biases(psbn.model)))
         self.run(tmp_path / "parts", 8, hook=self.hook)
         parts = self.run(tmp_path / "parts", 20, hook=self.hook, resume=True)
-        for a, b in zip_strict(whole.model.parameters(), parts.model.parameters()):
+        for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
             assert torch.equal(a, b)
         saved = torch.load(tmp_path / "whole" / "iter_16.pth", weights_only=False)["state_dict"]
         assert list(saved) == list(Toy(post_shifted=False).state_dict())
@@ -98,7 +97,7 @@ class TestHook:
         parts = nn.ModuleDict({"a": small_net(), "b": nn.Linear(2, 2), "c": small_net()})
         wrappers = {
             name: OptimWrapper(torch.optim.SGD(part.parameters(), lr=0.1, weight_decay=decay))
-            for (name, part), decay in zip_strict(parts.items(), (0.1, 0.1, 0.0))
+            for (name, part), decay in zip(parts.items(), (0.1, 0.1, 0.0), strict=True)
         }
         logger = logging.getLogger("several")
         runner = SimpleNamespace(
@@ -223,6 +222,6 @@ class TestRetinaNet:
         assert runs["anchored"][0] == runs["psbn"][0]
         assert all(map(torch.equal, runs["anchored"][1], runs["psbn"][1]))
         # and not because decay does nothing: the biases of BN went another way
-        apart = [(a - b).abs().max() for a, b in zip_strict(runs["bn"][1], runs["psbn"][1])]
+        apart = [(a - b).abs().max() for a, b in zip(runs["bn"][1], runs["psbn"][1], strict=True)]
         assert max(apart) > 1e-4
         assert runs["bn"][0] != runs["psbn"][0]

@@ -16,7 +16,6 @@ from torch.testing import assert_close
 from psbn_mmdet import to_psbn
 from psbn_mmdet.decay import anchor_bias_decay
 from psbn_mmdet.norm import rectified
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers.anchored import (
     ALPHA,
     OPTIMIZERS,
@@ -51,9 +50,9 @@ class TestWhenAStepRaises:
             optimizer.step()
         expected = [
             (b - ALPHA - 0.1 * (g + 0.1 * (b - ALPHA))) + ALPHA
-            for b, g in zip_strict(before, grads)
+            for b, g in zip(before, grads, strict=True)
         ]
-        for wrong, right in zip_strict(norm_biases(model), expected):
+        for wrong, right in zip(norm_biases(model), expected, strict=True):
             assert (right - wrong).min() > 0.9 * ALPHA  # without help they would stay like this
         return model, optimizer, expected
 

@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from psbn_mmdet import to_psbn
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers.layers import randomize
 
 ALPHA = 0.1
@@ -40,7 +39,7 @@ def as_psbn_computes(model):
 def pair(build=small_net, dtype=torch.float32):
     bn = as_psbn_computes(randomize(build().to(dtype)))
     psbn = to_psbn(copy.deepcopy(bn), ALPHA)
-    for a, b in zip_strict(norm_biases(bn), norm_biases(psbn)):
+    for a, b in zip(norm_biases(bn), norm_biases(psbn), strict=True):
         assert torch.equal(a, b)
     return bn, psbn
 

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-from psbn_mmdet.python38 import removeprefix
 from tests.helpers.paths import ROOT
 
 SCRIPT = ROOT.parent / "shared" / "slurm" / "cluster.sh"
@@ -18,7 +17,7 @@ PREFIX = "psbntest"  # of the network namespaces, before the process id of the t
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def why_not():
     """Why there can be no cluster here; None where there can."""
     programs = ("slurmctld", "slurmd", "munged", "sbatch", "nsenter", "unshare", "ip")
@@ -70,7 +69,7 @@ class Cluster:
 
     def __enter__(self):
         for namespace in Path("/run/netns").glob(f"{PREFIX}*"):  # of tests that were killed
-            owner = removeprefix(namespace.name, PREFIX).partition("-")[0]
+            owner = namespace.name.removeprefix(PREFIX).partition("-")[0]
             if not Path("/proc", owner).exists():
                 _end(namespace.name)
         try:

@@ -5,7 +5,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from psbn_mmdet.norm import norm_layers
-from psbn_mmdet.python38 import zip_strict
 
 
 def with_statistics(model, seed=0):
@@ -129,5 +128,5 @@ class SharedHead(nn.Module):
     def forward(self, x):
         fine = self.stem(x)
         levels = [fine, self.down(fine)]
-        norms = zip_strict(self.norms, levels)
+        norms = zip(self.norms, levels, strict=True)
         return [self.out(self.shared(norm(self.conv(x)).relu())) for norm, x in norms]

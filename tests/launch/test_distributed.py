@@ -11,7 +11,6 @@ from mmengine.config import Config
 from psbn_mmdet.checkpoint import load
 from psbn_mmdet.launch import UsageError
 from psbn_mmdet.launch.distributed import slurm_port, timeout
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers.forked import Process, free_port, slurm, torchrun, train
 from tests.helpers.noisy_training import equal, last, make_config
 
@@ -135,7 +134,7 @@ def trained(tmp_path_factory):
 
 def unshared(trained, tmp_path, *has_checkpoint):
     folders = [tmp_path / f"node{rank}" for rank in range(len(has_checkpoint))]
-    for folder, has in zip_strict(folders, has_checkpoint):
+    for folder, has in zip(folders, has_checkpoint, strict=True):
         (folder / "w").mkdir(parents=True)
         if has:
             shutil.copy(trained / "epoch_1.pth", folder / "w")

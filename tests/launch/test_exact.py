@@ -10,7 +10,6 @@ from torch.utils.data import SequentialSampler
 
 from psbn_mmdet.checkpoint import load
 from psbn_mmdet.launch.seeding import Draw, SeededBatchSampler, SeededDataset, seed_all
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers.forked import train
 from tests.helpers.noisy_training import equal, last, make_config
 
@@ -121,7 +120,7 @@ def test_seed_all_sets_every_generator_and_no_two_keys_draw_the_same():
         drawn()
         seed_all(*key)
         assert drawn() == draws[-1]
-    for of_one_generator in zip_strict(*draws):
+    for of_one_generator in zip(*draws, strict=True):
         assert len(set(of_one_generator)) == len(keys)
 
 

@@ -150,7 +150,7 @@ def signature(cfg):
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def shipped():
     """Every config of mmdet that trains, and loads here, by its path."""
     configs = {}

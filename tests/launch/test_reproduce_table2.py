@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers.paths import ROOT
 
 
@@ -142,7 +141,7 @@ def test_plan_names_every_command_and_the_gpu_hours(tmp_path):
     assert len(trained) == len(tested) == 7 and len([x for x in lines if "compare_ap" in x]) == 1
     arms = ["bn_500", "psbn_500", "bn_800", "psbn_800"]  # every arm has a seed before one has two
     runs = [(arm, f"{tmp_path}/{arm}_s{seed}") for seed in (0, 1) for arm in arms]
-    for line, (_, folder) in zip_strict(trained, runs[1:]):
+    for line, (_, folder) in zip(trained, runs[1:], strict=True):
         assert f"{folder} --resume" in line
     (compared,) = (line for line in lines if "compare_ap" in line)
     assert compared.split()[-8:] == [f"{arm}={folder}" for arm, folder in runs]

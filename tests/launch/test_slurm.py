@@ -29,7 +29,7 @@ def uninterrupted(tmp_path_factory):
     """The end of a training in two processes that nothing disturbs, by its seed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def end(seed=5):
         config = make_config(folder / f"{seed}.py", randomness__seed=seed)
         assert [e.status for e in train(config, folder / str(seed), processes=2)] == [0, 0]

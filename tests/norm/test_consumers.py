@@ -10,7 +10,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from psbn_mmdet import psBN2d, psIN, psSyncBN, to_bn, to_psbn
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers.layers import randomize
 
 
@@ -179,7 +178,7 @@ def test_torch_compile(psbn, x, training):
     assert_close(b, a)
     a.sum().backward()
     b.sum().backward()
-    for p, q in zip_strict(psbn.parameters(), compiled.parameters()):
+    for p, q in zip(psbn.parameters(), compiled.parameters(), strict=True):
         assert_close(q.grad, p.grad)
 
 

@@ -20,7 +20,6 @@ from torch.testing import assert_close
 
 from psbn_mmdet import psBN2d, psSyncBN
 from psbn_mmdet.norm import PostShift, norm_layers
-from psbn_mmdet.python38 import zip_strict
 from tests.helpers import distributed
 from tests.helpers.layers import randomize
 
@@ -116,7 +115,7 @@ def test_every_batch_norm_and_nothing_else_is_converted_and_trained(name):
     model.load_state_dict(plain.state_dict())
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        for a, b in zip_strict(model.extract_feat(x), plain.extract_feat(x)):
+        for a, b in zip(model.extract_feat(x), plain.extract_feat(x), strict=True):
             assert_close(a, b, rtol=1e-3, atol=1e-4)  # 20 to 80 layers, each with a rounding
 
     before = {name: m.beta.detach().clone() for name, m in layers.items()}
@@ -164,7 +163,7 @@ def test_distilling_from_a_teacher(tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = weights.extract_feat(x)
-        for a, b in zip_strict(model.teacher_model.eval().extract_feat(x), expected):
+        for a, b in zip(model.teacher_model.eval().extract_feat(x), expected, strict=True):
             assert_close(a, b, rtol=1e-3, atol=1e-4)
     train_step(model, student)
 

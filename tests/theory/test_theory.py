@@ -8,7 +8,6 @@ from numpy.testing import assert_allclose
 from torch.nn import functional as F
 
 from psbn_mmdet import psBN1d, theory
-from psbn_mmdet.python38 import zip_strict
 from psbn_mmdet.theory import Normal, Uniform
 
 EPS = np.finfo(np.float64).eps
@@ -29,7 +28,7 @@ class TestK:
         """log|K| sums numbers up to z^2 with at most 8 roundings: error <= 8 eps (1 + z^2)."""
         sign, log_abs = theory.log_abs_K(self.grid)
         with mp.workdps(60):
-            for z, s, value in zip_strict(self.grid, sign, log_abs):
+            for z, s, value in zip(self.grid, sign, log_abs, strict=True):
                 exact = exact_K(z)
                 assert s == mp.sign(exact), z
                 cancelled = 600 if abs(z + 1.1533) < 0.01 else 1

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from psbn_mmdet.python38 import zip_strict
 from studies.cifar.cuts import cut
 from studies.cifar.experiments import build
 from studies.cifar.networks import macs_of
@@ -25,7 +24,7 @@ def macs(channels, inner):
     """Of ResNet-20 at 16x16: 9 multiply-accumulates a weight of a 3x3 kernel and output pixel."""
     total = 9 * 3 * channels[0] * 16 * 16
     before = channels[0]
-    for stage, (c, m) in enumerate(zip_strict(channels, inner)):
+    for stage, (c, m) in enumerate(zip(channels, inner, strict=True)):
         pixels = (16 >> stage) ** 2
         total += 9 * (before * m + m * c + 2 * (c * m + m * c)) * pixels
         before = c

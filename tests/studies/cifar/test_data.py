@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from psbn_mmdet.python38 import zip_strict
 from studies.cifar import data
 from studies.cifar.data import Batches, DataError, Split
 from tests.helpers.cifar_files import write_cifar
@@ -175,7 +174,7 @@ def test_every_crop_is_of_the_padded_image_or_its_mirror():
     seen = set()
     for iteration in range(3):
         batch = batches[iteration]
-        for image, label in zip_strict(batch["inputs"].numpy(), batch["labels"]):
+        for image, label in zip(batch["inputs"].numpy(), batch["labels"], strict=True):
             matches = []
             for source in range(20):
                 padded = np.broadcast_to(grey, (3, 40, 40)).copy()

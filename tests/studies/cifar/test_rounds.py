@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from psbn_mmdet.collapse import probe
 from psbn_mmdet.collapse.trace import read
-from psbn_mmdet.python38 import removeprefix
 from studies.cifar import data, rounds
 from studies.cifar.data import Batches
 from studies.cifar.rounds import make_runner, study_data, train_run
@@ -174,7 +173,7 @@ def test_rounds_are_measured(root, tmp_path):
     average = 0
     for row in result["rounds"]:
         state = weights(tmp_path / "run", row["round"])
-        network.load_state_dict({removeprefix(k, "network."): v for k, v in state.items()})
+        network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
         network.eval()
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
         with torch.no_grad():

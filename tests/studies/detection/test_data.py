@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from psbn_mmdet.ap.coco_files import read_annotations as read_coco
-from psbn_mmdet.python38 import zip_strict
 from studies.detection import data
 from studies.runs import RunError
 from tests.helpers.smears import write_smears
@@ -74,7 +73,7 @@ def test_every_epoch_shows_every_image_once_and_a_batch_follows_from_its_number(
         shown = [s.img_id for i in range(3) for s in batches[3 * epoch + i]["data_samples"]]
         assert sorted(shown) == list(images.ids)
     again = data.Batches(images, 2, 12, seed=3)[5]
-    for one, other in zip_strict(batches[5]["inputs"], again["inputs"]):
+    for one, other in zip(batches[5]["inputs"], again["inputs"], strict=True):
         assert torch.equal(one, other)
     orders = {
         tuple(

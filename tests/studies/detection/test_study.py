@@ -17,7 +17,6 @@ from psbn_mmdet import psBN2d
 from psbn_mmdet.ap.coco_files import read_annotations, read_results
 from psbn_mmdet.ap.evaluate import evaluate
 from psbn_mmdet.checkpoint import load
-from psbn_mmdet.python38 import zip_strict
 from studies.cifar.networks import build_network
 from studies.cifar.settings import Settings as CifarSettings
 from studies.detection import data, engine, experiments, figures, summary, training
@@ -383,7 +382,7 @@ def test_command_does_everything_and_goes_on_after_an_interruption(root, cifar, 
     for norm, rounds in content["backbones"].items():  # one of each, by the CIFAR-10 study's word
         folder = tmp_path / "backbones" / f"{norm.lower()}-seed0"
         told = json.loads((folder / "result.json").read_text())["rounds"]
-        for row, one in zip_strict(rounds, told):
+        for row, one in zip(rounds, told, strict=True):
             assert row["accuracy"]["values"] == [one["accuracy"]]
             assert row["collapsed"]["values"] == [one["collapsed"]]
             assert f"| {norm} | {one['round']} | {one['accuracy']:.1f} |" in drawn
