@@ -227,7 +227,7 @@ class Writer:
     def _goes_on(self, path: Path, head: dict[str, Any], iteration: int) -> bool:
         """Whether the run goes on in this file, which is then opened and put back to it."""
         try:
-            old, start, records = _open(path)
+            old, start = _open(path)[:2]
         except TraceError:
             return False
         if any(old[k] != head[k] for k in ("threshold", "inactive_below")) or (
@@ -238,11 +238,16 @@ class Writer:
         if not _lock(file):
             file.close()
             return False
+        # Read through the file that holds the lock: closing any other descriptor of it, a mapped
+        # one too, would give the lock up.
+        file.seek(start)
+        content = file.read()
+        size = self._type.itemsize
+        records = np.frombuffer(content[: len(content) // size * size], self._type)
         kept = [i for i, at in _whole(records) if at <= iteration]
         self.path, self._file = path, file
         self.recorded = {int(records["iteration"][i]) for i in kept}
         self._end = start + (1 + max(kept, default=-1)) * self._type.itemsize
-        del records  # a mapped file cannot be cut everywhere
         self._file.truncate(self._end)
         return True
 

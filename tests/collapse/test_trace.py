@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import io
 import os
 import signal
@@ -364,6 +365,18 @@ class TestProcesses:
         first.write(10, *values_of(FILTERS, 3))
         assert_holds(second.path, FILTERS, {0: 2})
         assert_holds(first.path, FILTERS, {0: 1, 10: 3})
+
+    def test_who_goes_on_in_a_file_keeps_it(self, tmp_path):
+        trace.Writer(tmp_path, a_report(), 0).write(10, *values_of(FILTERS, 1))
+        writer = trace.Writer(tmp_path, a_report(), 10)
+        gc.collect()  # of what it read the file with, nothing gives the lock up
+
+        def another():
+            path = trace.Writer(tmp_path, a_report(), 10).path
+            (tmp_path / "another").write_text(str(path))
+
+        os.waitpid(forked(another), 0)
+        assert (tmp_path / "another").read_text() != str(writer.path)
 
     def test_many_at_once_have_a_file_each_and_the_first_stays_whole(self, tmp_path):
         first = trace.Writer(tmp_path, a_report(), 0)
