@@ -15,7 +15,6 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -23,6 +22,7 @@ from torch.utils.data import TensorDataset
 from psbn_mmdet import to_psbn
 from psbn_mmdet.decay.anchor import NothingToAnchor
 from psbn_mmdet.decay.hook import AnchoredBiasDecay
+from psbn_mmdet.launch.runner import Runner
 from tests.helpers.anchored import (
     ALPHA,
     as_psbn_computes,
