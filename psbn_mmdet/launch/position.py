@@ -154,6 +154,10 @@ class ExactResume(Hook):
             self._held.restore(self._held_before)
         self._generators = own_generators(list(_unwrapped(runner.model).modules()))
 
+    def forget(self) -> None:
+        """Let go of the run: a Runner must be gone when its process group is left."""
+        self._held, self._generators = None, []
+
     def before_train_epoch(self, runner: Runner) -> None:
         """Leave out what was trained with."""
         skip, self._skip = self._skip, 0

@@ -8,6 +8,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -63,6 +64,7 @@ def train(
     with preemption, process_group(cfg, launcher):
         start = configure_training(cfg, resume=resume, amp=amp, auto_scale_lr=auto_scale_lr)
         status = _run(cfg, start, exact, preemption)
+        exact.forget()
         if status:
             raise SystemExit(status)
 
@@ -73,8 +75,11 @@ def _run(cfg: Config, start: Start, exact: ExactResume, preemption: Preemption) 
     hooks = (exact, AfterMetrics(preemption), CheckClasses(), Agreement(), Identity(start))
     for hook in (*hooks, preemption, MissedValidation(exact)):
         runner.register_hook(hook)
-    if post_shifted(runner.model) and not any(isinstance(h, PsBNHook) for h in runner.hooks):
+    # A FlexibleRunner builds its model later.
+    shifted = isinstance(runner.model, torch.nn.Module) and post_shifted(runner.model)
+    if shifted and not any(isinstance(hook, PsBNHook) for hook in runner.hooks):
         runner.register_hook(PsBNHook())
+    del shifted  # the layers must be gone with the runner
     try:
         runner.train()
     except Preempted:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from psbn_mmdet import launch
+from psbn_mmdet.checkpoint import load
 from psbn_mmdet.collapse import norm_modules
 from psbn_mmdet.collapse.reviving import difference
 from tests.helpers.strippable import kill_at_random, with_statistics
@@ -59,7 +60,7 @@ def build(folder, checkpoint=None):
     torch.manual_seed(0)
     model = MODELS.build(launch.load_config(str(folder / "config.py")).model)
     if checkpoint:
-        model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+        model.load_state_dict(load(checkpoint)["state_dict"])
     return model.eval()
 
 

@@ -146,12 +146,14 @@ def test_slurm_scripts_start_the_tools_in_tasks(tmp_path):
     ]:
         line = [f"tools/slurm_{tool}.sh", "part", "name", *arguments]
         printed = subprocess.run(line, env=env, capture_output=True, text=True).stdout.splitlines()
-        program = ["-u", f"tools/{tool}.py", *expected, "--launcher", "slurm"]
+        program = ["-u", f"{ROOT}/tools/{tool}.py", *expected, "--launcher", "slurm"]
         at = printed.index(sys.executable)
         assert printed[at + 1 :] == program
         wanted = "--partition part --job-name name --ntasks 16 --cpus-per-task 5 --gres gpu:8"
         wanted += " --ntasks-per-node 8 --kill-on-bad-exit=1 -x a --exact"
-        assert printed[:at] == wanted.split()
+        # BEFORE is not set: nothing is sourced before the tool.
+        before = ["bash", "-c", '[ -z "$0" ] || source "$0"; exec "$@"', ""]
+        assert printed[:at] == [*wanted.split(), *before]
         missing = subprocess.run(line[:4], env=env, capture_output=True, text=True)
         assert (missing.returncode, missing.stdout) == (2, "") and "PARTITION" in missing.stderr
 

@@ -11,11 +11,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
-from psbn_mmdet.collapse.trace import Trace
+from psbn_mmdet.collapse.trace import Trace, TracedLayer
 from studies.cifar import details, engine, experiments
 from studies.cifar import summary as summary_module
 from studies.cifar.__main__ import main
@@ -313,7 +314,9 @@ def test_recovery_counts_those_that_had_collapsed():
     gamma = torch.tensor(
         [[0.0, 5e-4, 0.3, 0.2], [0.0, 2e-3, 0.3, 5e-4], [0.1, 2e-3, 0.3, 0.0]]
     ).numpy()
-    trace = Trace((("bn", 4, None),), torch.tensor([0, 10, 20]).numpy(), gamma, gamma, {})
+    states = np.zeros((3, 4), np.uint8)
+    layers = (TracedLayer("bn", 4),)
+    trace = Trace(layers, np.array([0, 10, 20]), gamma, gamma, gamma, states)
     found = details.recovery_of(trace)
     assert found["collapsed_before"] == 2
     assert found["still_collapsed_percent"] == [100, 50, 0]
