@@ -90,7 +90,8 @@ def test_what_would_not_be_the_same_is_seen(monkeypatch):
     def kept(beta, *shifts):
         return beta  # so that the network is lifted by alpha
 
-    monkeypatch.setattr("psbn_mmdet.norm.convert.rebase", kept)
+    for module in ("convert", "layers"):  # in converting and in loading
+        monkeypatch.setattr(f"psbn_mmdet.norm.{module}.rebase", kept)
     assert table.in_a_process(retinanet(type="BN"))["difference"] > 1e-3
 
 
