@@ -15,9 +15,10 @@ from typing import Any
 
 __version__ = "0.2.0"
 
-_LAYERS = ["psBN", "psBN1d", "psBN2d", "psBN3d", "psIN", "psIN1d", "psIN2d", "psIN3d", "psSyncBN"]
+# Here, so that they are known without torch; registered under the same names.
+LAYERS = ["psBN", "psBN1d", "psBN2d", "psBN3d", "psIN", "psIN1d", "psIN2d", "psIN3d", "psSyncBN"]
 _ROOMS = ["ap", "checkpoint", "collapse", "decay", "launch", "norm", "registry", "theory"]
-__all__ = [*_LAYERS, "to_bn", "to_psbn"]
+__all__ = [*LAYERS, "to_bn", "to_psbn"]
 
 if sys.modules.get("mmengine"):
     from . import registry  # noqa: F401

@@ -24,7 +24,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS  # noqa: E402
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS  # noqa: E402
 from mmengine.registry import Registry, build_runner_from_cfg  # noqa: E402
 
-from . import norm  # noqa: E402
+from . import LAYERS, norm  # noqa: E402
 from .norm.model import to_psbn_model  # noqa: E402
 
 MODELS = Registry("model", scope="psbn_mmdet", parent=MMENGINE_MODELS, locations=["psbn_mmdet"])
@@ -43,7 +43,7 @@ def _register(own: Registry, root: Registry, name: str, thing: Any) -> None:
         registry.register_module(name, module=thing)
 
 
-for _name in norm.LAYERS:
+for _name in LAYERS:
     _register(MODELS, MMENGINE_MODELS, _name, getattr(norm, _name))
 _register(MODELS, MMENGINE_MODELS, "ToPsBN", to_psbn_model)
 

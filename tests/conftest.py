@@ -29,6 +29,15 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def checkpoints(shared_data: Path) -> Path:
+    """Networks that others trained."""
+    folder = shared_data / "checkpoints"
+    if not folder.is_dir():
+        pytest.skip(f"no published checkpoints at {folder}")
+    return folder
+
+
 # What may be skipped where CI is set, each with the reason why it cannot run on every machine.
 MAY_BE_SKIPPED = {
     r"no CUDA device": "GPUs are not on every machine",

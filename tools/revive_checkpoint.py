@@ -22,10 +22,14 @@ import torch
 
 from psbn_mmdet.checkpoint import load
 from psbn_mmdet.collapse import THRESHOLD
-from psbn_mmdet.collapse.detectors import build, read_images
+from psbn_mmdet.collapse.detectors import (
+    add_input_arguments,
+    build,
+    check_images,
+    read_images,
+)
 from psbn_mmdet.collapse.reviving import TOLERANCE, ReviveError, revive, summary
 from psbn_mmdet.errors import (
-    PsbnError,
     errors_in_one_line,
     refuse_to_overwrite,
     require_packages,
@@ -37,8 +41,7 @@ from psbn_mmdet.launch import load_config
 def run(args: argparse.Namespace) -> None:
     record_file = args.out.with_suffix(".json")
     refuse_to_overwrite(args.out, record_file, overwrite=args.overwrite)
-    if args.images < 2:
-        raise PsbnError(f"--images {args.images}: at least two are needed")
+    check_images(args.images)
     cfg = load_config(args.config)
     checkpoint = load(args.checkpoint)
     model = build(cfg, checkpoint, args.checkpoint)
@@ -67,21 +70,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="a file, or package::path of an installed package")
-    parser.add_argument("checkpoint", help="a file or URL")
+    add_input_arguments(parser, "training images", 8)
     parser.add_argument("out", metavar="OUT", type=Path, help="a new checkpoint")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="training images")
-    parser.add_argument(
-        "--images", type=int, default=8, metavar="N", help="how many (default %(default)s)"
-    )
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        default=(320, 320),
-        metavar=("H", "W"),
-        help="of random images where there is no --data (default 320 320)",
-    )
     parser.add_argument(
         "--threshold", type=float, default=THRESHOLD, help="of |gamma| (default %(default)s)"
     )

@@ -30,7 +30,12 @@ from torch import Tensor
 
 from psbn_mmdet.checkpoint import load
 from psbn_mmdet.collapse import INACTIVE_BELOW, THRESHOLD
-from psbn_mmdet.collapse.detectors import build, read_images
+from psbn_mmdet.collapse.detectors import (
+    add_input_arguments,
+    build,
+    check_images,
+    read_images,
+)
 from psbn_mmdet.collapse.stripping import (
     TOLERANCE,
     Calls,
@@ -97,8 +102,7 @@ def run(args: argparse.Namespace) -> None:
         raise OutputExistsError(f"{args.out}: exists already; remove it or name another folder")
     if args.rounds < 0:
         raise PsbnError(f"--rounds {args.rounds}: wanted 0 or more")
-    if args.images < 2:
-        raise PsbnError(f"--images {args.images}: at least two are needed")
+    check_images(args.images)
     cfg = load_config(args.config)
     checkpoint = load(args.checkpoint)
     model = build(cfg, checkpoint, args.checkpoint)
@@ -144,21 +148,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="a file, or package::path of an installed package")
-    parser.add_argument("checkpoint", help="a file or URL")
+    add_input_arguments(parser, "images to compare the two on", 4)
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="images to compare the two on")
-    parser.add_argument(
-        "--images", type=int, default=4, metavar="N", help="how many of them (default %(default)s)"
-    )
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        default=(320, 320),
-        metavar=("H", "W"),
-        help="of two random images where there is no --data (default 320 320)",
-    )
     parser.add_argument(
         "--threshold", type=float, default=THRESHOLD, help="of |gamma| (default %(default)s)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,6 +113,36 @@ def build(cfg: Any, checkpoint: Any, name: str) -> nn.Module:
     load_weights(model, checkpoint, name)
     model.eval()  # that of mmdet's backbones returns nothing
     return model
+
+
+def add_input_arguments(parser: argparse.ArgumentParser, data: str, images: int) -> None:
+    """The options of a command line that builds a detector and runs it on images.
+
+    Args:
+        parser: It gets ``config``, ``checkpoint``, ``--data``, ``--images`` and ``--size``.
+        data: What the images of ``--data`` are for.
+        images: How many there are by default.
+    """
+    parser.add_argument("config", help="a file, or package::path of an installed package")
+    parser.add_argument("checkpoint", help="a file or URL")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help=data)
+    parser.add_argument(
+        "--images", type=int, default=images, metavar="N", help="how many (default %(default)s)"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(320, 320),
+        metavar=("H", "W"),
+        help="of random images where there is no --data (default 320 320)",
+    )
+
+
+def check_images(count: int) -> None:
+    """Raise PsbnError unless ``--images`` are enough to tell what is constant."""
+    if count < 2:
+        raise PsbnError(f"--images {count}: at least two are needed")
 
 
 def read_images(cfg: Any, model: nn.Module, folder: Path, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..norm import added_bias, followed_by, is_post_shifted, norm_layers
+from ..norm import added_bias, alpha_of, followed_by, norm_layers
 from .criteria import MeasureError, collapsed, filter_l1, not_started
 from .flops import filters_of
 from .pairs import natural_order, pair_by_name, pair_in_order
@@ -148,8 +148,7 @@ def live_filters(model: nn.Module, threshold: float) -> dict[nn.Module, Tensor]:
     live = {}
     for module in norm_modules(model).values():
         gamma, bias = gather([module])
-        alpha = float(module.alpha) if is_post_shifted(module) else None  # type: ignore[arg-type]
-        live[module] = ~collapsed(gamma, threshold) | not_started(gamma, bias, alpha)
+        live[module] = ~collapsed(gamma, threshold) | not_started(gamma, bias, alpha_of(module))
     return live
 
 
@@ -177,7 +176,7 @@ def layers_of_model(model: nn.Module) -> list[Layer]:
             pairs.get(name),
             l1 if name in pairs else None,
             followers[name],
-            float(module.alpha) if is_post_shifted(module) else None,
+            alpha_of(module),
         )
         for (name, module), g, b, l1 in zip(
             norms.items(), *(v.split(sizes) for v in (gamma, bias, norm)), strict=True

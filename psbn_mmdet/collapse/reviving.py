@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import PsbnError
-from ..norm import added_bias, is_post_shifted
+from ..norm import added_bias, alpha_of, is_post_shifted
 from .criteria import THRESHOLD, MeasureError, check_thresholds, collapsed, not_finite
 from .detectors import ways_to_call
 from .layers import norm_modules
@@ -302,7 +302,7 @@ def _bias(norm: Any) -> Tensor:
 
 
 def _shift(norm: Any) -> float:
-    return norm.alpha if is_post_shifted(norm) else 0.0
+    return alpha_of(norm) or 0.0
 
 
 def _trained(norm: Any) -> bool:

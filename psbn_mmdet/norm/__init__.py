@@ -24,16 +24,13 @@ from .layers import (
     psIN3d,
     rebase,
 )
-from .recognize import added_bias, is_norm_layer, is_post_shifted, norm_kinds, norm_layers
+from .recognize import added_bias, alpha_of, is_norm_layer, is_post_shifted, norm_kinds, norm_layers
 from .sync import psSyncBN
 
-LAYERS = ("psBN", "psBN1d", "psBN2d", "psBN3d", "psIN", "psIN1d", "psIN2d", "psIN3d", "psSyncBN")
-"""The names under which the layers are registered."""
-
 __all__ = [
-    "LAYERS",
     "PostShift",
     "added_bias",
+    "alpha_of",
     "followed_by",
     "is_norm_layer",
     "is_post_shifted",

@@ -60,11 +60,21 @@ def _has_dim(module: nn.Module, name: str, dim: int) -> bool:
     return tensor.dim() == dim
 
 
+def alpha_of(module: nn.Module) -> float | None:
+    """The number that a post-shifted layer adds to beta; None for any other module.
+
+    It is the constructed one where there is a layer. Of traced and exported ones the buffer is
+    left, which averages and casts may have rounded.
+    """
+    if not is_post_shifted(module):
+        return None
+    return float(getattr(module, "initial_alpha", module.alpha))  # type: ignore[arg-type]
+
+
 def added_bias(module: nn.Module) -> Tensor | None:
     """What a normalization layer adds, detached; None if it adds nothing."""
-    if is_post_shifted(module):
-        alpha = getattr(module, "initial_alpha", module.alpha)
-        return (module.beta + alpha).detach()  # type: ignore[operator]
+    if (alpha := alpha_of(module)) is not None:
+        return module.beta.detach() + alpha  # type: ignore[operator,union-attr]
     bias = getattr(module, "bias", None)
     return bias.detach() if isinstance(bias, Tensor) else None
 

@@ -4,7 +4,6 @@ import collections
 import copy
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,32 +16,18 @@ from psbn_mmdet.collapse import MeasureError, norm_modules
 from psbn_mmdet.collapse.reviving import ReviveError, difference, revive, summary
 from psbn_mmdet.collapse.wiring import tensors_in
 from psbn_mmdet.norm import added_bias
-from tests.helpers.paths import ROOT
 from tests.helpers.published import PUBLISHED, load
 from tests.helpers.random_nets import RandomNet
 from tests.helpers.strippable import (
-    Dense,
-    SharedHead,
+    NETS,
     chain,
     conv_bn,
     head,
     kill,
     kill_at_random,
-    mobilenet,
-    resnet,
-    resnext,
     with_statistics,
 )
 
-NETS = {
-    "chain": chain,
-    "basic": lambda: resnet(False),
-    "bottleneck": lambda: resnet(True),
-    "dense": Dense,
-    "depthwise": mobilenet,
-    "grouped": resnext,
-    "shared": SharedHead,
-}
 SEEDS = range(int(os.environ.get("PSBN_TEST_NETS", "40")))
 
 
@@ -402,14 +387,6 @@ def check(seed, counts):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_random_network_computes_anything_else(seed):
     check(seed, collections.Counter())
-
-
-@pytest.fixture
-def checkpoints():
-    folder = Path(os.environ.get("PSBN_TEST_DATA", ROOT.parent / "shared" / "data"), "checkpoints")
-    if not folder.is_dir():
-        pytest.skip(f"no published checkpoints at {folder}")
-    return folder
 
 
 # Filters with |gamma| < 1e-3, by plain torch, and how many of them are revived: LPRNet pools over

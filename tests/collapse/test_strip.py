@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 from psbn_mmdet import to_psbn
 from psbn_mmdet.collapse import MeasureError, StripError, measure, probe, strip
 from tests.helpers.strippable import (
+    NETS,
     Dense,
     SharedHead,
     chain,
@@ -27,15 +28,6 @@ from tests.helpers.strippable import (
 )
 
 SIZE = (3, 16, 16)
-NETS = {
-    "chain": chain,
-    "basic": lambda: resnet(False),
-    "bottleneck": lambda: resnet(True),
-    "dense": Dense,
-    "depthwise": mobilenet,
-    "grouped": resnext,
-    "shared": SharedHead,
-}
 
 
 def tensors(outputs):

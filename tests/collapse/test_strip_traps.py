@@ -1,8 +1,6 @@
 """Networks in which filters seem to carry nothing and do, or seem to do and do not."""
 
 import dataclasses
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from torch.nn import functional as F
 
 from psbn_mmdet.collapse import StripError, strip
 from psbn_mmdet.collapse.stripping import compare
-from tests.helpers.paths import ROOT
 from tests.helpers.published import PUBLISHED, CifarResNet20, load
 from tests.helpers.strippable import chain, conv_bn, head, kill, kill_at_random, with_statistics
 
@@ -272,14 +269,6 @@ def test_old_weight_norm_is_refused_in_one_line():
     with pytest.raises(StripError, match="cannot be copied") as error:
         strip(model, SIZE)
     assert "\n" not in str(error.value)
-
-
-@pytest.fixture
-def checkpoints():
-    folder = Path(os.environ.get("PSBN_TEST_DATA", ROOT.parent / "shared" / "data"), "checkpoints")
-    if not folder.is_dir():
-        pytest.skip(f"no published checkpoints at {folder}")
-    return folder
 
 
 # Filters with |gamma| < 1e-3, by plain torch; how many stay, and parts of the reasons.

@@ -130,3 +130,14 @@ class SharedHead(nn.Module):
         levels = [fine, self.down(fine)]
         norms = zip(self.norms, levels, strict=True)
         return [self.out(self.shared(norm(self.conv(x)).relu())) for norm, x in norms]
+
+
+NETS = {
+    "chain": chain,
+    "basic": lambda: resnet(False),
+    "bottleneck": lambda: resnet(True),
+    "dense": Dense,
+    "depthwise": mobilenet,
+    "grouped": resnext,
+    "shared": SharedHead,
+}

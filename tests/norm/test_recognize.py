@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from psbn_mmdet import psBN1d, psBN2d, psBN3d, psIN1d, psIN2d, psIN3d, psSyncBN, to_psbn
-from psbn_mmdet.norm import is_norm_layer, norm_kinds, norm_layers, rebase
+from psbn_mmdet.norm import added_bias, alpha_of, is_norm_layer, norm_kinds, norm_layers, rebase
 
 
 class Own(nn.BatchNorm2d):
@@ -135,6 +135,14 @@ class TestStateDicts:
 
     def test_values_that_are_no_tensors_are_passed_over(self):
         assert norm_kinds({"weight": None, "epoch": 3}) == {}
+
+
+def test_alpha_is_what_the_layer_adds_whatever_an_average_made_of_the_buffer():
+    layer = psBN2d(4, alpha=0.3)
+    layer.alpha.fill_(0.7)
+    assert alpha_of(layer) == 0.3
+    assert torch.equal(added_bias(layer), layer.beta.detach() + 0.3)
+    assert alpha_of(nn.BatchNorm2d(4)) is None
 
 
 class TestRebase:
