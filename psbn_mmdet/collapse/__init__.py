@@ -3,7 +3,7 @@
 - :mod:`.criteria`: what a filter does: the one place that decides
 - :mod:`.backward`: what one backward pass tells of each
 - :mod:`.layers`: the normalization layers of a model or a state dict
-- :mod:`.pairs`: the convolution in front of each
+- :mod:`.convolutions`: the convolution in front of each
 - :mod:`.report`: ``measure`` and what it returns
 - :mod:`.flops`: how many FLOPs the collapsed filters cost
 - :mod:`.detectors`: how a model is called with images
@@ -13,7 +13,7 @@
 - :mod:`.narrow`: a network narrowed to the shapes of stripped weights
 - :mod:`.hook`: ``SparsityLoggerHook``, which measures while a model trains
 - :mod:`.trace`: the file it writes
-- :mod:`.course`: the states of filters over a trace
+- :mod:`.over_training`: the states of filters over a trace
 - :mod:`.figures`, :mod:`.page`: a trace as PNG files and as an HTML page
 """
 

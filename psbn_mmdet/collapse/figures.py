@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .course import (
+from .criteria import STATES
+from .over_training import (
     COLORS,
     MEASURES,
     counted,
@@ -24,7 +25,6 @@ from .course import (
     states,
     sum_by_layer,
 )
-from .criteria import STATES
 from .trace import Trace, read
 
 FIGURE_STYLE = {

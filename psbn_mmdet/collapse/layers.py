@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..norm import added_bias, alpha_of, followed_by, norm_layers
+from .convolutions import natural_order, pair_by_name, pair_in_order
 from .criteria import MeasureError, collapsed, filter_l1, not_started
 from .flops import filters_of
-from .pairs import natural_order, pair_by_name, pair_in_order
 from .wiring import Wiring
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import written_whole
-from .course import COLORS, MEASURES, counted, evenly, non_trainable, states, sum_by_layer
+from .over_training import COLORS, MEASURES, counted, evenly, non_trainable, states, sum_by_layer
 from .trace import Trace, read
 
 MOMENTS = 300

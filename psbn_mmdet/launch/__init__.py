@@ -10,9 +10,9 @@ where one is named in another's text.
 - :mod:`.agreement`: what its ranks must have in common
 - :mod:`.resume`: which checkpoint a run goes on from, and what makes it this run's
 - :mod:`.position`: where a run stands, in its checkpoints
-- :mod:`.held`: what hooks and modules keep in plain attributes, in checkpoints
+- :mod:`.hook_state`: what hooks and modules keep in plain attributes, in checkpoints
 - :mod:`.seeding`: random numbers that a resumed run draws as an uninterrupted one does
-- :mod:`.loaders`: data loaders with all that
+- :mod:`.data_loaders`: data loaders with all that
 - :mod:`.preempt`: what a run does about SIGTERM
 - :mod:`.amp`: mixed precision on CPU
 """

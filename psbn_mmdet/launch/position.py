@@ -2,7 +2,7 @@
 
 Beside what mmengine saves, a checkpoint says after how many batches of how many images on how many
 processes it was saved, which images the last of them was and what came out for them, and holds
-what hooks and modules keep in plain attributes (:mod:`.held`). From there
+what hooks and modules keep in plain attributes (:mod:`.hook_state`). From there
 
 - a run goes on in the middle of an epoch, or of a loop of iterations, passing over indices and not
   reading images;
@@ -27,7 +27,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmengine.structures import BaseDataElement
 
 from ..checkpoint import CheckpointError
-from .held import HeldState
+from .hook_state import HeldState
 from .seeding import Draw, SeededBatchSampler, SeededDataset, own_generators, seed_all, seed_own
 
 POSITION = "position"

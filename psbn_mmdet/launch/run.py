@@ -28,8 +28,8 @@ from .checks import (
     check_work_dir,
 )
 from .config import UsageError, type_name, write_coco_results
+from .data_loaders import SeededLoaders
 from .distributed import from_rank_0, on_all_ranks, process_group, rank
-from .loaders import SeededLoaders
 from .position import ExactResume, MissedValidation
 from .preempt import PREEMPTED, AfterMetrics, BrokenOffError, Preempted, Preemption
 from .preview import CheckClasses, built, preview

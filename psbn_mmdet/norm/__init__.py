@@ -6,11 +6,11 @@
 - :mod:`.model`: the model type ``ToPsBN`` for configs
 - :mod:`.hook`: ``PsBNHook``, what psBN does in a training, and the lift by alpha
 - :mod:`.recognize`: what counts as a norm layer, in a model and in a state dict
-- :mod:`.followed`: whether a rectifier, another activation or none follows each norm layer
+- :mod:`.activations`: whether a rectifier, another activation or none follows each norm layer
 """
 
+from .activations import followed_by, rectified
 from .convert import to_bn, to_psbn
-from .followed import followed_by, rectified
 from .layers import (
     PostShift,
     lift,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .followed import without_rectifier
+from .activations import without_rectifier
 from .layers import (
     PostShift,
     check_alpha,

@@ -9,7 +9,7 @@ import torch
 from mmengine.hooks import Hook
 from torch import nn
 
-from .followed import without_rectifier
+from .activations import without_rectifier
 from .layers import PostShift, lift
 
 

@@ -47,7 +47,6 @@ from psbn_mmdet.collapse.reviving import revive
 from psbn_mmdet.norm import lift
 from studies.runs import RunError, check_settings, write_json
 
-from .cuts import cut, size_of
 from .data import (
     Batches,
     DataError,
@@ -59,6 +58,7 @@ from .data import (
     random_labels,
     scaled,
 )
+from .pruning import cut, size_of
 from .settings import Settings
 
 DATA_SEED = 0

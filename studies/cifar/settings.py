@@ -58,7 +58,7 @@ class Settings:
             (:func:`psbn_mmdet.collapse.revive`), those of ``parent`` included.
         parent: Name of the run whose final weights this one starts from, if any.
         cut: Whether and how the network is made smaller before it is trained: 'strip',
-            'magnitude' or 'uniform' (:mod:`.cuts`), each to the FLOPs that stripping the
+            'magnitude' or 'uniform' (:mod:`.pruning`), each to the FLOPs that stripping the
             parent's leaves.
         trace_interval: Iterations between records of gamma and beta; 0 for none.
         ensemble: Also average the softmax of so many last rounds (Table 1); 0 for not.

@@ -24,8 +24,8 @@ from studies.runs import (
     write_json,
 )
 
-from .details import CHANCE, DETAILS
 from .experiments import Experiment, Run
+from .figure_data import CHANCE, DETAILS
 from .verdicts import at
 
 METRICS = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from psbn_mmdet import norm
-from psbn_mmdet.collapse import course, figures, gather, measure, norm_modules, trace
+from psbn_mmdet.collapse import figures, gather, measure, norm_modules, over_training, trace
 from psbn_mmdet.collapse import page as page_module
 from psbn_mmdet.collapse.criteria import STATES
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
@@ -48,7 +48,7 @@ def random_run(layers, filters, moments, seed=0):
 
 def test_states_are_those_made_by_hand():
     run = by_hand()
-    found = np.split(course.states(run)[0], np.cumsum([n for _, n, *_ in run.layers])[:-1])
+    found = np.split(over_training.states(run)[0], np.cumsum([n for _, n, *_ in run.layers])[:-1])
     for (name, *_), codes in zip(run.layers, found, strict=True):
         assert np.flatnonzero(codes == STATES.index("collapsed")).tolist() == COLLAPSED[name]
     assert [np.flatnonzero(c == 1).tolist() for c in found] == [[2], [], [], []]
@@ -57,9 +57,11 @@ def test_states_are_those_made_by_hand():
 def test_what_was_measured_goes_before_what_the_weights_tell():
     run = by_hand()
     run.does[0, :5] = [1, 2, 3, 0, 1]
-    found = [STATES[code] for code in course.states(run)[0, :6]]
+    found = [STATES[code] for code in over_training.states(run)[0, :6]]
     assert found == ["stuck", "idle", "carrying", "live", "stuck", "collapsed"]
-    shares = dict(zip(course.MEASURES, course.percent(*course.counted(run)), strict=True))
+    shares = dict(
+        zip(over_training.MEASURES, over_training.percent(*over_training.counted(run)), strict=True)
+    )
     assert shares["stuck"] == pytest.approx(100 * 2 / 4)  # of the measured
     assert shares["idle"] == pytest.approx(100 * 1 / 4)
     assert shares["collapsed"] == pytest.approx(100 * 8 / 28)
@@ -69,7 +71,7 @@ def test_what_was_measured_goes_before_what_the_weights_tell():
 def test_a_layer_that_has_not_started_is_not_collapsed_at_that_moment():
     run = by_hand(moments=2)
     run.gamma[0, :8] = run.bias[0, :8] = 0
-    masks, _ = course.counted(run)
+    masks, _ = over_training.counted(run)
     assert masks[0][:, :8].sum(1).tolist() == [0, 3]
 
 
@@ -87,11 +89,13 @@ def without_relu():
 
 def test_states_know_what_follows_a_layer_and_what_is_not_finite():
     run = without_relu()
-    found = course.states(run)
+    found = over_training.states(run)
     assert [STATES[code] for code in found[0]] == [
         "collapsed", "live", "live", "not finite", "collapsed", "inactive", "live", "not finite",
     ]  # fmt: skip
-    shares = dict(zip(course.MEASURES, course.percent(*course.counted(run)), strict=True))
+    shares = dict(
+        zip(over_training.MEASURES, over_training.percent(*over_training.counted(run)), strict=True)
+    )
     assert shares["collapsed"] == pytest.approx([100 * 2 / 6])
     assert shares["inactive"] == pytest.approx([100 * 1 / 3])
     assert np.isnan(shares["stuck"]).all()
@@ -99,13 +103,13 @@ def test_states_know_what_follows_a_layer_and_what_is_not_finite():
 
 def test_the_region_is_where_relu_fires_once_in_a_thousand():
     run = by_hand()
-    corners = course.non_trainable(run, half_width=1.0, bottom=-10.0)
+    corners = over_training.non_trainable(run, half_width=1.0, bottom=-10.0)
     # Phi(-3.0902) = 1e-3: the wedge reaches the right edge at bias = -3.0902, then goes down.
     want = [(-1, -3.0902), (0, 0), (1, -3.0902), (1, -10), (-1, -10)]
     np.testing.assert_allclose(corners, want, atol=1e-4)
-    corners = course.non_trainable(run, half_width=10.0, bottom=-1.0)
+    corners = over_training.non_trainable(run, half_width=10.0, bottom=-1.0)
     np.testing.assert_allclose(corners, [(-0.3236, -1), (0, 0), (0.3236, -1)], atol=1e-4)
-    assert course.non_trainable(run, half_width=1.0, bottom=0.1) == []
+    assert over_training.non_trainable(run, half_width=1.0, bottom=0.1) == []
 
 
 class TestFigures:

@@ -189,7 +189,8 @@ def step(path, cfg, shapes, folder):
     loader = cfg.train_dataloader.to_dict()
     loader["dataset"] = small(loader["dataset"], shapes)
     if "dataset_size" in loader["sampler"]:  # of more images than are drawn here
-        loader["sampler"]["dataset_size"] = [4 for _ in loader["sampler"]["dataset_size"]]
+        sizes = [4 for _ in loader["sampler"]["dataset_size"]]
+        loader["sampler"].update(dataset_size=sizes, ratio_mode=False)
     loader.update(num_workers=0, persistent_workers=False, pin_memory=False)
     loop = dict(cfg.train_cfg)
     by_epoch = not (kind_of(loop) == "IterBasedTrainLoop" or loop.get("by_epoch") is False)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from psbn_mmdet.collapse.trace import Trace, TracedLayer
-from studies.cifar import details, engine, experiments
+from studies.cifar import engine, experiments, figure_data
 from studies.cifar import summary as summary_module
 from studies.cifar.__main__ import main
 from studies.cifar.experiments import Run, build
@@ -152,7 +152,7 @@ def test_wrong_experiment_preset_and_setting_are_one_line():
 
 
 # fig2, fig5a, large_lr and instance_norm have the figure of another one, and no end of their own.
-# strip needs a collapsed network and has a test of its own (test_cuts.py).
+# strip needs a collapsed network and has a test of its own (test_pruning.py).
 ELSEWHERE = {"fig2", "fig5a", "instance_norm", "strip", "large_lr"}
 END_TO_END = sorted(set(experiments.names()) - ELSEWHERE)
 
@@ -279,9 +279,9 @@ def test_arms_without_norm_decay_and_revived_ones_are_compared_with_their_twins(
 
 def test_sign_flips_by_counting():
     # Sums of +-1 +-2 +-3 are as far from 0 as 6 in 2 of 8 cases, as 4 (1 - 2 - 3) in 4 of 8.
-    assert details.sign_flips([1.0, 2.0, 3.0]) == pytest.approx(2 / 8)
-    assert details.sign_flips([1.0, -2.0, -3.0]) == pytest.approx(4 / 8)
-    assert details.sign_flips([0.1] * 10) == pytest.approx(2 / 1024)
+    assert figure_data.sign_flips([1.0, 2.0, 3.0]) == pytest.approx(2 / 8)
+    assert figure_data.sign_flips([1.0, -2.0, -3.0]) == pytest.approx(4 / 8)
+    assert figure_data.sign_flips([0.1] * 10) == pytest.approx(2 / 1024)
 
 
 def test_large_learning_rates_are_told_with_seeds_at_chance(tmp_path):
@@ -306,8 +306,8 @@ def test_large_learning_rates_are_told_with_seeds_at_chance(tmp_path):
 
 def test_norms_near_zero_are_told_from_the_large_ones():
     norms = torch.cat([torch.full((60,), 0.04), torch.full((40,), 1.0)]).numpy()
-    assert details.near_zero_percent(norms) == pytest.approx(60)
-    assert details.near_zero_percent(norms + 0.02) == 0
+    assert figure_data.near_zero_percent(norms) == pytest.approx(60)
+    assert figure_data.near_zero_percent(norms + 0.02) == 0
 
 
 def test_recovery_counts_those_that_had_collapsed():
@@ -317,7 +317,7 @@ def test_recovery_counts_those_that_had_collapsed():
     states = np.zeros((3, 4), np.uint8)
     layers = (TracedLayer("bn", 4),)
     trace = Trace(layers, np.array([0, 10, 20]), gamma, gamma, gamma, states)
-    found = details.recovery_of(trace)
+    found = figure_data.recovery_of(trace)
     assert found["collapsed_before"] == 2
     assert found["still_collapsed_percent"] == [100, 50, 0]
     assert found["all_collapsed_percent"] == [50, 50, 25]

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from psbn_mmdet.collapse import filter_l1
-from psbn_mmdet.collapse.course import non_trainable
+from psbn_mmdet.collapse.over_training import non_trainable
 from psbn_mmdet.collapse.stripping import time_in_pairs
 from psbn_mmdet.collapse.trace import Trace, read
 from studies.runs import folder_of, result_of, spread
 
-from .cuts import cut, size_of
 from .experiments import BN, Experiment, Run
 from .networks import macs
+from .pruning import cut, size_of
 from .rounds import network_state
 from .settings import Settings
 

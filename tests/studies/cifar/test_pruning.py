@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from studies.cifar.cuts import cut
 from studies.cifar.experiments import build
 from studies.cifar.networks import macs_of
+from studies.cifar.pruning import cut
 from studies.cifar.rounds import network_state, train_run
 from studies.cifar.settings import Settings
 from studies.cifar.summary import redraw, write_results
