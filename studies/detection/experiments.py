@@ -171,16 +171,15 @@ REVIVED = "revived"
 
 @_experiment("revive", Settings(), seeds=6)
 def _revive(base: Settings, seeds: int) -> Experiment:
-    (healthy, first), *_, (collapsed, last) = DEGREES.items()
-    starts = [
-        (d, m, BN, n, False) for d, n in ((healthy, first), (collapsed, last)) for m in METHODS
-    ]
-    starts += [
-        (WITHOUT_DECAY, method, NO_NORM_DECAY, last, False) for method in (BN, NO_NORM_DECAY)
-    ]
+    (healthy, _), *between, (collapsed, last) = DEGREES.items()
     cured = [method for method in METHODS if method != PRESERVE]
-    starts += [(f"{collapsed}, {REVIVED}", method, BN, last, True) for method in cured]
-    starts += [(f"{healthy}, {REVIVED}", method, BN, first, True) for method in cured]
+    few_cured = [NO_NORM_DECAY, SHIFT]
+    starts = []
+    for degree, number in DEGREES.items():
+        few = [BN, *few_cured] if degree in dict(between) else None
+        starts += [(degree, m, BN, number, False) for m in few or METHODS]
+        starts += [(f"{degree}, {REVIVED}", m, BN, number, True) for m in few or cured]
+    starts += [(WITHOUT_DECAY, m, NO_NORM_DECAY, last, False) for m in (BN, NO_NORM_DECAY)]
     runs, backbones = [], {}
     for seed in range(seeds):
         for degree, method, norm, number, revive in starts:
@@ -202,6 +201,10 @@ def _revive(base: Settings, seeds: int) -> Experiment:
     pairs += [(f"{m}, {d}", f"{BN}, {d}") for d in (collapsed, healthy) for m in METHODS[1:]]
     pairs += [(f"{BN}, {collapsed}", f"{BN}, {healthy}")]
     pairs += [(f"{m}, {healthy}, {REVIVED}", f"{m}, {healthy}") for m in cured]
+    for degree, _ in between:
+        pairs += [(f"{BN}, {degree}", f"{BN}, {healthy}")]
+        pairs += [(f"{m}, {degree}, {REVIVED}", f"{BN}, {degree}") for m in (BN, *few_cured)]
+        pairs += [(f"{m}, {degree}", f"{BN}, {degree}") for m in few_cured]
     pairs += [(f"{BN}, {collapsed}", f"{BN}, {WITHOUT_DECAY}")]
     pairs += [(f"{BN}, {WITHOUT_DECAY}", f"{BN}, {healthy}")]
     pairs += [(f"{NO_NORM_DECAY}, {WITHOUT_DECAY}", f"{BN}, {WITHOUT_DECAY}")]
