@@ -41,6 +41,7 @@ from studies.cifar.rounds import (
 from studies.runs import RunError, check_settings, write_json
 
 from .data import Batches, Images, samples
+from .peers import L2_INIT, REDO, SHRINK, decay_toward, redo, shrink_and_perturb
 from .settings import ANCHORED, BN, NO_NORM_DECAY, SHIFT, Settings, learning_rate, model_config
 
 TEST_BATCH = 16
@@ -69,6 +70,14 @@ def build_model(
         model.backbone.load_state_dict(_revived(settings, classes, pretrained, images))
     elif pretrained:
         load_backbone(model.backbone, pretrained)
+        if settings.peer in (REDO, SHRINK):
+            assert images is not None
+            fresh = _fresh(settings, classes).backbone
+            if settings.peer == SHRINK:
+                shrink_and_perturb(model.backbone, fresh)
+            else:
+                batch = samples(images, list(range(settings.batch_size)))
+                redo(model.backbone, fresh, model.data_preprocessor(batch)["inputs"])
     if pretrained and settings.method == SHIFT:
         lift(model)
     return model.to(memory_format=torch.channels_last)  # a sixth faster on a CPU
@@ -192,6 +201,13 @@ class RoundsHook(Hook):
         self._began = time.monotonic()
         if not self.rounds:
             self.start = filters_of(runner.model, self.train)
+        if self.settings.peer == L2_INIT:
+            fresh = _fresh(self.settings, len(self.train.categories)).backbone
+            decay_toward(
+                runner.optim_wrapper.optimizer,
+                list(runner.model.backbone.parameters()),
+                [p.detach() for p in fresh.parameters()],
+            )
 
     def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         lr = learning_rate(self.settings, runner.iter, self.per_round)
