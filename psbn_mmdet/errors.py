@@ -31,7 +31,7 @@ class OutputExistsError(PsbnError, FileExistsError):
     """A file that was to be written is there already."""
 
 
-def refuse_to_overwrite(*paths: str | os.PathLike | None, overwrite: bool = False) -> None:
+def refuse_to_overwrite(*paths: str | os.PathLike[str] | None, overwrite: bool = False) -> None:
     """Hold a command line to the rule for the files its user names: nothing there is replaced.
 
     Args:
@@ -56,7 +56,7 @@ def refuse_to_overwrite(*paths: str | os.PathLike | None, overwrite: bool = Fals
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a file whole or not at all: what stands at its path stays until the new one is done.
 
     A link stays one, to the new content, and a file keeps its mode; a device or pipe is written as

@@ -50,11 +50,13 @@ class Experiment(Protocol[AnyRun_co]):
 # ---------------------------------------------------------------- folders
 
 
-def folder_of(experiment: Experiment, run: Run, out: str | os.PathLike) -> Path:
+def folder_of(experiment: Experiment[Any], run: Run, out: str | os.PathLike[str]) -> Path:
     return Path(out, experiment.name, run.name)
 
 
-def result_of(experiment: Experiment, run: Run, out: str | os.PathLike) -> dict[str, Any] | None:
+def result_of(
+    experiment: Experiment[Any], run: Run, out: str | os.PathLike[str]
+) -> dict[str, Any] | None:
     """The content of a finished run's ``result.json``."""
     path = folder_of(experiment, run, out) / "result.json"
     return json.loads(path.read_text()) if path.exists() else None
@@ -107,7 +109,9 @@ def check_settings(settings: Any, folder: Path) -> None:
     write_json(path, wanted)
 
 
-def check_folders(experiment: Experiment, out: str | os.PathLike, crc: str, data: str) -> None:
+def check_folders(
+    experiment: Experiment[Any], out: str | os.PathLike[str], crc: str, data: str
+) -> None:
     """Check that every folder is of this experiment's settings and data; make them.
 
     Args:
@@ -134,7 +138,7 @@ def check_folders(experiment: Experiment, out: str | os.PathLike, crc: str, data
 
 
 def finished(
-    experiment: Experiment[AnyRun], out: str | os.PathLike
+    experiment: Experiment[AnyRun], out: str | os.PathLike[str]
 ) -> list[tuple[AnyRun, dict[str, Any]]]:
     """Runs that are done, with their results.
 

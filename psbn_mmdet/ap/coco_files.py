@@ -118,9 +118,9 @@ class Annotations:
     """The columns of a COCO annotation file; images and classes sorted by id as in pycocotools."""
 
     path: str
-    image_ids: list
+    image_ids: list[Any]
     file_names: list[str]
-    class_ids: list
+    class_ids: list[Any]
     class_names: list[str]
     image: np.ndarray  # (G,) index into image_ids, of each object
     cls: np.ndarray  # (G,) index into class_ids
@@ -130,10 +130,11 @@ class Annotations:
     nameless: np.ndarray  # (G,) bool, id 0: see _match_cells
     left_out: int = 0  # objects of images or classes that the file does not list
     kind: str = "bbox"  # one of KINDS
-    masks: Sequence[dict] = ()  # of segm: G run-length encodings, as pycocotools.mask has them
+    # of segm: G run-length encodings, as pycocotools.mask has them
+    masks: Sequence[dict[str, Any]] = ()
     keypoints: np.ndarray = field(default_factory=lambda: np.empty(0))  # (G, 17, 3) x, y, visible
     size: np.ndarray = field(default_factory=lambda: np.empty(0))  # (N, 2) w, h; NaN: not said
-    other_classes: frozenset = frozenset()  # ids of classes that were not asked for
+    other_classes: frozenset[Any] = frozenset()  # ids of classes that were not asked for
 
     @property
     def unlabelled(self) -> np.ndarray:
@@ -168,7 +169,7 @@ class Results:
     cls: np.ndarray  # (D,) index into Annotations.class_ids
     box: np.ndarray  # (D, 4) x, y, w, h in pixels; around the mask or the keypoints
     score: np.ndarray  # (D,)
-    masks: Sequence[dict] = ()  # of segm: D run-length encodings
+    masks: Sequence[dict[str, Any]] = ()  # of segm: D run-length encodings
     keypoints: np.ndarray = field(default_factory=lambda: np.empty(0))  # (D, 17, 2) x, y
 
 
@@ -371,7 +372,7 @@ def _check_boxes(
         )
 
 
-def _rle(path: str | Path, name: Id, given: Any, image: _Image) -> dict:
+def _rle(path: str | Path, name: Id, given: Any, image: _Image) -> dict[str, Any]:
     """A mask as pycocotools.mask has them."""
     from pycocotools import mask
 
@@ -395,7 +396,7 @@ def _rle(path: str | Path, name: Id, given: Any, image: _Image) -> dict:
         raise InputError(f"{path}: {name!r}: polygons cannot be read ({error})") from None
 
 
-def _keypoints(path: str | Path, what: str, named: Sequence[tuple]) -> np.ndarray:
+def _keypoints(path: str | Path, what: str, named: Sequence[tuple[Any, ...]]) -> np.ndarray:
     """(n, 17, 3)."""
     for name, points in named:
         if len(points) != 51:
@@ -456,7 +457,7 @@ def _not_json(data: bytes, error: str) -> str:
     return f"is not JSON text ({error}); pass the .bbox.json file"
 
 
-def _places(path: str | Path, what: str, ids: Iterable) -> dict[Any, int]:
+def _places(path: str | Path, what: str, ids: Iterable[Any]) -> dict[Any, int]:
     """The place of each id among the sorted ids."""
     try:
         return {id_: i for i, id_ in enumerate(sorted(ids))}

@@ -18,10 +18,10 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import (
@@ -126,7 +126,7 @@ def _run(args: argparse.Namespace) -> bool:
 
     from . import coco_files, compare, expect, matching, runs, tables
 
-    def bar(items, what="resamples", total=args.resamples):
+    def bar(items: Iterable[Any], what: str = "resamples", total: int = args.resamples) -> Any:
         return tqdm(items, desc=what, total=total, disable=None)  # None: only on a terminal
 
     kind = args.type or "bbox"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
@@ -132,7 +133,7 @@ def measure(
     seed: int = 0,
     sizes: bool = False,
     threads: int = 2,
-    progress: Callable[[Iterator], Iterator] = iter,
+    progress: Callable[[Iterator[Any]], Iterator[Any]] = iter,
     max_dets: int | None = None,
 ) -> Measured:
     """Evaluate every run on the images as they are and on every resample of them.
@@ -201,7 +202,7 @@ def more_resamples(
     resamples: int,
     seed: int = 0,
     threads: int = 2,
-    progress: Callable[[Iterator], Iterator] = iter,
+    progress: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> Measured:
     """The same runs with as many more resamples; those that are there stay."""
     start = len(measured.draws)
@@ -300,10 +301,10 @@ class Spread:
         """
         runs = [n + further for n in self.runs]
 
-        def over(runs: Sequence, variances: Sequence) -> np.ndarray:
+        def over(runs: Sequence[Any], variances: Sequence[Any]) -> np.ndarray:
             return sum((v / n for v, n in zip(variances, runs, strict=True)), np.zeros(()))
 
-        def freedom(between: Sequence) -> np.ndarray:
+        def freedom(between: Sequence[Any]) -> np.ndarray:
             doubt = sum(
                 (b / n) ** 2 / np.maximum(n - 1, 1) for b, n in zip(between, runs, strict=True)
             )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numba
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``numba.njit`` that releases the GIL and keeps what it compiled for the next time.
 
     numba keeps it beside the module or, where that cannot be written, in the user's cache folder

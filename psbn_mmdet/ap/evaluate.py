@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -27,20 +28,20 @@ _BLOCK = 8  # resamples that a thread takes at a time
 
 @compiled
 def _weighted_ap(
-    weight,
-    status,
-    image,
-    tied,
-    class_start,
-    event,
-    event_start,
-    object_image,
-    object_start,
-    recall,
-    classes,
-    ap,
-    curve,
-):
+    weight: np.ndarray,
+    status: np.ndarray,
+    image: np.ndarray,
+    tied: np.ndarray,
+    class_start: np.ndarray,
+    event: np.ndarray,
+    event_start: np.ndarray,
+    object_image: np.ndarray,
+    object_start: np.ndarray,
+    recall: np.ndarray,
+    classes: np.ndarray,
+    ap: np.ndarray,
+    curve: np.ndarray,
+) -> None:
     """AP with image i counted ``weight[i]`` times; ap (K, 3) and curve (3, 101) are filled.
 
     A true positive of weight w lifts precision and recall w times in a row, so of its w points on
@@ -136,7 +137,7 @@ def _weighted_ap(
 
 
 @compiled
-def _mixed(status, first, run, threshold):
+def _mixed(status: np.ndarray, first: int, run: int, threshold: int) -> bool:
     true, false = False, False
     for i in range(first, first + run):
         true |= status[i, threshold] == TRUE
@@ -145,7 +146,13 @@ def _mixed(status, first, run, threshold):
 
 
 @compiled
-def _weighted_aps(weights, arrays, recall, ap, curve):
+def _weighted_aps(
+    weights: np.ndarray,
+    arrays: tuple[np.ndarray, ...],
+    recall: np.ndarray,
+    ap: np.ndarray,
+    curve: np.ndarray,
+) -> None:
     classes = np.arange(ap.shape[1])
     for b in range(len(weights)):
         _weighted_ap(weights[b], *arrays, recall, classes, ap[b], curve[b])
@@ -202,7 +209,7 @@ def resample(
     resamples: int | range = 500,
     seed: int = 0,
     threads: int = 2,
-    progress: Callable[[Iterator], Iterator] = iter,
+    progress: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Paired bootstrap over images: every run is evaluated on the same resampled images.
 
@@ -261,7 +268,16 @@ def leave_one_out(matches: Matches, threads: int = 2) -> np.ndarray:
 
 
 @compiled
-def _leave_out(first, last, arrays, recall, touched, touched_start, base, out):
+def _leave_out(
+    first: int,
+    last: int,
+    arrays: tuple[np.ndarray, ...],
+    recall: np.ndarray,
+    touched: np.ndarray,
+    touched_start: np.ndarray,
+    base: np.ndarray,
+    out: np.ndarray,
+) -> None:
     weight = np.ones(len(out), np.int32)
     ap = np.empty((len(base), 3))
     curve = np.empty((3, len(recall)))

@@ -96,10 +96,12 @@ def _matched(m: Matches) -> np.ndarray:
     return np.bincount(m.image[m.status[:, 0] == TRUE], minlength=m.images)
 
 
-def _boxes(i: int, annotations: Annotations, models: list[tuple[Results, Matches]]) -> dict:
+def _boxes(
+    i: int, annotations: Annotations, models: list[tuple[Results, Matches]]
+) -> dict[str, Any]:
     """Objects and boxes of an image: x, y, w, h, label and, for boxes, whether true at IoU 0.50."""
 
-    def one(box: np.ndarray, label: str, *more) -> list:
+    def one(box: np.ndarray, label: str, *more: Any) -> list[Any]:
         return [*box.round(1).tolist(), label, *more]
 
     name = annotations.class_names

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -131,7 +132,15 @@ def _size(kind: str, results: Results) -> np.ndarray:
 
 
 @compiled
-def _box_iou(box, obj_box, crowd, det_start, obj_from, obj_to, iou_start):
+def _box_iou(
+    box: np.ndarray,
+    obj_box: np.ndarray,
+    crowd: np.ndarray,
+    det_start: np.ndarray,
+    obj_from: np.ndarray,
+    obj_to: np.ndarray,
+    iou_start: np.ndarray,
+) -> np.ndarray:
     """IoU of all pairs of a detection and an object in a cell; of a crowd, over the detection."""
     iou = np.zeros(iou_start[-1])
     for c in range(len(obj_from)):
@@ -149,16 +158,29 @@ def _box_iou(box, obj_box, crowd, det_start, obj_from, obj_to, iou_start):
     return iou
 
 
-def _box_overlaps(annotations, results, order, objects, *cells) -> np.ndarray:
+def _box_overlaps(
+    annotations: Annotations,
+    results: Results,
+    order: np.ndarray,
+    objects: np.ndarray,
+    *cells: np.ndarray,
+) -> np.ndarray:
     crowd = annotations.crowd[objects]
     return _box_iou(results.box[order], annotations.box[objects], crowd, *cells)
 
 
-def _per_cell(overlap: Callable) -> Callable:
+def _per_cell(overlap: Callable[..., Any]) -> Callable[..., Any]:
     """Overlaps cell by cell: ``overlap(annotations, results, detections, objects)``, (d, g)."""
 
     def overlaps(
-        annotations, results, order, objects, det_start, obj_from, obj_to, iou_start
+        annotations: Annotations,
+        results: Results,
+        order: np.ndarray,
+        objects: np.ndarray,
+        det_start: np.ndarray,
+        obj_from: np.ndarray,
+        obj_to: np.ndarray,
+        iou_start: np.ndarray,
     ) -> np.ndarray:
         iou = np.zeros(iou_start[-1])
         for c in np.flatnonzero(np.diff(iou_start)):
@@ -251,20 +273,20 @@ def _matches(
 
 @compiled
 def _match_cells(
-    iou,
-    iou_start,
-    size,
-    det_start,
-    obj_from,
-    obj_to,
-    crowd,
-    ignored,
-    nameless,
-    iou_min,
-    low,
-    high,
-    status,
-):
+    iou: np.ndarray,
+    iou_start: np.ndarray,
+    size: np.ndarray,
+    det_start: np.ndarray,
+    obj_from: np.ndarray,
+    obj_to: np.ndarray,
+    crowd: np.ndarray,
+    ignored: np.ndarray,
+    nameless: np.ndarray,
+    iou_min: np.ndarray,
+    low: float,
+    high: float,
+    status: np.ndarray,
+) -> None:
     """Greedy matching by falling score: each detection takes the free object of highest IoU.
 
     Crowds can be taken any number of times and are only taken where no counted object fits. Of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -449,6 +449,6 @@ def _named(annotations: Annotations, results: Results, max_dets: int) -> dict[st
     return {**dict(zip(annotations.class_names, per_class, strict=True)), **stats}
 
 
-def _some(ids) -> str:
+def _some(ids: Iterable[Any]) -> str:
     ids = sorted(ids)
     return ", ".join(map(str, ids[:10])) + (f" and {len(ids) - 10} more" if ids[10:] else "") or "-"

@@ -21,10 +21,10 @@ class Saved(NamedTuple):
 
 
 def latest_whole(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     run: str | None = None,
     template: str | None = None,
-    last: str | os.PathLike | None = None,
+    last: str | os.PathLike[str] | None = None,
 ) -> Saved | None:
     """The newest whole checkpoint of a run in a folder; None where there is none.
 
@@ -93,7 +93,7 @@ def _of(saved: Saved, run: str) -> bool:
     return saved.meta.get("run") == run
 
 
-def _named_by(last: str | os.PathLike, paths: list[Path]) -> Path | None:
+def _named_by(last: str | os.PathLike[str], paths: list[Path]) -> Path | None:
     """The whole checkpoint that mmengine's file names, wherever the folder has been moved."""
     if not Path(last).is_file():
         return None

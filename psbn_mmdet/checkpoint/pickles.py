@@ -430,17 +430,17 @@ def _config_dict(machine: _Machine, content: Any) -> Any:
     return config
 
 
-def _ordered_dict(machine: _Machine, items: Any = ()) -> OrderedDict:
+def _ordered_dict(machine: _Machine, items: Any = ()) -> OrderedDict[str, Any]:
     machine.copies(len(_of(items, tuple, list)))
     return OrderedDict((_key(key), value) for key, value in items)
 
 
-def _counter(machine: _Machine, counts: Any = None) -> Counter:
+def _counter(machine: _Machine, counts: Any = None) -> Counter[Any]:
     machine.copies(len(_of({} if counts is None else counts, dict)))
     return Counter(counts)
 
 
-def _set_of(machine: _Machine, items: Any = ()) -> set:
+def _set_of(machine: _Machine, items: Any = ()) -> set[Any]:
     machine.copies(len(_of(items, list, tuple)))
     return {_key(item) for item in items}
 

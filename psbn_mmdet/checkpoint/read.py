@@ -33,7 +33,7 @@ class RefusedError(CheckpointError):
     """A checkpoint holds what could run code."""
 
 
-def load(source: str | os.PathLike, map_location: str | torch.device | None = "cpu") -> Any:
+def load(source: str | os.PathLike[str], map_location: str | torch.device | None = "cpu") -> Any:
     """Read a checkpoint of any PyTorch project, running nothing that it carries.
 
     Args:
@@ -145,7 +145,7 @@ def _read_legacy(content: mmap.mmap, device: torch.device) -> Any:
     return unpickle(content, size, storage)
 
 
-def meta_of(source: str | os.PathLike) -> dict[str, Any]:
+def meta_of(source: str | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint of mmengine says about the run that saved it; tensors are not read."""
     checkpoint = load(source, "meta")
     meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
@@ -164,7 +164,7 @@ def _pickles_end(path: Path) -> bool:
     return True
 
 
-def is_whole(path: str | os.PathLike) -> bool:
+def is_whole(path: str | os.PathLike[str]) -> bool:
     """Whether a file of ``torch.save`` was written to its end.
 
     It is a zip archive, whose directory comes last: a writer that was killed leaves a file without

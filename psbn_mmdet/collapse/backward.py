@@ -63,7 +63,7 @@ class Watch:
     def stop(self) -> None:
         self._hooks.close()
 
-    def _before(self, i: int) -> Callable:
+    def _before(self, i: int) -> Callable[..., Any]:
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if torch.is_grad_enabled():
                 self._ran.add(i)
@@ -76,7 +76,7 @@ class Watch:
 
         return before
 
-    def _arrived(self, i: int, j: int) -> Callable:
+    def _arrived(self, i: int, j: int) -> Callable[..., Any]:
         def arrived(gradient: Tensor) -> None:
             before = self._gradients[i][j]
             self._gradients[i][j] = gradient.detach() + (0 if before is None else before)

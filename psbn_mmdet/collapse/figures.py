@@ -39,7 +39,9 @@ FIGURE_STYLE = {
 }
 
 
-def write_figures(trace: Trace | str | os.PathLike, folder: str | os.PathLike) -> list[Path]:
+def write_figures(
+    trace: Trace | str | os.PathLike[str], folder: str | os.PathLike[str]
+) -> list[Path]:
     """Draw ``collapse.png``, ``layers.png``, ``norms.png`` and ``paths.png``.
 
     The last two are of the layer with the largest share of filters that do nothing.

@@ -8,7 +8,7 @@ of them can go, as its contribution is one to the bias (at a padded border only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
@@ -22,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .criteria import THRESHOLD, MeasureError
 from .detectors import in_eval_mode, ways_to_call
 from .wiring import Reader, Wiring, trace
+
+Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _count(model: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[dict[str
     def before(*_: Any) -> None:
         running.append([counter.get_total_flops(), 0])
 
-    def after(name: str) -> Callable:
+    def after(name: str) -> Callable[..., Any]:
         def hook(module: Any, args: Any, output: Any) -> None:
             start, within = running.pop()
             flops = counter.get_total_flops() - start - within
@@ -232,18 +234,18 @@ def _set_fast_attention(enabled: bool) -> bool:
     return before
 
 
-def _attention_flops(query, key, value, *args: Any, **kwargs: Any) -> int:
+def _attention_flops(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
     """Of the two products, for shapes (B, heads, positions, channels)."""
     products = query[2] * key[2] * (query[3] + value[3])
     return 2 * query[0] * query[1] * products
 
 
-def _mkldnn_rnn_flops(x, w0, w1, *args: Any, **kwargs: Any) -> int:
+def _mkldnn_rnn_flops(x: Shape, w0: Shape, w1: Shape, *args: Any, **kwargs: Any) -> int:
     """Of one layer in one direction, for x (T, B, C) and weights (gates * H, C), (gates * H, H)."""
     return 2 * x[0] * x[1] * (prod(w0) + prod(w1))
 
 
-def _cudnn_rnn_flops(x, weights, *args: Any, **kwargs: Any) -> int:
+def _cudnn_rnn_flops(x: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
     """Of all layers and directions."""
     return 2 * x[0] * x[1] * sum(prod(w) for w in weights if len(w) == 2)
 

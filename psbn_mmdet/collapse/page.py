@@ -30,8 +30,8 @@ _BYTES_PER_VALUE = 7  # gamma, bias and norm as half floats, the state as a byte
 
 
 def write_page(
-    runs: Mapping[str, Trace | str | os.PathLike],
-    out: str | os.PathLike,
+    runs: Mapping[str, Trace | str | os.PathLike[str]],
+    out: str | os.PathLike[str],
     title: str = "Collapsed filters",
     pictures: Mapping[str, Path] | None = None,
 ) -> Path:

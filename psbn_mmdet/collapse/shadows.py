@@ -255,7 +255,7 @@ class Tracer(TorchDispatchMode):
     def __init__(
         self, model: nn.Module, constants: Mapping[str, Tensor], watch: frozenset[int]
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.constants, self.watch = model, constants, watch
         self.blocks: list[Block] = []
         self.norms: dict[str, Norm] = {}

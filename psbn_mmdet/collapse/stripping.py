@@ -513,7 +513,7 @@ def _merge(
     parts: list[Part], bordering: list[int], readers: Mapping[str, Reader]
 ) -> dict[int, int]:
     """Part that goes -> the one of the same readers that carries its constant too."""
-    alike: dict[tuple, list[int]] = defaultdict(list)
+    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for number in bordering:
         part = parts[number]
         key = []

@@ -199,7 +199,7 @@ class Writer:
         OSError: The file cannot be opened, as in a folder that is read-only.
     """
 
-    def __init__(self, folder: str | os.PathLike, report: Report, iteration: int) -> None:
+    def __init__(self, folder: str | os.PathLike[str], report: Report, iteration: int) -> None:
         from .. import __version__
 
         layers = layers_of(report)
@@ -318,7 +318,7 @@ def _lock(file: IO[bytes]) -> bool:
     return True
 
 
-def files_of(folder: str | os.PathLike) -> list[Path]:
+def files_of(folder: str | os.PathLike[str]) -> list[Path]:
     """The trace files of a work dir, in the order of their numbers: the newest is the last."""
     stem, suffix = FILE_NAME.split(".")
     found = [p for p in Path(folder).glob(f"{stem}*.{suffix}") if _number_of(p) >= 0]
@@ -374,7 +374,7 @@ def _open(path: Path) -> tuple[dict[str, Any], int, NDArray[Any]]:
     return head, start, np.memmap(path, kind, "r", start, (n,))
 
 
-def read(path: str | os.PathLike) -> Trace:
+def read(path: str | os.PathLike[str]) -> Trace:
     """Read a run; damaged records and one that was cut off are left out.
 
     The arrays lie in the file, which is mapped into memory, not read.

@@ -287,7 +287,7 @@ class AnchoredBiases:
         self.alpha, self.max_ratio = alpha, max_ratio
         self.names = list(biases)
         self.ids = [id(p) for p in biases.values()]
-        kinds: dict[tuple, dict[str, nn.Parameter]] = {}
+        kinds: dict[tuple[Any, ...], dict[str, nn.Parameter]] = {}
         for name, p in biases.items():
             kinds.setdefault((p.device, p.dtype), {})[name] = p
         self._packs = [_Pack(group, alpha, gammas, max_ratio) for group in kinds.values()]
@@ -320,14 +320,16 @@ class AnchoredBiases:
                 if name in names:
                     p.copy_(value.view_as(p))
 
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple | None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...] | None:
         self.settle()
         self._lift()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             return None
 
-        def on_the_biases():
+        def on_the_biases() -> Any:
             self.settle()
             loss = closure()
             self._lift()
@@ -335,7 +337,9 @@ class AnchoredBiases:
 
         return args[:1], {**kwargs, "closure": on_the_biases}
 
-    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _after_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.settle()
 
     @torch.no_grad()
@@ -470,7 +474,7 @@ class _Settle:
         if self.anchored is not None and self.anchored._stepping:
             self.anchored.settle()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _Settle, ()
 
 

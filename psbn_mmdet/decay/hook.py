@@ -37,9 +37,9 @@ class AnchoredBiasDecay(Hook):
         self.layers, self.any_optimizer = layers, any_optimizer
         self.init = init
         self.anchored: list[AnchoredBiases | None] = []  # for each optimizer
-        self._saved: list[dict] = []
+        self._saved: list[dict[str, Any]] = []
 
-    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get(self.key, [])
 
     def before_train(self, runner: Any) -> None:
@@ -72,7 +72,7 @@ class AnchoredBiasDecay(Hook):
             if anchored:
                 anchored.load_state_dict(state)
 
-    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         states = [anchored.state_dict() if anchored else {} for anchored in self.anchored]
         checkpoint[self.key] = states
 

@@ -115,7 +115,7 @@ def check_data(cfg: Config, *phases: str) -> None:
                     _require(name, "annotation file", hint)
 
 
-def _require_one_file(cfg: Config, dataset: dict) -> None:
+def _require_one_file(cfg: Config, dataset: dict[str, Any]) -> None:
     """Refuse a list of annotation files where a data set would join it to a path."""
     if not isinstance(dataset["ann_file"], (list, tuple)):
         return
@@ -134,12 +134,12 @@ def _require(path: str, what: str, hint: str) -> None:
         raise UsageError(f"{path}: no such {what}; {hint}")
 
 
-def _elsewhere(node: dict) -> bool:
+def _elsewhere(node: dict[str, Any]) -> bool:
     """Whether ``backend_args`` say that another backend than the local disk reads the files."""
     return (node.get("backend_args") or {}).get("backend", "local") not in ("local", "disk")
 
 
-def _listed(value: Any) -> list:
+def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -166,12 +166,12 @@ def check_work_dir(work_dir: str) -> None:
         ) from error
 
 
-def _short(path: str | os.PathLike) -> str:
+def _short(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     return text if len(text) <= 200 else f"{text[:100]}...{text[-50:]}"
 
 
-def _datasets(node: dict) -> Iterator[dict]:
+def _datasets(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The data sets in a loader's config, within wrappers like RepeatDataset and ConcatDataset."""
     if "ann_file" in node:
         yield node

@@ -152,13 +152,13 @@ def scope(cfg: Config) -> str:
     return cfg.get("default_scope") or "mmengine"
 
 
-def type_name(node: dict) -> str:
+def type_name(node: dict[str, Any]) -> str:
     """The name of a type without its scope or module; '' where a config has none."""
     kind = node.get("type") or ""
     return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
 
 
-def dicts(node: Any) -> Iterator[dict]:
+def dicts(node: Any) -> Iterator[dict[str, Any]]:
     """Yield every dictionary at or below ``node``."""
     if isinstance(node, dict):
         yield node
@@ -187,7 +187,7 @@ def write_coco_results(cfg: Config, prefix: str) -> None:
         raise UsageError(f"{cfg.filename}: has no test_evaluator, so nothing would be measured")
     prefixes = itertools.chain([prefix], (f"{prefix}_{n}" for n in itertools.count(2)))
     for metric in dicts(cfg.test_evaluator):
-        kind: str | Callable | None = metric.get("type")
+        kind: str | Callable[..., Any] | None = metric.get("type")
         kind = METRICS.get(kind) if isinstance(kind, str) else kind
         if isinstance(kind, type) and issubclass(kind, CocoMetric):
             metric["outfile_prefix"] = metric.get("outfile_prefix") or next(prefixes)

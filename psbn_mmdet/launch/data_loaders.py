@@ -24,7 +24,8 @@ WORKER_GRACE = 60
 to finish its step and to save."""
 
 
-@FUNCTIONS.register_module("psbn_init_worker", force=True)  # FlexibleRunner wants a name
+# FlexibleRunner wants a name
+@FUNCTIONS.register_module("psbn_init_worker", force=True)  # type: ignore[untyped-decorator]
 def init_worker(worker_id: int, inner: Callable[[int], None] | None = None) -> None:
     """Start a worker of a data loader that a SIGTERM to all of a job does not end at once.
 
@@ -90,7 +91,7 @@ class SeededLoaders(Runner if TYPE_CHECKING else object):  # type: ignore[misc]
             ) from error
 
 
-def _is_of_iterations(loop: dict) -> bool:
+def _is_of_iterations(loop: dict[str, Any]) -> bool:
     kind = loop.get("type")
     if kind is None:
         return not loop.get("by_epoch", True)
@@ -98,7 +99,7 @@ def _is_of_iterations(loop: dict) -> bool:
     return isinstance(kind, type) and issubclass(kind, IterBasedTrainLoop)
 
 
-def _inner_init(dataloader: dict, seed: int) -> Callable[[int], None]:
+def _inner_init(dataloader: dict[str, Any], seed: int) -> Callable[[int], None]:
     """The initialisation that a config names, or mmengine's."""
     quiet = dataloader.pop("disable_subprocess_warning", False)
     given = dict(dataloader.pop("worker_init_fn", None) or {})
@@ -114,7 +115,7 @@ def _inner_init(dataloader: dict, seed: int) -> Callable[[int], None]:
     return partial(FUNCTIONS.get(kind) if isinstance(kind, str) else kind, **given)
 
 
-def _seeded(dataloader: dict, seed: int, passed: int | None) -> dict:
+def _seeded(dataloader: dict[str, Any], seed: int, passed: int | None) -> dict[str, Any]:
     dataset = dataloader["dataset"]
     if isinstance(dataset, dict):
         dataset = DATASETS.build(dataset)

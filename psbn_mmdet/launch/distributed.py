@@ -74,7 +74,7 @@ def timeout(cfg: Config) -> timedelta:
     return timedelta(seconds=seconds)
 
 
-def _dist_cfg(cfg: Config) -> dict:
+def _dist_cfg(cfg: Config) -> dict[str, Any]:
     return (cfg.get("env_cfg") or {}).get("dist_cfg") or {}
 
 
@@ -220,7 +220,7 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0].split(" Exception raised")[0].rstrip(".")
 
 
-def _store(place: Place, wait: timedelta) -> dist.Store:
+def _store(place: Place, wait: timedelta) -> dist.Store:  # type: ignore[name-defined]
     """The store of a job, in which no other job can write or read.
 
     A process that reaches another job's store is not counted by it
@@ -228,7 +228,7 @@ def _store(place: Place, wait: timedelta) -> dist.Store:
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             host, port, None, is_master=place.rank == 0, timeout=wait, wait_for_workers=False
         )
         if place.rank == 0:
@@ -244,7 +244,7 @@ def _store(place: Place, wait: timedelta) -> dist.Store:
             f"rank {place.rank} of {place.job}: {host}:{port} belongs to {owner}; "
             "MASTER_PORT names another port"
         )
-    return dist.PrefixStore(place.job, store)
+    return dist.PrefixStore(place.job, store)  # type: ignore[attr-defined]
 
 
 def _leave() -> None:

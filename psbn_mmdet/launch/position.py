@@ -80,15 +80,15 @@ class ExactResume(Hook):
         self._first_iteration: int | None = None  # of the current epoch; None between epochs
         self._held: HeldState | None = None
         self._held_before: dict[str, Any] | None = None  # what a checkpoint has for this rank
-        self._gathered: list[dict] | None = None  # the state of all ranks, just now
+        self._gathered: list[dict[str, Any]] | None = None  # the state of all ranks, just now
         self._before_validation: dict[str, Any] | None = None
-        self._generators: list = []  # of the model's own
+        self._generators: list[Any] = []  # of the model's own
         self._batch: dict[str, Any] = {}  # the one in training
         self._to_compare: dict[str, Any] | None = None
 
     # -- resuming --------------------------------------------------------------------------
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Learn where a checkpoint stands.
 
         Raises:
@@ -132,7 +132,7 @@ class ExactResume(Hook):
         if now["batches_per_epoch"] is not None:
             self._skip = position["batches"]
 
-    def _of_mmengine(self, runner: Runner, meta: dict, name: str) -> None:
+    def _of_mmengine(self, runner: Runner, meta: dict[str, Any], name: str) -> None:
         """Take a checkpoint that does not say where it stands, if it is of an epoch's end."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             batches = meta["iter"] - meta["epoch"] * len(runner.train_dataloader)
@@ -253,7 +253,7 @@ class ExactResume(Hook):
         if self._held is not None:
             self._gathered = all_gather_object(self._held.state())
 
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint where it stands."""
         meta = checkpoint["meta"]
         if self._before_validation is not None:
@@ -312,7 +312,7 @@ class _Passed:
     mmengine asks for all that a resumed run was trained with, and throws them away.
     """
 
-    def __init__(self, batches: Iterator, passed: int) -> None:
+    def __init__(self, batches: Iterator[Any], passed: int) -> None:
         self._batches, self._passed = batches, passed
 
     def __iter__(self) -> _Passed:

@@ -63,7 +63,9 @@ class Preemption(Hook):
     priority = "LOWEST"  # after the hooks that belong to the step
 
     def __init__(
-        self, folder: str | os.PathLike, before_saving: Callable[[Runner], Any] = lambda runner: 0
+        self,
+        folder: str | os.PathLike[str],
+        before_saving: Callable[[Runner], Any] = lambda runner: 0,
     ) -> None:
         self._path = Path(folder, FILE)
         self._before_saving = before_saving
@@ -173,7 +175,7 @@ class Preemption(Hook):
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
         return bool(asked)
 
-    def _save_on_all(self, runner: Runner, meta: dict) -> None:
+    def _save_on_all(self, runner: Runner, meta: dict[str, Any]) -> None:
         self.asked = True
         self._before_saving(runner)
         if runner.rank == 0:
@@ -182,7 +184,7 @@ class Preemption(Hook):
             dist.barrier(group=self._group)
         raise Preempted
 
-    def _save(self, runner: Runner, meta: dict) -> None:
+    def _save(self, runner: Runner, meta: dict[str, Any]) -> None:
         start = time.monotonic()
         partial = self._path.with_suffix(".pth.part")
         runner.save_checkpoint(str(partial.parent), partial.name, meta=meta)

@@ -132,7 +132,7 @@ def _unknown(config: Any) -> list[str]:
     return sorted(kinds)
 
 
-def _with_preprocessor(cfg: Config) -> dict:
+def _with_preprocessor(cfg: Config) -> dict[str, Any]:
     """The model's config as the Runner completes it."""
     model = deepcopy(cfg.model)
     if cfg.get("data_preprocessor"):

@@ -34,7 +34,7 @@ class Start(NamedTuple):
     given: str | None = None  # the checkpoint that the user once named for this run
 
 
-def checkpoint_hook(cfg: Config) -> dict:
+def checkpoint_hook(cfg: Config) -> dict[str, Any]:
     """The config of the hook that saves the checkpoints; empty where there is none."""
     return (cfg.get("default_hooks") or {}).get("checkpoint") or {}
 

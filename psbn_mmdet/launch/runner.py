@@ -149,7 +149,7 @@ class Runner(MMEngineRunner):
     def load_checkpoint(
         self,
         filename: str,
-        map_location: str | Callable = "cpu",
+        map_location: str | Callable[..., Any] = "cpu",
         strict: bool = False,
         revise_keys: Any = (),
     ) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def seed_all(*key: int, generator: Callable[[int], Any] = torch.manual_seed) -> 
     generator(int(words[4]) << 31 | int(words[5]) >> 1)
 
 
-def seed_own(generators: list, *key: int) -> None:
+def seed_own(generators: list[Any], *key: int) -> None:
     """Seed generators that objects keep for themselves, each differently.
 
     Args:
@@ -59,14 +59,14 @@ def seed_own(generators: list, *key: int) -> None:
         word = int(sequence.generate_state(1)[0])
         if isinstance(generator, np.random.Generator):
             bits = generator.bit_generator
-            bits.state = type(bits)(sequence).state  # type: ignore[call-arg]
+            bits.state = type(bits)(sequence).state
         elif isinstance(generator, torch.Generator):
             generator.manual_seed(word)
         else:
             generator.seed(word)
 
 
-def own_generators(root: Any) -> list:
+def own_generators(root: Any) -> list[Any]:
     """The random generators in the attributes of an object, at any depth, in a fixed order."""
     found, seen, todo = [], set(), [root]
     while todo:
@@ -94,7 +94,7 @@ class Draw(NamedTuple):
     key: tuple[int, ...]
 
 
-class SeededDataset(Dataset):
+class SeededDataset(Dataset[Any]):
     """A data set whose items are drawn with random numbers that their :class:`Draw` names.
 
     Everything else is passed on to the data set that it wraps, whose class it says it has:
@@ -113,7 +113,7 @@ class SeededDataset(Dataset):
     def __class__(self) -> type:
         return type(self._dataset)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return SeededDataset, (self._dataset,)
 
     def __getitem__(self, draw: Any) -> Any:
@@ -137,7 +137,7 @@ class SeededDataset(Dataset):
         setattr(self._dataset, name, value)
 
 
-class SeededBatchSampler(Sampler):
+class SeededBatchSampler(Sampler[Any]):
     """A batch sampler that gives every index the key of its random numbers.
 
     Args:
@@ -152,10 +152,10 @@ class SeededBatchSampler(Sampler):
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: Sampler[Any],
         batch_size: Any,
         seed: int,
-        batch_sampler: dict | None = None,
+        batch_sampler: dict[str, Any] | None = None,
         drop_last: bool = False,
         passed: int | None = None,
     ) -> None:

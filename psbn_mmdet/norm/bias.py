@@ -50,7 +50,11 @@ class Bias(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation on plain tensors, and pass on to beta what it has written."""
         kwargs = kwargs or {}
@@ -92,7 +96,8 @@ class Bias(Tensor):
 
         The latter within `torch.func`, on the meta device, of shards, in inference mode.
         """
-        if _is_compiling() or torch.jit.is_tracing() or type(layer.beta) is not nn.Parameter:
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if _is_compiling() or tracing or type(layer.beta) is not nn.Parameter:
             return layer.beta + layer.initial_alpha
         if layer.beta.is_inference():
             return layer.beta + layer.initial_alpha

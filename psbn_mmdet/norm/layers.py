@@ -180,7 +180,7 @@ class PostShift(nn.Module):
     @property
     def bias(self) -> Tensor:
         """``beta + alpha``, what the layer adds; see :class:`Bias` for writing into it."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.beta + self.initial_alpha
         else:  # or the compiler would look into what it cannot compile
             return Bias.of(self)
@@ -208,7 +208,9 @@ class PostShift(nn.Module):
         """Alpha as a state dict holds it, beside a beta."""
         return torch.tensor(self.initial_alpha, dtype=beta.dtype, device=beta.device)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         """Take over a psBN or a plain BN state dict; what it computed is preserved.
 
         **``bias`` is what the layer adds; beta keeps its bits where it agrees.** From BN, ``beta =

@@ -74,7 +74,7 @@ def alpha_of(module: nn.Module) -> float | None:
 def added_bias(module: nn.Module) -> Tensor | None:
     """What a normalization layer adds, detached; None if it adds nothing."""
     if (alpha := alpha_of(module)) is not None:
-        return module.beta.detach() + alpha  # type: ignore[operator,union-attr]
+        return module.beta.detach() + alpha  # type: ignore[operator]
     bias = getattr(module, "bias", None)
     return bias.detach() if isinstance(bias, Tensor) else None
 

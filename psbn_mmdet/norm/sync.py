@@ -54,7 +54,7 @@ class psSyncBN(_PostShiftBN, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, (N, C, ...); see the class."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             assert not self.training, "a scripted psSyncBN cannot synchronise: script it in eval()"
             bias = self.beta + self.initial_alpha
             return F.batch_norm(
@@ -84,7 +84,7 @@ class psSyncBN(_PostShiftBN, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
         # round as one sum would.
         local = x.sum(dims, dtype=torch.float64)
         count = local.new_full((1,), x.numel() // x.size(1))
-        total = _SumOverGroup.apply(torch.cat([local, count]), group)
+        total = _SumOverGroup.apply(torch.cat([local, count]), group)  # type: ignore[no-untyped-call]
         count = total[-1].detach()
         if count == 0:  # no process has a sample; all of them take this way
             return input * self.weight.view(per_channel) + (self.beta + self.initial_alpha).view(
@@ -98,7 +98,7 @@ class psSyncBN(_PostShiftBN, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
         mean = total[:-1] / count
         centred = x - mean.to(x.dtype).view(per_channel)
         squares = centred.square().sum(dims, dtype=torch.float64)
-        var = _SumOverGroup.apply(squares, group) / count
+        var = _SumOverGroup.apply(squares, group) / count  # type: ignore[no-untyped-call]
 
         if self.track_running_stats:
             assert self.num_batches_tracked is not None

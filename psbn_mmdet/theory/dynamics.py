@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from .theorem import _not_negative, _numbers, _positive, _scale
 
 
-def C(gamma: ArrayLike, beta: ArrayLike, alpha: float) -> NDArray:
+def C(gamma: ArrayLike, beta: ArrayLike, alpha: float) -> NDArray[Any]:
     """How far a psBN filter is from silence: `(beta + alpha) / |gamma|`, section 5.
 
     It fires with probability `Phi(C)`. For BN this is `beta / |gamma|`, which decay does not move.
@@ -18,7 +19,9 @@ def C(gamma: ArrayLike, beta: ArrayLike, alpha: float) -> NDArray:
     return (_numbers("beta", beta) + _positive("alpha", alpha)) / _scale(gamma)
 
 
-def C_increment(gamma: ArrayLike, alpha: float, lr: ArrayLike, weight_decay: ArrayLike) -> NDArray:
+def C_increment(
+    gamma: ArrayLike, alpha: float, lr: ArrayLike, weight_decay: ArrayLike
+) -> NDArray[Any]:
     """What one step of decay without momentum adds to `C`, exactly (section 5).
 
         C^(t+1) - C^t = eta lambda / (1 - eta lambda) * alpha / |gamma^t|,
@@ -30,7 +33,7 @@ def C_increment(gamma: ArrayLike, alpha: float, lr: ArrayLike, weight_decay: Arr
     return rate / (1 - rate) * _positive("alpha", alpha) / _scale(gamma)
 
 
-def _decay_rate(lr: ArrayLike, weight_decay: ArrayLike) -> NDArray:
+def _decay_rate(lr: ArrayLike, weight_decay: ArrayLike) -> NDArray[Any]:
     rate = _not_negative("lr", lr) * _not_negative("weight_decay", weight_decay)
     if (rate >= 1).any():
         raise ValueError(
@@ -59,8 +62,8 @@ def decay_path(
     momentum: float = 0.0,
     dampening: float = 0.0,
     nesterov: bool = False,
-    grad: Callable[[int, NDArray, NDArray], tuple[ArrayLike, ArrayLike]] | None = None,
-) -> tuple[NDArray, NDArray]:
+    grad: Callable[[int, NDArray[Any], NDArray[Any]], tuple[ArrayLike, ArrayLike]] | None = None,
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Where torch's SGD takes (gamma, beta) under a schedule, step by step.
 
         d = g + lambda p;   u = mu u + (1 - tau) d  (the first time u = d);
@@ -101,7 +104,7 @@ def decay_factors(
     momentum: float = 0.0,
     dampening: float = 0.0,
     nesterov: bool = False,
-) -> NDArray:
+) -> NDArray[Any]:
     """What is left of gamma, and of beta, after 0, 1, ..., T steps without a gradient.
 
     A step of SGD is linear in the parameter and its buffer, so it multiplies gamma and beta of
@@ -132,7 +135,7 @@ def steps_until_active(
     dampening: float = 0.0,
     nesterov: bool = False,
     active_C: float = -3.0,
-) -> NDArray:
+) -> NDArray[Any]:
     """After how many steps of decay alone a silent psBN filter has `C >= active_C` again.
 
     By `decay_factors` that is the first t with `s_t <= alpha / (active_C |gamma| - beta)`. For a
@@ -178,8 +181,8 @@ def steps_until_active(
 
 
 def _first_below(
-    wanted: NDArray, rate: float, momentum: float, dampening: float, nesterov: bool
-) -> NDArray:
+    wanted: NDArray[Any], rate: float, momentum: float, dampening: float, nesterov: bool
+) -> NDArray[Any]:
     """First t with `s_t <= wanted`, for `0 < wanted < 1` and a constant rate `eta lambda`."""
     if rate == 0:
         return np.full(np.shape(wanted), np.inf)
@@ -204,7 +207,7 @@ def _first_below(
         return np.searchsorted(-np.minimum.accumulate(values), -wanted).astype(np.float64)
     share_fast = first[0] - share_slow
 
-    def factor(t: NDArray) -> NDArray:
+    def factor(t: NDArray[Any]) -> NDArray[Any]:
         return np.where(t < 1, 1.0, share_slow * slow ** (t - 1) + share_fast * fast ** (t - 1))
 
     steps = np.maximum(1, np.ceil(1 + np.log(wanted / share_slow) / np.log(slow)))

@@ -16,7 +16,7 @@ SILENT = -3.0  # C below which a filter fires on less than 0.14 % of its inputs
 _BLUE, _RED, _GREY = "#1f6fb4", "#c8372d", "#666666"
 
 
-def _figure(panels: int, title: str) -> tuple[Figure, list]:
+def _figure(panels: int, title: str) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=(5.2 * panels, 4.4), layout="constrained")
     figure.suptitle(title)
     return figure, list(np.atleast_1d(figure.subplots(1, panels)))
@@ -57,7 +57,7 @@ def draw_K() -> Figure:
     return figure
 
 
-def _silent_region(axis, gamma: np.ndarray, shift: float = 0.0) -> None:
+def _silent_region(axis: Any, gamma: np.ndarray, shift: float = 0.0) -> None:
     """Shade where C < SILENT; `shift` is what the layer adds beside the vertical axis."""
     edge = SILENT * gamma - shift
     low = axis.get_ylim()[0]

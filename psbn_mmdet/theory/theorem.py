@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -49,18 +49,18 @@ _SQRT_2PI = np.sqrt(2 * np.pi)
 _INTEGRAL_OF_K = -11 / (8 * np.sqrt(np.pi))
 
 
-def _phi(z: NDArray) -> NDArray:
+def _phi(z: NDArray[Any]) -> NDArray[Any]:
     return np.exp(-0.5 * np.square(z)) / _SQRT_2PI
 
 
-def _numbers(name: str, value: ArrayLike) -> NDArray:
+def _numbers(name: str, value: ArrayLike) -> NDArray[Any]:
     array = np.asarray(value, dtype=np.float64)
     if np.isnan(array).any():
         raise ValueError(f"{name} holds NaN: wanted numbers")
     return array
 
 
-def _scale(gamma: ArrayLike) -> NDArray:
+def _scale(gamma: ArrayLike) -> NDArray[Any]:
     array = np.abs(_numbers("gamma", gamma))
     if (array == 0).any():
         raise ValueError(
@@ -69,21 +69,21 @@ def _scale(gamma: ArrayLike) -> NDArray:
     return array
 
 
-def _positive(name: str, value: ArrayLike) -> NDArray:
+def _positive(name: str, value: ArrayLike) -> NDArray[Any]:
     array = _numbers(name, value)
     if (array <= 0).any():
         raise ValueError(f"{name} is {array.min():g}: wanted a number above 0")
     return array
 
 
-def _not_negative(name: str, value: ArrayLike) -> NDArray:
+def _not_negative(name: str, value: ArrayLike) -> NDArray[Any]:
     array = _numbers(name, value)
     if (array < 0).any():
         raise ValueError(f"{name} is {array.min():g}: wanted 0 or above")
     return array
 
 
-def log_abs_K(z: ArrayLike) -> tuple[NDArray, NDArray]:
+def log_abs_K(z: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
     r"""Sign and logarithm of the absolute value of `K(z)`, Eq. 5, where `K` itself underflows.
 
     `phi(z)^2` is taken out of `K`; what is left is a polynomial and `Phi / phi`, the Mills ratio,
@@ -111,7 +111,7 @@ def log_abs_K(z: ArrayLike) -> tuple[NDArray, NDArray]:
         return np.where(ends, -s, np.sign(rest)), np.where(ends, -np.inf, log_abs)
 
 
-def K(z: ArrayLike) -> NDArray:
+def K(z: ArrayLike) -> NDArray[Any]:
     r"""What a noisy step does to the probability of firing, Eq. 5.
 
         K(z) = (z^4 - 2) phi(z)^2 + (z - z^3) phi(z) Phi(z)
@@ -132,14 +132,14 @@ class Normal:
     mean: float = 0.0
     std: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _numbers("mean", self.mean)
         _positive("std", self.std)
 
-    def sample(self, rng: np.random.Generator, size: tuple[int, ...]) -> NDArray:
+    def sample(self, rng: np.random.Generator, size: tuple[int, ...]) -> NDArray[Any]:
         return rng.normal(self.mean, self.std, size)
 
-    def expected_K(self, gamma: NDArray) -> NDArray:
+    def expected_K(self, gamma: NDArray[Any]) -> NDArray[Any]:
         """`E K(beta / gamma)` in closed form, for `gamma > 0`.
 
         A normal density times phi, or phi^2, is a normal density again (with a smaller variance `v`
@@ -175,14 +175,14 @@ class Uniform:
     low: float = -1.0
     high: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not _numbers("low", self.low) < _numbers("high", self.high):
             raise ValueError(f"low is {self.low:g} and high is {self.high:g}: wanted low < high")
 
-    def sample(self, rng: np.random.Generator, size: tuple[int, ...]) -> NDArray:
+    def sample(self, rng: np.random.Generator, size: tuple[int, ...]) -> NDArray[Any]:
         return rng.uniform(self.low, self.high, size)
 
-    def expected_K(self, gamma: NDArray) -> NDArray:
+    def expected_K(self, gamma: NDArray[Any]) -> NDArray[Any]:
         """`E K(beta / gamma)`: the difference of an antiderivative of `K`, for `gamma > 0`.
 
             A(z) = (z^2 + 1) phi Phi - (z^3 / 2 + z / 4) phi^2 - 11 / (8 sqrt(pi)) Phi(sqrt(2) z)
@@ -193,7 +193,7 @@ class Uniform:
         """
         low, high = self.low / gamma, self.high / gamma
 
-        def antiderivative(z: NDArray) -> NDArray:
+        def antiderivative(z: NDArray[Any]) -> NDArray[Any]:
             phi = _phi(z)
             end = _INTEGRAL_OF_K * np.where(z < 0, 1, -1) * special.ndtr(-np.sqrt(2) * np.abs(z))
             return (z**2 + 1) * phi * special.ndtr(z) - (z**3 / 2 + z / 4) * phi**2 + end
@@ -207,7 +207,7 @@ class Uniform:
         return np.where(high - low < 1, narrow, wide)
 
 
-def J(gamma: ArrayLike, beta: Normal | Uniform | ArrayLike) -> NDArray:
+def J(gamma: ArrayLike, beta: Normal | Uniform | ArrayLike) -> NDArray[Any]:
     """The mean of `K(beta / |gamma|)` over beta, Eq. 4; negative for every even distribution.
 
     Args:
@@ -225,7 +225,7 @@ def J(gamma: ArrayLike, beta: Normal | Uniform | ArrayLike) -> NDArray:
 
 def drift(
     gamma: ArrayLike, beta: Normal | Uniform | ArrayLike, lr: float, grad_std: float
-) -> NDArray:
+) -> NDArray[Any]:
     """Expected change of the probability of firing in one noisy step, Eq. 3, to second order.
 
         E Phi(beta' / |gamma'|) - E Phi(beta / |gamma|) = eta^2 c^2 / (2 gamma^2) J(gamma)
@@ -248,8 +248,8 @@ def drift(
 class Estimate(NamedTuple):
     """A mean over random draws and its standard error."""
 
-    mean: NDArray
-    stderr: NDArray
+    mean: NDArray[Any]
+    stderr: NDArray[Any]
 
 
 def simulate_drift(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from psbn_mmdet.errors import FAILED, errors_in_one_line
 from psbn_mmdet.launch.config import ConfigOptions
+from studies.runs import finished
 
 from . import data, engine, experiments, summary, verdicts
 
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         if failed:
             print(f"studies.cifar: {len(failed)} runs failed, as {failed[0]}", file=sys.stderr)
             return FAILED
-    done = len(summary.finished(experiment, out))
+    done = len(finished(experiment, out))
     if done == len(experiment.runs) or args.draw:
         _say(summary.write_results(experiment, out, args.results, command))
     else:

@@ -12,7 +12,8 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from mmengine.hooks import Hook
@@ -31,10 +32,10 @@ class Pause(Hook):
 
     priority = "LOWEST"
 
-    def __init__(self, handed_over) -> None:
+    def __init__(self, handed_over: Callable[[int], None]) -> None:
         self.handed_over = handed_over
 
-    def before_train_iter(self, runner, *args, **kwargs) -> None:
+    def before_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
         if runner.iter % STEPS == 0:
             self.handed_over(runner.iter // STEPS)
 

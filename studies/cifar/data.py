@@ -15,6 +15,7 @@ import urllib.request
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,13 +59,13 @@ class Split:
         return Split(self.images[indices], self.labels[indices])
 
 
-def folder_of(root: str | os.PathLike) -> Path:
+def folder_of(root: str | os.PathLike[str]) -> Path:
     """The folder of the binary files: ``root`` itself or ``root/cifar-10-batches-bin``."""
     root = Path(root)
     return root if (root / TEST_FILES[0]).exists() else root / FOLDER
 
 
-def check_files(root: str | os.PathLike) -> Path:
+def check_files(root: str | os.PathLike[str]) -> Path:
     """The folder of the binary files, all of them there and whole.
 
     Raises:
@@ -87,7 +88,7 @@ def check_files(root: str | os.PathLike) -> Path:
     return folder
 
 
-def load(root: str | os.PathLike, train: bool) -> Split:
+def load(root: str | os.PathLike[str], train: bool) -> Split:
     """The training or the test images, on the CPU.
 
     Raises:
@@ -108,7 +109,7 @@ def load(root: str | os.PathLike, train: bool) -> Split:
     return Split(images, records[:, 0].long())
 
 
-def fingerprint(root: str | os.PathLike) -> str:
+def fingerprint(root: str | os.PathLike[str]) -> str:
     """CRC-32 over all files: results on different copies of the data must not be mixed."""
     folder, crc = check_files(root), 0
     for name in TRAIN_FILES + TEST_FILES:
@@ -116,7 +117,7 @@ def fingerprint(root: str | os.PathLike) -> str:
     return f"{crc:08x}"
 
 
-def download(root: str | os.PathLike, url: str = URL, md5: str = MD5) -> Path:
+def download(root: str | os.PathLike[str], url: str = URL, md5: str = MD5) -> Path:
     """Put the official binary version under ``root``, unless it is there.
 
     The archive is checked before anything is unpacked, and unpacked beside its
@@ -232,7 +233,7 @@ def normalise(images: Tensor) -> Tensor:
     return images.float().sub_(mean).mul_(scale)
 
 
-class Batches(Dataset):
+class Batches(Dataset[Any]):
     """The augmented batches of a training run; item i is the whole batch of iteration i.
 
     Every epoch goes through the images in a new order and drops what does not

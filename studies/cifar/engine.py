@@ -75,7 +75,9 @@ def share(runs: Sequence[Run], shard: str | None) -> list[Run]:
     return [run for group in groups[number - 1 :: count] for run in group]
 
 
-def prepare(experiment: Experiment, out: str | os.PathLike, data_root: str | os.PathLike) -> None:
+def prepare(
+    experiment: Experiment, out: str | os.PathLike[str], data_root: str | os.PathLike[str]
+) -> None:
     """Check the data and that every folder is of this experiment's settings; make them.
 
     Raises:
@@ -137,17 +139,17 @@ def _progress(folder: Path) -> dict[str, Any]:
 class Clock:
     """Estimates from what runs of the same network have taken, else from timed steps."""
 
-    def __init__(self, experiment: Experiment, out: str | os.PathLike, threads: int) -> None:
+    def __init__(self, experiment: Experiment, out: str | os.PathLike[str], threads: int) -> None:
         self.experiment, self.out = experiment, out
-        self.timed: dict[tuple, float] = {}
+        self.timed: dict[tuple[Any, ...], float] = {}
         self.threads = threads
 
-    def _key(self, s: Settings) -> tuple:
+    def _key(self, s: Settings) -> tuple[Any, ...]:
         return s.network, s.width, s.image_size, s.batch_size, s.norm == "none", s.amp
 
-    def seconds_per_work(self) -> dict[tuple, float]:
+    def seconds_per_work(self) -> dict[tuple[Any, ...], float]:
         """From the progress of all runs so far."""
-        done: dict[tuple, list[float]] = {}
+        done: dict[tuple[Any, ...], list[float]] = {}
         for run in self.experiment.runs:
             progress = _progress(folder_of(self.experiment, run, self.out))
             steps = progress.get("iterations_of_process", 0)
@@ -202,7 +204,7 @@ def _environment(slot: int, threads: int) -> dict[str, str]:
 
 
 def plan(
-    experiment: Experiment, out: str | os.PathLike, workers: int = 1, shard: str | None = None
+    experiment: Experiment, out: str | os.PathLike[str], workers: int = 1, shard: str | None = None
 ) -> str:
     """What is left to do and how long it will take, in a line.
 
@@ -227,8 +229,8 @@ def plan(
 
 def execute(
     experiment: Experiment,
-    out: str | os.PathLike,
-    data_root: str | os.PathLike,
+    out: str | os.PathLike[str],
+    data_root: str | os.PathLike[str],
     workers: int = 1,
     shard: str | None = None,
     say: Callable[[str], None] = print,
@@ -253,7 +255,7 @@ def execute(
     slots: queue.Queue[int] = queue.Queue()
     for slot in range(workers):
         slots.put(slot)
-    alive: dict[str, subprocess.Popen] = {}
+    alive: dict[str, subprocess.Popen[bytes]] = {}
     stop = threading.Event()
 
     def do(run: Run) -> str | None:
@@ -286,7 +288,7 @@ def execute(
     pending = {run.name for run in todo}
     waiting = list(todo)
     with ThreadPoolExecutor(workers) as pool:
-        futures: dict[Future, Run] = {}
+        futures: dict[Future[Any], Run] = {}
         try:
             while waiting or futures:
                 ready = [run for run in waiting if run.settings.parent not in pending]
@@ -314,7 +316,7 @@ def execute(
 
 def _status(
     experiment: Experiment,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     runs: Sequence[Run],
     alive: Sequence[str],
     clock: Clock,

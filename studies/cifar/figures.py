@@ -20,7 +20,7 @@ from .summary import METRICS
 _COLORS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#66a61e", "#a6761d")
 
 
-def _line(axes: Any, rounds: list[dict], metric: str, label: str, color: str) -> None:
+def _line(axes: Any, rounds: list[dict[str, Any]], metric: str, label: str, color: str) -> None:
     mean = np.array([r[metric]["mean"] for r in rounds])
     std = np.array([r[metric]["std"] or 0 for r in rounds])
     x = np.arange(1, len(mean) + 1)
@@ -242,7 +242,7 @@ _DRAW: dict[str, Callable[[Figure, dict[str, Any]], None]] = {
 }
 
 
-def draw(summary: dict[str, Any], path: str | os.PathLike) -> None:
+def draw(summary: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """The figure of an experiment, from its JSON alone, as PNG.
 
     Args:

@@ -206,7 +206,7 @@ class RoundsHook(Hook):
         write_json(Path(runner.work_dir, "progress.json"), progress)
         self._told = now
 
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         checkpoint["study"] = {
             "rounds": self.rounds,
             "epoch_losses": self.epoch_losses,
@@ -215,7 +215,7 @@ class RoundsHook(Hook):
         # The log's histories grow with the run and only feed its printed averages.
         checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         study = checkpoint["study"]
         self.rounds, self.epoch_losses = list(study["rounds"]), list(study["epoch_losses"])
         self.loss_sum = study["loss_sum"]
@@ -330,7 +330,7 @@ def make_runner(
     settings: Settings,
     train: Split,
     test: Split,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     hooks: tuple[Hook, ...] = (),
@@ -439,7 +439,7 @@ def _start_from_parent(network: nn.Module, parent: Path) -> None:
         raise RunError(str(error)) from None
 
 
-def study_data(settings: Settings, root: str | os.PathLike) -> tuple[Split, Split]:
+def study_data(settings: Settings, root: str | os.PathLike[str]) -> tuple[Split, Split]:
     """Training and test images of a run.
 
     Raises:
@@ -455,8 +455,8 @@ def study_data(settings: Settings, root: str | os.PathLike) -> tuple[Split, Spli
 
 def train_run(
     settings: Settings,
-    folder: str | os.PathLike,
-    data_root: str | os.PathLike,
+    folder: str | os.PathLike[str],
+    data_root: str | os.PathLike[str],
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> dict[str, Any]:
     """Do a run, or the rest of it, and write ``result.json``; nothing if that is there.

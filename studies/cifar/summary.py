@@ -41,7 +41,9 @@ METRICS = {
 Outcome = tuple[Run, dict[str, Any]]
 
 
-def summarise(experiment: Experiment, out: str | os.PathLike, command: str = "") -> dict[str, Any]:
+def summarise(
+    experiment: Experiment, out: str | os.PathLike[str], command: str = ""
+) -> dict[str, Any]:
     """All that a figure and a table show, ready for JSON.
 
     Raises:
@@ -295,8 +297,8 @@ def _recovery_table(recovery: dict[str, Any]) -> list[str]:
 
 def write_results(
     experiment: Experiment,
-    out: str | os.PathLike,
-    folder: str | os.PathLike | None = None,
+    out: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
     command: str = "",
 ) -> list[Path]:
     """``NAME.json``, and from it ``NAME.md`` and ``NAME.png``, of the finished runs.
@@ -321,7 +323,7 @@ def write_results(
     return [path, *redraw(path)]
 
 
-def redraw(path: str | os.PathLike) -> list[Path]:
+def redraw(path: str | os.PathLike[str]) -> list[Path]:
     """``NAME.md`` and ``NAME.png`` beside ``NAME.json``, from it alone.
 
     Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 CLASSES = ("circle", "square", "triangle")
 
 
-def _draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[dict]]:
+def _draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """An image (size, size, 3) of uint8 and its objects: class index and box (x, y, w, h)."""
     ground = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     image = cv2.resize(ground, (size, size), interpolation=cv2.INTER_CUBIC)
@@ -63,8 +64,8 @@ def write_shapes(root: str | Path, train: int, val: int, size: int = 128, seed: 
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(exist_ok=True)
         rng = np.random.default_rng([seed, stream])
-        images: list[dict] = []
-        annotations: list[dict] = []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for i in range(count):
             image, objects = _draw(rng, size)
             name = f"{i:06}.png"

@@ -19,6 +19,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from psbn_mmdet.errors import errors_in_one_line
 from psbn_mmdet.launch.config import ConfigOptions
@@ -54,9 +55,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _nested(changes: dict) -> dict:
+def _nested(changes: dict[str, Any]) -> dict[str, Any]:
     """``pretraining.rounds`` as a setting of the pretraining."""
-    nested: dict = {}
+    nested: dict[str, Any] = {}
     for key, value in changes.items():
         group, _, name = key.rpartition(".")
         (nested.setdefault(group, {}) if group else nested)[name] = value

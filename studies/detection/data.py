@@ -57,7 +57,7 @@ class Images:
 
 
 def read_annotations(
-    root: str | os.PathLike, parts: tuple[str, ...], count: int | None = None
+    root: str | os.PathLike[str], parts: tuple[str, ...], count: int | None = None
 ) -> dict[str, Any]:
     """The annotations of some parts as one COCO file, image and box ids counted from 1.
 
@@ -97,13 +97,15 @@ def read_annotations(
     return merged
 
 
-def write_test_annotations(root: str | os.PathLike, path: Path, count: int | None = None) -> None:
+def write_test_annotations(
+    root: str | os.PathLike[str], path: Path, count: int | None = None
+) -> None:
     """The annotations that results of this study are compared by."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, read_annotations(root, TEST, count))
 
 
-def fingerprint(root: str | os.PathLike) -> str:
+def fingerprint(root: str | os.PathLike[str]) -> str:
     """CRC-32 over annotations and images: results on different copies must not be mixed."""
     crc = 0
     for part in TRAIN + TEST:
@@ -115,7 +117,7 @@ def fingerprint(root: str | os.PathLike) -> str:
     return f"{crc:08x}"
 
 
-def _image_file(root: str | os.PathLike, image: dict[str, Any]) -> Path:
+def _image_file(root: str | os.PathLike[str], image: dict[str, Any]) -> Path:
     path = Path(root, "images", image["file_name"])
     if not path.is_file():
         raise RunError(f"{path}: no such image, and the annotations name it")
@@ -123,7 +125,10 @@ def _image_file(root: str | os.PathLike, image: dict[str, Any]) -> Path:
 
 
 def load(
-    root: str | os.PathLike, parts: tuple[str, ...], size: tuple[int, int], count: int | None = None
+    root: str | os.PathLike[str],
+    parts: tuple[str, ...],
+    size: tuple[int, int],
+    count: int | None = None,
 ) -> Images:
     """Images of some parts, resized to (width, height) by area averaging.
 
@@ -166,7 +171,7 @@ def load(
     )
 
 
-def samples(images: Images, indices: list[int]) -> dict[str, list]:
+def samples(images: Images, indices: list[int]) -> dict[str, list[Any]]:
     """Images as mmdet's data preprocessor takes them, as they are."""
     return {
         "inputs": [images.pixels[i] for i in indices],
@@ -182,7 +187,7 @@ def _sample(images: Images, i: int, boxes: Tensor, labels: Tensor) -> DetDataSam
     return sample
 
 
-class Batches(Dataset):
+class Batches(Dataset[Any]):
     """The batches of a training run; item i is the whole batch of iteration i.
 
     Every epoch goes through the images in a new order and drops what does not fill a batch. Each
@@ -203,7 +208,7 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return self.iterations
 
-    def __getitem__(self, iteration: int) -> dict[str, list]:
+    def __getitem__(self, iteration: int) -> dict[str, list[Any]]:
         epoch, step = divmod(iteration, self.per_epoch)
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.images))

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from studies.cifar import data as cifar_data
 from studies.cifar import rounds as cifar_rounds
@@ -28,7 +29,7 @@ from .settings import Settings
 WAIT_SECONDS = 10.0
 """Before looking again, when all that is left is in the hands of other processes."""
 
-Folder = str | os.PathLike
+Folder = str | os.PathLike[str]
 
 
 def backbone_folder(name: str, out: Folder) -> Path:
@@ -113,7 +114,7 @@ def execute(
     """
     crc = prepare(experiment, out, data_root)
     say(plan(experiment, out))
-    cache: dict[tuple, data.Images] = {}
+    cache: dict[tuple[Any, ...], data.Images] = {}
 
     def images(parts: tuple[str, ...], size: tuple[int, int], count: int | None) -> data.Images:
         key = parts, size, count

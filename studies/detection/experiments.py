@@ -293,7 +293,7 @@ def _alpha(base: Settings, seeds: int) -> Experiment:
     for seed in range(seeds):
         name, backbones[name] = backbone("BN", seed)
         for degree, number in degrees:
-            arms: list[tuple[str, float | None, dict]] = [(BN, None, dict(method=BN))]
+            arms: list[tuple[str, float | None, dict[str, Any]]] = [(BN, None, dict(method=BN))]
             arms += [(_psbn(a), a, dict(method=SHIFT, alpha=a)) for a in ALPHAS]
             for label, alpha, changes in arms:
                 arm = f"{label}, {degree}"

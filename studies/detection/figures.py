@@ -22,7 +22,9 @@ from .summary import FILTERS, measured_filters
 COLORS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d")
 
 
-def _points(axes: Axes, x: Any, values: list[dict], label: str, color: str, **style: Any) -> None:
+def _points(
+    axes: Axes, x: Any, values: list[dict[str, Any]], label: str, color: str, **style: Any
+) -> None:
     """Values with their interval, or where they have none, with their deviation over seeds."""
     mean = np.array([v["mean"] for v in values])
     spread = [(v["low"], v["high"]) if "low" in v else _deviation(v) for v in values]

@@ -38,7 +38,7 @@ Outcome = tuple[Run, dict[str, Any]]
 
 
 def compare_rounds(
-    experiment: Experiment, out: str | os.PathLike, resamples: int = RESAMPLES
+    experiment: Experiment, out: str | os.PathLike[str], resamples: int = RESAMPLES
 ) -> list[Comparison]:
     """Finished runs compared after each round.
 
@@ -60,7 +60,7 @@ def compare_rounds(
 
 
 def write_resampled(
-    experiment: Experiment, out: str | os.PathLike, compared: list[Comparison], path: Path
+    experiment: Experiment, out: str | os.PathLike[str], compared: list[Comparison], path: Path
 ) -> None:
     """AP of every run on every draw of the images, so that intervals can be computed again.
 
@@ -76,7 +76,7 @@ def write_resampled(
 
 def summarise(
     experiment: Experiment,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     compared: list[Comparison],
     command: str = "",
 ) -> dict[str, Any]:
@@ -146,9 +146,11 @@ def summarise(
     }
 
 
-def _backbones(experiment: Experiment, out: str | os.PathLike) -> dict[str, list[dict]]:
+def _backbones(
+    experiment: Experiment, out: str | os.PathLike[str]
+) -> dict[str, list[dict[str, Any]]]:
     """Of the finished pretrainings, by norm and round: accuracy on CIFAR-10, collapsed filters."""
-    found: dict[str, dict[int, list[dict]]] = {}
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for name, settings in experiment.backbones.items():
         path = backbone_folder(name, out) / "result.json"
         if path.exists():
@@ -167,7 +169,7 @@ def _backbones(experiment: Experiment, out: str | os.PathLike) -> dict[str, list
 
 
 def results_of(
-    experiment: Experiment, out: str | os.PathLike, members: list[Outcome], number: int
+    experiment: Experiment, out: str | os.PathLike[str], members: list[Outcome], number: int
 ) -> list[Path]:
     """The COCO result files of an arm after a round, a file a seed."""
     return [folder_of(experiment, run, out) / f"round_{number}.bbox.json" for run, _ in members]
@@ -175,7 +177,7 @@ def results_of(
 
 def compare_round(
     experiment: Experiment,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     arms: dict[str, list[Outcome]],
     number: int,
     resamples: int,

@@ -240,11 +240,11 @@ class RoundsHook(Hook):
         runner.save_checkpoint(runner.work_dir, f"{name}.new", by_epoch=False)
         Path(runner.work_dir, f"{name}.new").rename(Path(runner.work_dir, name))
 
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         checkpoint["study"] = dict(rounds=self.rounds, start=self.start, seconds=self.seconds)
         checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         study = checkpoint["study"]
         self.rounds, self.start = list(study["rounds"]), study["start"]
         self.seconds = study["seconds"]

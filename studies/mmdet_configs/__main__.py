@@ -66,7 +66,7 @@ def configs() -> dict[str, Path]:
     return {str(p.relative_to(root)): p for p in paths}
 
 
-def model_of(path: Path) -> dict | None:
+def model_of(path: Path) -> dict[str, Any] | None:
     """The model of a config without the weights it would download; None where there is none."""
     from mmengine.config import Config
 
@@ -96,7 +96,7 @@ def few_proposals(value: Any) -> Any:
     return type(value)(map(few_proposals, value)) if isinstance(value, (list, tuple)) else value
 
 
-def check(model: dict) -> dict[str, Any]:
+def check(model: dict[str, Any]) -> dict[str, Any]:
     """What becomes of one model.
 
     In float32; where outputs differ by more than :data:`ROUNDING`, once more in float64, in which
@@ -120,7 +120,7 @@ def check(model: dict) -> dict[str, Any]:
     return result
 
 
-def _check(model: dict, dtype: torch.dtype) -> dict[str, Any]:
+def _check(model: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     from mmengine.config import ConfigDict
     from mmengine.registry import MODELS, init_default_scope
 
@@ -245,7 +245,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(list(value.pred_panoptic_seg.all_items()))
 
 
-def in_a_process(model: dict, limit: float = LIMIT) -> dict[str, Any]:
+def in_a_process(model: dict[str, Any], limit: float = LIMIT) -> dict[str, Any]:
     """`check` in a process of its own: what one model leaves behind or breaks harms no other."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -320,7 +320,7 @@ def markdown(result: dict[str, Any]) -> str:
         "| family | models | build | with BatchNorm | converted | compared | same | measured |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    families: dict[str, dict[str, dict]] = defaultdict(dict)
+    families: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for name, row in rows.items():
         families[name.split("/")[0]][name] = row
     columns = ["models", "built", "with_batch_norm", "converted", "compared", "same", "measured"]

@@ -10,11 +10,12 @@ own variables again, as before.
 
 import builtins
 import sys
+from typing import Any
 
 _exec = builtins.exec
 
 
-def _exec_in_caller(code, globals=None, locals=None, /, **kwargs):
+def _exec_in_caller(code: Any, globals: Any = None, locals: Any = None, /, **kwargs: Any) -> None:
     if globals is None:
         caller = sys._getframe(1)
         globals, locals = caller.f_globals, caller.f_locals
