@@ -31,8 +31,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..norm import is_post_shifted
+from .calls import in_eval_mode
 from .criteria import MeasureError
-from .detectors import in_eval_mode
 from .wiring import tensors_in
 
 
