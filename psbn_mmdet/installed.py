@@ -62,8 +62,8 @@ def why_unfit(
     for module, names in installed.items():
         if len(names) > 1:
             return (
-                f"{' and '.join(names)} are installed over each other in one folder, {module}; "
-                f"pip uninstall -y {' '.join(names)}, then install the one that you want"
+                f"{' and '.join(names)} are both installed into one folder, {module}; pip "
+                f"uninstall -y {' '.join(names)}, then install the one that you want"
             )
     if mmengine is None:
         if installed.get("mmengine"):

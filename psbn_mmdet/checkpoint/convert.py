@@ -177,7 +177,7 @@ def bn_config(text: str) -> str:
         same = ast.dump(before) == ast.dump(tree)
         return text if same else ast.unparse(ast.fix_missing_locations(tree)) + "\n"
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise CheckpointError("its config is no Python program") from None
+        raise CheckpointError("the config inside is not a Python program") from None
 
 
 def convert_all(
@@ -241,6 +241,7 @@ def _refuse_parts(state_dict: Mapping[str, Tensor]) -> None:
         tracked = names & {"running_mean", "running_var"} and names & {"weight", "bias"}
         if (shifted or tracked) and kinds.get(layer) not in ("bn", "psbn"):
             raise CheckpointError(
-                f"of the layer {layer or 'itself'} only {', '.join(sorted(names))} are there; is "
-                "this one of several shards? join them first"
+                f"layer {layer or 'itself'} is incomplete: it has only "
+                f"{', '.join(sorted(names))}. Is this one of several shards? Join them "
+                "first"
             )

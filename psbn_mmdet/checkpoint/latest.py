@@ -51,8 +51,8 @@ def latest_whole(
         return newest[0] if newest else None
     if len({str(saved.meta.get("run")) for saved in newest}) > 1:
         raise CheckpointError(
-            f"{folder}: holds checkpoints of several runs, {', '.join(s.path.name for s in newest)}"
-            "; name the one to resume from"
+            f"{folder}: holds checkpoints of several runs "
+            f"({', '.join(s.path.name for s in newest)}); name the one to resume from"
         )
     return max(newest, key=lambda saved: (saved.complete, _iteration(saved), saved.path.name))
 
@@ -112,7 +112,7 @@ def _iteration(saved: Saved) -> int:
     iteration = saved.meta.get("iter")
     if not isinstance(iteration, int):
         raise CheckpointError(
-            f"{saved.path}: does not say at which iteration it was saved, so whether it is the "
-            "newest is unknown; name the checkpoint to resume from"
+            f"{saved.path}: does not say at which iteration it was saved, so it may "
+            "not be the newest; name the checkpoint to resume from"
         )
     return iteration

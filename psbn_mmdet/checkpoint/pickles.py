@@ -263,7 +263,7 @@ class _Machine:
     def _binpersid(self, _: None) -> None:
         kind, dtype, key, _device, count, *view = _of(self._stack.pop(), tuple)
         if kind != "storage":
-            raise RefusedPickle("a reference to something that is no storage")
+            raise RefusedPickle("a reference to something that is not a storage")
         if not isinstance(dtype, _Name) or dtype.name not in _STORAGES:
             raise RefusedPickle(getattr(dtype, "name", "an unknown storage"))
         if any(item is not None for item in view):
@@ -295,13 +295,15 @@ class _Machine:
 def _of(value: Any, *kinds: type) -> Any:
     """A value of exactly one of some types."""
     if type(value) not in kinds:
-        raise ValueError(f"a {type(value).__name__} in the place of a {kinds[0].__name__}")
+        raise ValueError(f"found a {type(value).__name__} where a {kinds[0].__name__} was expected")
     return value
 
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"a {type(value).__name__} or a negative number in the place of a size")
+        raise ValueError(
+            f"found a {type(value).__name__} or a negative number where a size was expected"
+        )
     return value
 
 

@@ -58,8 +58,9 @@ def load(source: str | os.PathLike[str], map_location: str | torch.device | None
     except RefusedPickle as error:
         carried = re.sub("[^ -~]", "?", str(error))[:100]  # the file's own words
         raise RefusedError(
-            f"{name}: refused, since it carries {carried}, which is neither a tensor nor a plain "
-            "value (nothing in it was run); save the model's state_dict() instead"
+            f"{name}: refused: it contains {carried}, which is neither a tensor nor a "
+            "plain value (nothing in it was run); save the model's state_dict() "
+            "instead"
         ) from None
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from None
@@ -77,7 +78,7 @@ def _read(path: Path, device: torch.device) -> Any:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return _read_legacy(content, device)
     whole = start and not any(form.startswith(start[: len(form)]) for form in (_LEGACY, b"PK\3\4"))
-    raise CheckpointError("is no checkpoint of torch" if whole else _CUT_OFF)
+    raise CheckpointError("is not a PyTorch checkpoint" if whole else _CUT_OFF)
 
 
 def _read_zip(archive: zipfile.ZipFile, size: int, device: torch.device) -> Any:
@@ -86,12 +87,14 @@ def _read_zip(archive: zipfile.ZipFile, size: int, device: torch.device) -> Any:
     if "constants.pkl" in entries:
         raise CheckpointError("is a TorchScript archive; save the model's state_dict() instead")
     if "data.pkl" not in entries:
-        raise CheckpointError("is no checkpoint of torch")
+        raise CheckpointError("is not a PyTorch checkpoint")
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
     if not stored or sum(entry.file_size for entry in archive.infolist()) > size:
-        raise CheckpointError("is packed by another program than torch; save it with torch.save")
+        raise CheckpointError(
+            "is a zip archive that torch.save did not write; save it with torch.save"
+        )
     if "byteorder" in entries and archive.read(entries["byteorder"]) != sys.byteorder.encode():
-        raise CheckpointError(f"was not written on a {sys.byteorder}-endian machine as this one is")
+        raise CheckpointError(f"was not written on a {sys.byteorder}-endian machine like this one")
 
     def storage(key: str, n: int) -> Tensor:
         entry = entries[f"data/{key}"]
@@ -122,7 +125,7 @@ def _read_legacy(content: mmap.mmap, device: torch.device) -> Any:
 
     next_pickle(), next_pickle()
     if next_pickle().get("little_endian", True) != (sys.byteorder == "little"):
-        raise CheckpointError(f"was not written on a {sys.byteorder}-endian machine as this one is")
+        raise CheckpointError(f"was not written on a {sys.byteorder}-endian machine like this one")
     start = content.tell()
     checkpoint = next_pickle()
     keys = next_pickle()
@@ -202,12 +205,12 @@ def fetch(source: str) -> Path:
     if not separator:
         path = Path(source).expanduser()
         if path.is_dir():
-            raise CheckpointError(f"{source}: no such file, but a folder; name one file")
+            raise CheckpointError(f"{source}: is a folder; name one file")
         if not path.is_file():
             raise CheckpointError(f"{source}: no such file")
         return path
     if scheme not in ("http", "https"):
-        raise CheckpointError(f"{source}: neither a path nor the URL of a file; give one of them")
+        raise CheckpointError(f"{source}: neither a path nor a URL")
     name = os.path.basename(urlparse(source).path)
     folder = Path(torch.hub.get_dir(), "checkpoints")
     checksum = re.search(r"-(?!20\d{6}\.)([a-f0-9]{8,})\.", name)  # and no date
@@ -222,8 +225,8 @@ def fetch(source: str) -> Path:
     except (URLError, OSError, RuntimeError, ValueError) as error:
         if Path(folder, name).exists():
             warnings.warn(
-                f"{source}: could not be downloaded ({error}); taking {folder / name}, which was "
-                "downloaded from a file of this name",
+                f"{source}: could not be downloaded ({error}); using {folder / name}, an "
+                "earlier download with this file name",
                 stacklevel=2,
             )
             return folder / name
@@ -242,7 +245,7 @@ def _load_safetensors(path: Path, map_location: Any) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: is no whole safetensors file ({error})") from None
+        raise CheckpointError(f"{path}: is not a complete safetensors file ({error})") from None
     if isinstance(map_location, (str, torch.device)):
         return {key: tensor.to(map_location) for key, tensor in tensors.items()}
     return tensors

@@ -81,15 +81,15 @@ def locate(checkpoint: Any, name: str = "the checkpoint") -> tuple[str, ...]:
             held = ["state_dict"]
         if len(held) > 1:
             raise CheckpointError(
-                f"{name}: holds several state dicts ({', '.join(held)}), so which one is meant is "
-                "unknown; save one of them as state_dict"
+                f"{name}: holds several state dicts ({', '.join(held)}), so it is not "
+                "clear which one to use; save one of them as state_dict"
             )
         if held:
             beside = [key for key, value in checkpoint.items() if _is_weight(key, value)]
             if beside:
                 raise CheckpointError(
-                    f"{name}: holds tensors under {held[0]} and beside it, as {beside[0]}, so "
-                    "which are meant is unknown; save one state dict"
+                    f"{name}: holds tensors in {held[0]} and beside it (e.g. {beside[0]}), so "
+                    "it is not clear which to use; save one state dict"
                 )
             return (held[0], *locate(checkpoint[held[0]], name))
     if any(is_array(value) for value in checkpoint.values()):
@@ -112,12 +112,12 @@ def _tensors_of(mapping: Mapping[str, Any], name: str) -> OrderedDict[str, Tenso
     for key, value in mapping.items():
         if not isinstance(key, str) and (is_array(value) or holds_tensors(value)):
             raise CheckpointError(
-                f"{name}: a tensor has {key!r} for a name, so it is no state dict of a model"
+                f"{name}: a tensor is named {key!r}, so this is not the state dict of a model"
             )
         if holds_tensors(value) and not str(key).endswith("_extra_state"):
             raise CheckpointError(
-                f"{name}: the tensors under {key} stand in a container of their own beside other "
-                "tensors; save all in one state dict, a name for each"
+                f"{name}: the tensors in {key} are in a container of their own beside "
+                "other tensors; save all of them in one flat state dict"
             )
         if is_array(value):
             tensors[key] = as_tensor(value)
@@ -176,7 +176,9 @@ def _renamed(
     for key, tensor in tensors.items():
         new = rename(key)
         if new in renamed:
-            raise CheckpointError(f"{name}: holds {new} twice, once as the model was wrapped")
+            raise CheckpointError(
+                f"{name}: holds {new} twice: once plain, once with a wrapper's prefix"
+            )
         renamed[new] = tensor
     # Modules are renamed as tensors of theirs would be. A wrapper and what it wraps get the same
     # name; the inner one comes later and stays.

@@ -46,17 +46,18 @@ def load_weights(
         raise CheckpointError(f"{name}: {str(error).splitlines()[0]}") from error
     wrong = _lost_bias(loaded, unexpected)
     if total and len(unexpected) + len(errors) >= total:
-        wrong = (
-            f"none of its {total} tensors fits the model, as {next(iter(state_dict))}, and "
-            f"{len(missing)} tensors are missing; is it of this config?"
-        )
+        why = _unlike(model, state_dict)
+        wrong = f"no tensor of the checkpoint matches the model ({why}); wrong config?"
     elif strict and not wrong:
         missing = [key for key in missing if not key.endswith("num_batches_tracked")]
         if errors:
             line = errors[0].splitlines()[0].rstrip(".")
-            wrong = f"{len(errors)} tensors cannot be loaded, as {line}; is it of this config?"
+            wrong = f"{len(errors)} tensors cannot be loaded (e.g. {line}); wrong config?"
         elif missing:
-            wrong = f"{len(missing)} tensors are missing, as {missing[0]}; is it of this config?"
+            wrong = (
+                f"{len(missing)} tensors are missing from the checkpoint (e.g. "
+                f"{missing[0]}); wrong config?"
+            )
         else:
             wrong = _of_no_use(model, loaded, unexpected)
     if wrong:
@@ -64,8 +65,17 @@ def load_weights(
     if missing:
         errors.append(f"{len(missing)} tensors are missing: {', '.join(missing)}")
     if unexpected:
-        errors.append(f"{len(unexpected)} tensors have no place: {', '.join(unexpected)}")
+        errors.append(f"{len(unexpected)} tensors are not in the model: {', '.join(unexpected)}")
     return "\n".join(errors)
+
+
+def _unlike(model: nn.Module, state_dict: Mapping[str, Tensor]) -> str:
+    """How the first tensor of a state dict differs from the model's, for a message."""
+    own = dict(_tensors(model))
+    for key, value in state_dict.items():
+        if key in own:
+            return f"{key} is {tuple(value.shape)} there, {tuple(own[key].shape)} here"
+    return f"{next(iter(state_dict))} there, {next(iter(own), 'no tensor')} here"
 
 
 def _lost_bias(loaded: dict[str, Tensor], unexpected: list[str]) -> str | None:
@@ -78,8 +88,9 @@ def _lost_bias(loaded: dict[str, Tensor], unexpected: list[str]) -> str | None:
             and _beside(key, "bias") not in loaded
         ):
             return (
-                f"it is a psBN checkpoint of an older version, and the model's {layer} is none, "
-                "which would lose its bias: convert it with tools/convert_checkpoint.py --to bn"
+                f"an older version wrote this psBN checkpoint, and the model's {layer} is "
+                "not psBN, so it would lose its bias; convert the checkpoint with psbn "
+                "convert --to bn"
             )
     return None
 
@@ -102,10 +113,11 @@ def _of_no_use(model: nn.Module, loaded: dict[str, Tensor], unexpected: list[str
         if own is None:
             extra.append(key)
         elif not own.is_meta and not value.is_meta and not _same(own, value):
-            return f"its {key} is {_line(value)}, and the config's is {_line(own)}"
+            return f"{key} is {_line(value)} in the checkpoint and {_line(own)} in the config"
     if extra:
         return (
-            f"{len(extra)} tensors have no place in the model, as {extra[0]}; is it of this config?"
+            f"{len(extra)} tensors of the checkpoint are not in the model (e.g. "
+            f"{extra[0]}); wrong config?"
         )
     return None
 

@@ -85,9 +85,9 @@ def convert(
             continue
         if to == "bn":
             meta = new["meta"] = {**meta, key: bn_config(meta[key])}
-            lines.append(f"meta.{key}, the config, names BN now")
+            lines.append(f"meta.{key}, the config, now uses BN")
         else:
-            lines.append(f"meta.{key} still holds the config of the run that wrote the checkpoint")
+            lines.append(f"meta.{key} is still the config of the run that wrote the checkpoint")
     return new, lines
 
 
@@ -101,13 +101,14 @@ def _describe(
     difference = max(float((_added(before, n) - _added(after, n)).abs().max()) for n in layers)
     name = f"psBN with alpha {alpha:g}" if to == "psbn" else "BN"
     lines = [
-        f"{len(layers)} layers are now {name}; what they add changed by at most {difference:.1g}"
+        (f"{len(layers)} layers are now {name}; the largest change of a bias is {difference:.1g}")
     ]
     unknown = [name for name, kind in old.items() if kind == "unknown"]
     if to == "psbn" and unknown:
         lines.append(
-            f"{len(unknown)} layers without running statistics stay, as {unknown[0] or 'itself'}: "
-            "InstanceNorm, GroupNorm and LayerNorm look alike in a checkpoint"
+            f"{len(unknown)} layers without running statistics are unchanged (e.g. "
+            f"{unknown[0] or 'itself'}): InstanceNorm, GroupNorm and LayerNorm look "
+            "alike in a checkpoint"
         )
     return lines
 
@@ -133,13 +134,13 @@ def save(content: dict[str, Any], path: Path) -> list[str]:
         part.write_bytes(to_bytes({k: v.clone().contiguous() for k, v in tensors.items()}))
     if tensors.keys() == content.keys():
         return []
-    return ["safetensors holds the model's tensors alone: all else was left out"]
+    return ["safetensors holds only the model's tensors; everything else was left out"]
 
 
 def run(args: argparse.Namespace) -> None:
     refuse_to_overwrite(args.out, overwrite=args.overwrite)
     if args.out.suffix == ".safetensors" and args.keep_training_state:
-        raise PsbnError(f"{args.out}: safetensors cannot hold training state; name it .pth")
+        raise PsbnError(f"{args.out}: safetensors cannot hold training state; use .pth")
     try:
         check_alpha(args.alpha)
     except ValueError as error:

@@ -72,7 +72,7 @@ def read_images(cfg: Any, model: nn.Module, folder: Path, count: int) -> Tensor:
     kinds = {".jpg", ".jpeg", ".png", ".bmp"}
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)[:count]
     if len(paths) < 2:
-        raise PsbnError(f"{folder}: holds {len(paths)} images; at least two are needed")
+        raise PsbnError(f"{folder}: has {len(paths)} images; at least two are needed")
     steps = [s for s in get_test_pipeline_cfg(cfg) if "Annotations" not in s["type"]]
     pipeline = Compose(steps)
     data = [pipeline(dict(img_path=str(path), img_id=i)) for i, path in enumerate(paths)]
@@ -98,21 +98,20 @@ def carried_config(checkpoint: Any, name: str) -> Any:
 
     text = (checkpoint.get("meta") or {}).get("cfg") if isinstance(checkpoint, dict) else None
     if not isinstance(text, str):
-        raise PsbnError(f"{name}: carries no config; give it with --config")
+        raise PsbnError(f"{name}: contains no config; add --config")
     try:
         steps = ast.parse(text).body
         values = {s.targets[0].id: _literal(s.value) for s in steps}  # type: ignore[attr-defined]
     except (SyntaxError, ValueError, AttributeError, IndexError) as error:
         raise PsbnError(
-            f"{name}: the config that it carries is not of plain values ({error}); give one with "
-            "--config"
+            f"{name}: its config has more than plain values ({error}); add --config"
         ) from error
     keys = ("model", "test_dataloader", "default_scope")
     kept = {key: values[key] for key in keys if key in values}
     if unknown := sorted(_types(kept) - _registered()):
         raise PsbnError(
-            f"{name}: the config that it carries builds {unknown[0]!r}, which is not registered "
-            "here; give a config that you trust with --config"
+            f"{name}: its config builds {unknown[0]!r}, which is not registered here; "
+            "add --config with a config that you trust"
         )
     return Config(kept)
 

@@ -39,7 +39,7 @@ def load(arguments: list[str]) -> dict[str, Trace]:
 
 def run(args: argparse.Namespace) -> None:
     if not (args.html or args.png):
-        raise PsbnError("say where to: --html FILE, --png FOLDER or both")
+        raise PsbnError("nothing to write: add --html FILE, --png FOLDER or both")
     refuse_to_overwrite(args.html, args.png, overwrite=args.overwrite)
     require_packages("report", "matplotlib", "plotly", "jinja2")
     from ..collapse.figures import write_figures

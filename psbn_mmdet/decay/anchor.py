@@ -127,19 +127,20 @@ def anchor_bias_decay(
     taken = {name: p for name, p in biases.items() if id(p) in decay}
     if not taken:
         raise NothingToAnchor(
-            f"none of the {len(biases)} biases of norm layers is in this optimizer: make it from"
-            " the parameters of this model, after the model is wrapped or moved"
+            f"none of the {len(biases)} norm-layer biases is in this optimizer; create "
+            "it from this model's parameters, after the model is wrapped or moved"
         )
     without = [name for name, p in taken.items() if not decay[id(p)]]
     if len(without) == len(taken):
         raise NothingToAnchor(
-            f"the weight decay of all {len(taken)} biases is 0 in this {type(optimizer).__name__}:"
-            " nothing to anchor (in mmengine, look at norm_decay_mult and bias_decay_mult)"
+            f"weight decay is 0 for all {len(taken)} biases in this "
+            f"{type(optimizer).__name__}: nothing to anchor (in mmengine, see "
+            "norm_decay_mult and bias_decay_mult)"
         )
     for hook in optimizer._optimizer_step_pre_hooks.values():
         other = getattr(hook, "__self__", None)
         if isinstance(other, AnchoredBiases) and set(other.ids) & {id(p) for p in taken.values()}:
-            raise ValueError("biases are anchored already: remove() the first handle before")
+            raise ValueError("biases are anchored already; remove() the first handle first")
 
     gammas = None if max_ratio is None else _gammas(inner, taken)
     handle = AnchoredBiases(model, optimizer, taken, alpha, gammas, max_ratio)
@@ -152,9 +153,9 @@ def anchor_bias_decay(
             f"biases of {len(taken)} norm layers decay toward {alpha:g}{limit}",
             f"{len(started)} of them start there",
             f"{frozen} frozen" if frozen else "",
-            f"without weight decay and so without effect: {', '.join(without)}" if without else "",
+            f"no weight decay, so no effect: {', '.join(without)}" if without else "",
             f"in another optimizer: {len(biases) - len(taken)}" if len(biases) > len(taken) else "",
-            f"left, as no rectifier follows: {', '.join(left)}" if left else "",
+            f"not anchored, as no ReLU follows: {', '.join(left)}" if left else "",
         ]
         text = "; ".join(fact for fact in facts if fact)
         log(f"AnchoredBiasDecay: {text}. Taken: {', '.join(taken)}")
@@ -185,21 +186,21 @@ def _positive(name: str, given: Any, hint: str) -> float:
 def _check_optimizer(optimizer: Any, any_optimizer: bool) -> None:
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"{name} is no torch.optim.Optimizer: give the optimizer that it wraps")
+        raise TypeError(f"{name} is not a torch.optim.Optimizer; give the optimizer that it wraps")
     if isinstance(optimizer, torch.optim.ASGD):
         raise TypeError(
-            "ASGD keeps an average of the parameters, that of beta then, not of the bias: use"
-            " psBN layers (to_psbn) with it, or another optimizer"
+            "ASGD averages the parameters, which would average beta and not the bias; "
+            "use psBN layers (to_psbn) with it, or another optimizer"
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise TypeError(f"{name} has differentiable=True, and shifting a bias has no gradient")
+        raise TypeError(f"{name} has differentiable=True, but shifting a bias has no gradient")
     if "weight_decay" not in optimizer.defaults:
         raise TypeError(f"{name} has no weight decay: nothing to anchor")
     if not any_optimizer and _step_of(type(optimizer)) not in map(_step_of, _KNOWN):
         raise TypeError(
-            f"{name} is not known here, so neither is how it decays: if its step() reads and writes"
-            " the parameters in place and keeps neither a copy nor an average of them, say"
-            " any_optimizer=True; known are " + ", ".join(known.__name__ for known in _KNOWN)
+            f"{name} is unknown, and so is its weight decay. If step() updates the "
+            "parameters in place and keeps no copy or average of them, pass "
+            "any_optimizer=True. Known: " + ", ".join(known.__name__ for known in _KNOWN)
         )
 
 
@@ -253,7 +254,9 @@ def _gammas(model: nn.Module, taken: dict[str, nn.Parameter]) -> dict[str, nn.Pa
     gammas = {name: params.get(name[: -len("bias")] + "weight") for name in taken}
     wrong = [n for n, p in taken.items() if getattr(gammas[n], "shape", None) != p.shape]
     if wrong:
-        raise ValueError(f"max_ratio needs a gamma beside each bias: none at {', '.join(wrong)}")
+        raise ValueError(
+            f"max_ratio needs a gamma beside each bias; there is none at {', '.join(wrong)}"
+        )
     return gammas  # type: ignore[return-value]
 
 
@@ -457,8 +460,8 @@ class _Pack:
             value = betas.get(name, here.view_as(p))
             if value.shape != p.shape:
                 raise ValueError(
-                    f"the saved beta of {name} has shape {tuple(value.shape)}: wanted"
-                    f" {tuple(p.shape)}; it belongs to another model"
+                    f"the saved beta of {name} has shape {tuple(value.shape)}, expected "
+                    f"{tuple(p.shape)}: it belongs to another model"
                 )
             pieces.append(value.to(p).reshape(-1))
         self.beta = torch.cat(pieces)
@@ -496,13 +499,13 @@ def _choose(
     verdicts = rectified(model)
     if not verdicts:
         raise ValueError(
-            "the model has no BatchNorm or InstanceNorm with a trained bias: nothing to anchor"
-            " (psBN layers need no anchor; give the names of other biases as `layers`)"
+            "the model has no BatchNorm or InstanceNorm with a trained bias: nothing "
+            "to anchor (psBN layers need no anchor; name other biases in `layers`)"
         )
     left = [name for name, verdict in verdicts.items() if verdict is False and layers == "relu"]
     if len(left) == len(verdicts):
         raise ValueError(
-            f"no rectifier follows any of the {len(left)} norm layers: give layers='all' to take"
-            " them nevertheless"
+            f"no ReLU follows any of the {len(left)} norm layers; use layers='all' to "
+            "anchor them anyway"
         )
     return {name: params[name] for name in verdicts if name not in left}, left

@@ -32,7 +32,7 @@ def check_processes(processes: int, cfg: Config) -> None:
     gpus = torch.cuda.device_count()
     if processes < 1 or (gpus and processes > gpus):
         have = f"1 to {gpus}, one per GPU of this machine" if gpus else "at least 1"
-        raise UsageError(f"{processes} processes asked for, {have} can run")
+        raise UsageError(f"{processes} processes requested, {have} can run")
     check_synchronised_norm(cfg, processes)
 
 
@@ -53,7 +53,7 @@ def check_port() -> None:
             listener.bind(("", int(port)))
         except OSError as error:
             raise UsageError(
-                f"PORT={port}: {error.strerror}; name another one, or none on a single machine"
+                f"PORT={port}: {error.strerror}; use another, or none on a single machine"
             ) from error
 
 
@@ -72,15 +72,16 @@ def check_synchronised_norm(cfg: Config, processes: int) -> None:
     names = {type_name(node) for node in dicts(cfg.get("model"))}
     if cfg.get("sync_bn") and any(re.match("ps(Sync)?BN", name) for name in names):
         raise UsageError(
-            f"sync_bn={cfg.sync_bn!r} cannot convert psBN; leave it out and write psSyncBN for psBN"
+            f"sync_bn={cfg.sync_bn!r} cannot convert psBN; leave it out and use "
+            "psSyncBN instead of psBN"
         )
     plain = sorted(names & {"SyncBN", "MMSyncBN", "SyncBatchNorm"})
     if cfg.get("sync_bn"):
         plain.append(f"sync_bn={cfg.sync_bn!r}")
     if plain and not torch.cuda.is_available():
         raise UsageError(
-            f"{plain[0]} needs a GPU for every process; on CPU take one process, or psSyncBN, "
-            "which also runs there"
+            f"{plain[0]} needs a GPU for every process; on CPU use one process, or "
+            "psSyncBN, which also runs there"
         )
 
 
@@ -96,7 +97,7 @@ def check_data(cfg: Config, *phases: str) -> None:
     Raises:
         UsageError: An annotation file or a folder of images is missing.
     """
-    hint = f"link COCO-2017 to {cfg.get('data_root')} or say where it is with --data-root"
+    hint = f"link COCO-2017 to {cfg.get('data_root')}, or set --data-root"
     for phase in phases:
         for dataset in _datasets(cfg.get(f"{phase}_dataloader") or {}):
             root = dataset.get("data_root") or ""
@@ -124,8 +125,8 @@ def _require_one_file(cfg: Config, dataset: dict[str, Any]) -> None:
         kind = registry.get(kind) if isinstance(kind, str) else kind
     if getattr(kind, "_join_prefix", None) is BaseDataset._join_prefix:
         raise UsageError(
-            f"ann_file={dataset['ann_file']}: {type_name(dataset)} reads one file; list one data "
-            "set for each in a ConcatDataset"
+            f"ann_file={dataset['ann_file']}: {type_name(dataset)} reads one file; use "
+            "a ConcatDataset with one data set for each"
         )
 
 

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action=ConfigOptions,
         metavar="KEY=VALUE",
-        help="override the config, as model.backbone.norm_cfg.alpha=0.2 or key=[a,b]",
+        help="override the config, e.g. model.backbone.norm_cfg.alpha=0.2 or key=[a,b]",
     )
     parser.add_argument(
         "--launcher",
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check",
         type=int,
         metavar="PROCESSES",
-        help="only check that so many processes here could do it",
+        help="only check whether so many processes can run here",
     )
     # torch.distributed.launch passes it; torchrun sets LOCAL_RANK instead.
     parser.add_argument("--local-rank", "--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -108,12 +108,12 @@ def load_config(
         old_root = cfg.get("data_root")
         cfg.merge_from_dict(cfg_options or {})
     except Exception as error:  # a config is a program: it may raise anything
-        raise UsageError(f"{source}: does not load: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{source}: cannot be loaded: {type(error).__name__}: {error}") from error
     new_root = data_root or cfg.get("data_root")
     if new_root and not old_root:
         raise UsageError(
-            f"{source}: has no data_root that could be replaced; name the paths of the data "
-            "sets through --cfg-options instead"
+            f"{source}: has no data_root to replace; set the paths of the data sets "
+            "with --cfg-options instead"
         )
     if new_root != old_root:
         moved = _move_paths(cfg.to_dict(), str(old_root), str(new_root))

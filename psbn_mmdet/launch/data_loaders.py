@@ -86,8 +86,8 @@ class SeededLoaders(Runner if TYPE_CHECKING else object):  # type: ignore[misc]
             return super().build_dataloader(dataloader, seed, diff_rank_seed)
         except FileNotFoundError as error:  # of a kind that check_data does not know
             raise UsageError(
-                f"{error.filename or error}: no such file, and a data set of the config reads it; "
-                "--data-root says where the data is"
+                f"{error.filename or error}: no such file, but a data set of the config "
+                "needs it; set --data-root"
             ) from error
 
 

@@ -70,7 +70,7 @@ def timeout(cfg: Config) -> timedelta:
     except (TypeError, ValueError):
         seconds = 0.0
     if not 0 < seconds < MAX_TIMEOUT:
-        raise UsageError(f"timeout {given!r}: wanted a positive number of seconds, a year at most")
+        raise UsageError(f"timeout {given!r}: wanted a positive number of seconds, at most a year")
     return timedelta(seconds=seconds)
 
 
@@ -136,7 +136,7 @@ def _place(launcher: str) -> Place:
         return Place(_number("RANK"), _number("LOCAL_RANK"), _number("WORLD_SIZE"), "")
     if launcher == "mpi":
         names = [f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "LOCAL_RANK", "SIZE")]
-        _demand(launcher, (*names, "MASTER_ADDR"), "start it with mpirun, MASTER_ADDR=HOST before")
+        _demand(launcher, (*names, "MASTER_ADDR"), "set MASTER_ADDR=HOST and start it with mpirun")
         env.setdefault("MASTER_PORT", "29500")
         _check_port()
         number, local, processes = map(_number, names)
@@ -156,7 +156,7 @@ def _place(launcher: str) -> Place:
 def _number(variable: str) -> int:
     given = os.environ[variable]
     if not given.isdecimal():
-        raise UsageError(f"{variable}={given}: wanted a number; it is the launcher that sets it")
+        raise UsageError(f"{variable}={given}: wanted a number; the launcher sets it")
     return int(given)
 
 
@@ -184,8 +184,8 @@ def slurm_port(job: int, step: int) -> int:
 def _first_host(nodes: str) -> str:
     if not shutil.which("scontrol"):
         raise UsageError(
-            f"scontrol is not in the PATH of {socket.gethostname()}, so the first host of {nodes} "
-            "is not known; set MASTER_ADDR to it"
+            f"scontrol is not in the PATH of {socket.gethostname()}, so the first of "
+            f"the hosts {nodes} is unknown; set MASTER_ADDR"
         )
     hosts = subprocess.run(
         ["scontrol", "show", "hostnames", nodes], text=True, capture_output=True, check=False
@@ -210,7 +210,7 @@ def _join(cfg: Config, place: Place) -> None:
         dist.init_process_group(backend, timeout=wait, **own)
     except RuntimeError as error:
         raise UsageError(
-            f"rank {place.rank} of {place.processes} did not find the others in "
+            f"rank {place.rank} of {place.processes} did not find the others within "
             f"{wait.total_seconds():g} s: {_first_line(error)}"
         ) from error
 
@@ -236,13 +236,13 @@ def _store(place: Place, wait: timedelta) -> dist.Store:  # type: ignore[name-de
         owner = store.get("job").decode()
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         raise UsageError(
-            f"rank {place.rank} of {place.job}: no store at {host}:{port}: {_first_line(error)}; "
-            "is the port taken? MASTER_PORT names another"
+            f"rank {place.rank} of {place.job}: no store at {host}:{port}: "
+            f"{_first_line(error)}; is the port taken? Set MASTER_PORT to another"
         ) from error
     if owner != place.job:
         raise UsageError(
-            f"rank {place.rank} of {place.job}: {host}:{port} belongs to {owner}; "
-            "MASTER_PORT names another port"
+            f"rank {place.rank} of {place.job}: {host}:{port} is in use by {owner}; "
+            "set MASTER_PORT to another port"
         )
     return dist.PrefixStore(place.job, store)  # type: ignore[attr-defined]
 

@@ -103,9 +103,9 @@ class ExactResume(Hook):
             del wanted["param_schedulers"]
         if lacking := [what for key, what in wanted.items() if key not in checkpoint]:
             raise CheckpointError(
-                f"{name}: holds no state of the {' or '.join(lacking)} to go on with, as no "
-                "best_*.pth does; resume from an epoch_N.pth or iter_N.pth, or begin a new "
-                "training with it by --cfg-options load_from="
+                f"{name}: has no state of the {' or '.join(lacking)} (a best_*.pth never "
+                "has); resume from an epoch_N.pth or iter_N.pth, or start a new training "
+                "from its weights: --cfg-options load_from="
             )
         held = checkpoint.get(HELD) or [{}]
         self._held_before = held[get_rank() if len(held) == get_world_size() else 0]
@@ -121,8 +121,9 @@ class ExactResume(Hook):
             if then["batches_per_epoch"] is None:
                 kinds.reverse()
             raise CheckpointError(
-                f"{name}: was saved in a loop of {kinds[1]}, and the config has one of {kinds[0]}; "
-                "begin a new training with it by --cfg-options load_from="
+                f"{name}: was saved by a training loop of {kinds[1]}, but the config has "
+                f"one of {kinds[0]}; start a new training from its weights: --cfg-options "
+                "load_from="
             )
         if position["batches"] and now != then:
             raise CheckpointError(
@@ -138,8 +139,8 @@ class ExactResume(Hook):
             batches = meta["iter"] - meta["epoch"] * len(runner.train_dataloader)
             if batches and name.rpartition("/")[2].startswith("iter_"):
                 raise CheckpointError(
-                    f"{name}: was saved in the middle of epoch {meta['epoch'] + 1}, and does not "
-                    "say where; resume from an epoch_N.pth"
+                    f"{name}: was saved in the middle of epoch {meta['epoch'] + 1} and does "
+                    "not say where; resume from an epoch_N.pth"
                 )
 
     @property
@@ -169,7 +170,7 @@ class ExactResume(Hook):
             if skip:
                 raise CheckpointError(
                     f"{runner._load_from}: was saved in the middle of an epoch, and this data "
-                    "loader cannot begin there; resume from an epoch_N.pth"
+                    "loader cannot start there; resume from an epoch_N.pth"
                 )
         elif not sampler.iterations:
             sampler.skip = skip
@@ -199,9 +200,9 @@ class ExactResume(Hook):
         if self._to_compare:
             if not self._comes_out_again(runner):
                 runner.logger.warning(
-                    "not to the bit: the last batch before this run was resumed comes out "
-                    "otherwise now. The data has changed, or a transform keeps a state between "
-                    "images, as the caches of CachedMosaic and CachedMixUp"
+                    "not to the bit: the last batch before the interruption is different now. "
+                    "The data changed, or a transform keeps state between images (e.g. the "
+                    "caches of CachedMosaic and CachedMixUp)"
                 )
             self._to_compare = None
         self._before_validation = self._gathered = None
@@ -302,7 +303,9 @@ class MissedValidation(Hook):
             return
         loop._decide_current_val_interval()
         if done >= max(loop.val_begin, 1) and (done % loop.val_interval == 0 or done == end):
-            runner.logger.info("validating first, which was due when the checkpoint was saved")
+            runner.logger.info(
+                "validating first: a validation was due when the checkpoint was saved"
+            )
             runner.val_loop.run()
 
 
@@ -345,7 +348,7 @@ def _told(division: dict[str, Any]) -> str:
 
 def _or_else(division: dict[str, Any]) -> str:
     if division["batches_per_epoch"] is None:
-        return "or begin a new training with its weights by --cfg-options load_from="
+        return "or start a new training from its weights: --cfg-options load_from="
     return "or from an epoch_N.pth"
 
 

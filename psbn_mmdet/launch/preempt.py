@@ -191,7 +191,7 @@ class Preemption(Hook):
         partial.replace(self._path)  # whole, or not there
         print(
             f"SIGTERM: saved {self._path} at iteration {meta['iter']} in "
-            f"{time.monotonic() - start:.1f} s; --resume goes on from it",
+            f"{time.monotonic() - start:.1f} s; --resume continues from it",
             flush=True,
         )
 
@@ -211,7 +211,7 @@ class AfterMetrics(Hook):
 
 def _end_validation(runner: Runner) -> None:
     """Take the averaged weights out of the model, which a validation has put there."""
-    runner.logger.warning("the validation was interrupted; --resume begins with it")
+    runner.logger.warning("the validation was interrupted; --resume starts with it")
     for hook in runner.hooks:
         if isinstance(hook, EMAHook):
             hook.after_val_epoch(runner)

@@ -110,15 +110,15 @@ def built(what: str, build: Callable[[], T], config: Any) -> T:
         unknown = _unknown(config) if isinstance(error, (KeyError, TypeError)) else []
         if unknown:
             raise UsageError(
-                f"the {what} cannot be built: there is no {', '.join(unknown)}; is it misspelt, or "
-                "does it need custom_imports?"
+                f"the {what} cannot be built: unknown {', '.join(unknown)}; misspelt, or "
+                "is custom_imports missing?"
             ) from error
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = os.sep.join(frame.filename.split(os.sep)[-3:])
         text = str(error.args[0] if error.args else error).strip() or type(error).__name__
         text = text.splitlines()[0].split(" More details")[0].rstrip(".")
         raise UsageError(
-            f"the {what} cannot be built by this config: {text} ({place}:{frame.lineno})"
+            f"the {what} of this config cannot be built: {text} ({place}:{frame.lineno})"
         ) from error
 
 
@@ -144,7 +144,7 @@ def _of_model(model: nn.Module) -> str:
     parameters = list(model.parameters())
     frozen = sum(p.numel() for p in parameters if not p.requires_grad)
     total = sum(p.numel() for p in parameters)
-    return f"model: {type(model).__name__}, {total:,} parameters, {frozen:,} of them frozen"
+    return f"model: {type(model).__name__}, {total:,} parameters ({frozen:,} frozen)"
 
 
 def _psbn_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -158,13 +158,13 @@ def _psbn_layers(model: nn.Module) -> dict[str, nn.Module]:
 def _of_psbn(model: nn.Module) -> str:
     layers = _psbn_layers(model)
     if not layers:
-        return "psBN: no layer; name psBN in norm_cfg, or model.type=psbn_mmdet.ToPsBN"
+        return "psBN: no layer; use psBN in norm_cfg, or model.type=psbn_mmdet.ToPsBN"
     kinds = Counter(type(module).__name__ for module in layers.values())
     alphas = sorted({round(float(module.get_buffer("alpha")), 6) for module in layers.values()})
     frozen = [name for name, module in layers.items() if not module.beta.requires_grad]
     text = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
     text = f"psBN: {text}; alpha {', '.join(map(str, alphas))}"
-    return text + (f"; {len(frozen)} frozen, as {frozen[0]}" if frozen else "; none frozen")
+    return text + (f"; {len(frozen)} frozen (e.g. {frozen[0]})" if frozen else "; none frozen")
 
 
 def _of_optimizer(model: nn.Module, optim: Any) -> Iterator[str]:
@@ -198,7 +198,7 @@ def check_classes(dataset: Any, model: nn.Module) -> None:
         known = getattr(part, "cat_ids", None)
         if isinstance(classes, str):
             raise UsageError(
-                f"{type(part).__name__}: classes={classes!r} is one text; write ({classes!r},)"
+                f"{type(part).__name__}: classes={classes!r} is a string; write ({classes!r},)"
             )
         if classes and isinstance(known, list) and len(known) < len(classes):
             raise UsageError(
@@ -214,8 +214,9 @@ def check_classes(dataset: Any, model: nn.Module) -> None:
         number = getattr(module, "num_classes", None)
         if _HEAD_OF_BOXES.search(name) and isinstance(number, int) and number not in counts:
             raise UsageError(
-                f"{name} ({type(module).__name__}) has num_classes={number}, and the data set has "
-                f"{len(classes)} classes; set num_classes of every head to {len(classes)}"
+                f"{name} ({type(module).__name__}) has num_classes={number}, but the data "
+                f"set has {len(classes)} classes; set num_classes of every head to "
+                f"{len(classes)}"
             )
 
 
@@ -284,7 +285,7 @@ def _weights(cfg: Config, model: nn.Module, training: bool) -> list[str]:
         for node in dicts(cfg.get("model")):
             if type_name(node) in ("Pretrained", "PretrainedInit"):
                 read(node["checkpoint"])
-                lines.append(f"weights: {node['checkpoint']}, where init_cfg names it")
+                lines.append(f"weights: {node['checkpoint']}, as init_cfg says")
     if cfg.get("load_from"):
         checkpoint = read(cfg.load_from)
         everything = not training or bool(cfg.get("resume"))

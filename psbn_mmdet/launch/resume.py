@@ -66,7 +66,7 @@ def choose(cfg: Config, resume: str | None) -> Start:
     folder = checkpoint_folder(cfg)
     if "://" in folder:
         raise UsageError(
-            f"{folder}: is not on the local disk, so which checkpoint is the newest is unknown; "
+            f"{folder}: is not a local folder, so the newest checkpoint is unknown; "
             "name it: --resume CHECKPOINT"
         )
     before = _run_of(cfg.work_dir)
@@ -83,10 +83,12 @@ def choose(cfg: Config, resume: str | None) -> Start:
         return Start(run, str(saved.path), saved.meta.get("seed"), before and before.given)
     if before and before.given:
         path = before.given if "://" in before.given else find(before.given)
-        print(f"resuming from {path}, which this run was begun from")
+        print(f"resuming from {path}, where this run started")
         return Start(run, path, meta_of(path).get("seed"), before.given)
-    of_others = ", what is there is of another run" if any(Path(folder).glob("*.pth")) else ""
-    print(f"{folder}: nothing to resume{of_others}: starting from scratch")
+    of_others = (
+        " (its checkpoints belong to another run)" if any(Path(folder).glob("*.pth")) else ""
+    )
+    print(f"{folder}: nothing to resume{of_others}; starting from scratch")
     return Start(run)
 
 
@@ -102,7 +104,9 @@ def find(path: str, folder: str = "") -> str:
         where = "; copy rank 0's there, or use a work dir that all nodes share" if folder else ""
         raise CheckpointError(f"{path}: no such checkpoint to resume from{where}")
     if not is_whole(path):
-        raise CheckpointError(f"{path}: is cut off; --resume alone takes the newest whole one")
+        raise CheckpointError(
+            f"{path}: is cut off; --resume without a name takes the newest complete one"
+        )
     return path
 
 

@@ -135,7 +135,8 @@ def configure_training(
     if hook.get("max_keep_ckpts") == 1:
         # mmengine removes the old one first: a kill in between would lose the run.
         print(
-            "max_keep_ckpts=1 would leave no whole checkpoint while the next is written: keeping 2"
+            "max_keep_ckpts=1 would leave no complete checkpoint while the next is "
+            "written; keeping 2"
         )
         hook["max_keep_ckpts"] = 2
     agree_on_config(cfg)
@@ -152,7 +153,9 @@ def _check_machine(cfg: Config, *phases: str) -> None:
 def _use_amp(cfg: Config) -> None:
     kind = type_name(cfg.optim_wrapper) or "OptimWrapper"
     if kind not in ("OptimWrapper", "AmpOptimWrapper", BFloat16OptimWrapper.__name__):
-        raise UsageError(f"--amp would replace the config's optim_wrapper {kind}; leave it out")
+        raise UsageError(
+            f"--amp would replace the optim_wrapper {kind} of the config; leave it out"
+        )
     if get_device() != "cpu":
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     elif cpu_has_bfloat16():
@@ -161,8 +164,8 @@ def _use_amp(cfg: Config) -> None:
         cfg.optim_wrapper.type = BFloat16OptimWrapper.__name__
     else:
         raise UsageError(
-            "--amp needs a GPU or a processor that computes in bfloat16 (avx512_bf16 or amx_bf16 "
-            "in /proc/cpuinfo); on this one it would only be slower: leave it out"
+            "--amp needs a GPU or a processor with bfloat16 (avx512_bf16 or amx_bf16 "
+            "in /proc/cpuinfo); on this one it would only be slower"
         )
 
 
@@ -174,7 +177,7 @@ def _resume(cfg: Config, resume: str | None) -> Start:
     randomness = cfg.get("randomness") or {}
     given, seed = randomness.get("seed"), start.seed
     if rank() == 0 and given is not None and seed is not None and given != seed:
-        print(f"{start.checkpoint} was trained with seed {seed}: taking that, not {given}")
+        print(f"{start.checkpoint} was trained with seed {seed}; using it instead of {given}")
     if seed is None:
         # drawn here, so that the data loader has it and the checkpoint names it
         seed = given if given is not None else from_rank_0(lambda: secrets.randbelow(2**31))
@@ -200,8 +203,8 @@ def _make_runner(cfg: Config) -> Any:
     if issubclass(kind, FlexibleRunner):
         if cfg.get("load_from"):
             raise UsageError(
-                f"runner_type={kind.__name__}: its strategies read checkpoints in their own way, "
-                f"which may run code, so it does not load {cfg.load_from} here; leave out "
+                f"runner_type={kind.__name__}: its strategies read checkpoints in their "
+                f"own way, which can run code, so {cfg.load_from} is not loaded; leave out "
                 "runner_type"
             )
         bases = (SeededLoaders, kind)
@@ -245,7 +248,7 @@ def configure_test(cfg: Config, checkpoint: str) -> None:
         _check_machine(cfg, "test")
 
     if not cfg.get("test_dataloader"):
-        raise UsageError(f"{cfg.filename}: has no test_dataloader, so nothing to test on")
+        raise UsageError(f"{cfg.filename}: has no test_dataloader, so there is nothing to test on")
     on_all_ranks(look)
     cfg.load_from = checkpoint
     write_coco_results(cfg, os.path.join(cfg.work_dir, "results"))

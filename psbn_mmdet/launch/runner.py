@@ -116,7 +116,7 @@ def resolve(source: str) -> str:
     else:
         table, name = get_external_models(), get_deprecated_model_names().get(name, name)
     if name not in table:
-        raise CheckpointError(f"{source}: mmengine's table has no such name; give its URL instead")
+        raise CheckpointError(f"{source}: mmengine does not know this name; give the URL instead")
     return table[name]
 
 
@@ -179,7 +179,7 @@ class Runner(MMEngineRunner):
         amiss = load_weights(self.model, {"state_dict": tensors}, filename, strict=strict)
         self._has_loaded = True
         if amiss:
-            self.logger.warning(f"{filename}: not all of it fits the model\n{amiss}")
+            self.logger.warning(f"{filename}: does not fit the model completely\n{amiss}")
         self.logger.info(f"Load checkpoint from {filename}")
         return checkpoint
 
@@ -189,8 +189,8 @@ def _require_a_run(checkpoint: dict[str, Any], name: str) -> None:
     absent = [key for key in ("meta", "message_hub") if key not in checkpoint]
     if absent:
         raise CheckpointError(
-            f"{name}: has no {absent[0]}, so it is not the checkpoint of a run and cannot be "
-            "resumed; take its weights with load_from and resume=False"
+            f"{name}: has no {absent[0]}, so it is not a training checkpoint and "
+            "cannot be resumed; use load_from with resume=False"
         )
     if "ema_state_dict" in checkpoint:
         average = state_dict_of(checkpoint["ema_state_dict"], name)
@@ -198,6 +198,6 @@ def _require_a_run(checkpoint: dict[str, Any], name: str) -> None:
                   (checkpoint["state_dict"], average)]  # fmt: skip
         if other := {k for k, _ in shapes[0].items() ^ shapes[1].items()}:
             raise CheckpointError(
-                f"{name}: its ema_state_dict is of another model than its state_dict, as "
-                f"{min(other)} shows; resume from another checkpoint"
+                f"{name}: ema_state_dict and state_dict belong to different models (see "
+                f"{min(other)}); resume from another checkpoint"
             )

@@ -118,7 +118,7 @@ def rectified(model: nn.Module) -> dict[str, bool | None]:
     for name, module in norm_layers(model).items():
         bias = _trained_bias(module)
         if isinstance(bias, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{name}.bias has no shape yet: run the model once before")
+            raise ValueError(f"{name}.bias has no shape yet; run the model once first")
         if bias is not None:
             biases[id(bias)] = None
     _, by_bias = _all_uses(model, whole=True)

@@ -77,14 +77,17 @@ class Bias(Tensor):
             if func == Tensor.type and len(args) == 1 and not kwargs:
                 return _TYPE_IN_ERRORS
         if func == Tensor.__dlpack__:
-            raise BufferError("the bias of a psBN layer is a sum: share a clone() of it, or beta")
+            raise BufferError(
+                "the bias of a psBN layer is the sum beta + alpha; share beta, or a "
+                "clone() of the bias"
+            )
         before = [(bias._plain._version, bias._plain.grad_fn) for bias in biases]
         result = func(*_map(args, _to_plain), **_map(kwargs, _to_plain))
         for bias, (version, graph) in zip(biases, before, strict=True):
             if bias._plain.grad_fn is not graph:
                 raise RuntimeError(
-                    f"the bias of a {type(origin.layer).__name__} that requires grad was changed "
-                    "in place: do it under torch.no_grad() or on layer.bias.data"
+                    f"the bias of a {type(origin.layer).__name__} requires grad and was "
+                    "changed in place; do it under torch.no_grad() or on layer.bias.data"
                 )
             if bias._plain._version != version or func in (Tensor.apply_, Tensor.map_):
                 bias._origin.write()
@@ -115,8 +118,8 @@ class Bias(Tensor):
     def _is_param(self, value: bool) -> None:
         kind = type(self._origin.layer).__name__
         raise TypeError(
-            f"the bias of a {kind} is the sum beta + alpha: make a parameter from a copy of it, as "
-            "nn.Parameter(layer.bias.detach().clone())"
+            f"the bias of a {kind} is the sum beta + alpha; make a parameter from a "
+            "copy: nn.Parameter(layer.bias.detach().clone())"
         )
 
 
@@ -134,8 +137,8 @@ class _Origin:
         kind = type(self.layer).__name__
         if self.layer.beta is not self.beta or self.beta._version != self.version:
             raise RuntimeError(
-                f"the bias of a {kind} was read, then beta changed, then the bias was written to: "
-                "read layer.bias again before writing"
+                f"the bias of a {kind} was read, then beta changed, then the bias was "
+                "written; read layer.bias again before writing"
             )
         with torch.no_grad():
             old, new = self.beta + self.layer.initial_alpha, self.total.detach()

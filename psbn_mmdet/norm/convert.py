@@ -97,23 +97,23 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, *, shift: bool = False) -> nn.
             if module.weight is not None and module.bias is not None:
                 if "beta" not in module._parameters and "bias" not in module._parameters:
                     raise TypeError(
-                        f"the bias of {name or 'the model'} is pruned or parametrized: make that "
+                        f"the bias of {name or 'the model'} is pruned or parametrized; make that "
                         "permanent before to_psbn"
                     )
                 layers[name] = module
         # In a frozen layer it is a buffer.
         elif isinstance(getattr(module, "bias", None), nn.Parameter):
             raise TypeError(
-                f"{name or 'the model'} is a {type(module).__name__}, a kind of normalization that "
-                "has no post-shifted twin; replace it by torch's own layer and what it does "
-                "besides (and materialise lazy ones) before to_psbn"
+                f"{name or 'the model'} is a {type(module).__name__}, a norm layer without "
+                "a psBN counterpart; use torch's own layer (and initialize lazy ones) "
+                "before to_psbn"
             )
     if not layers:
         raise ValueError("the model has no BatchNorm or InstanceNorm with a trained bias")
     if alpha and layers.keys() <= without_rectifier(model):
         warnings.warn(
-            f"no rectifier follows any of the {len(layers)} layers to convert (but SiLU, say): no "
-            "filter can collapse there, and nothing is known of what psBN does for such a network",
+            f"no ReLU follows any of the {len(layers)} layers to convert (perhaps SiLU "
+            "does): their filters cannot collapse, and psBN has not been tested there",
             stacklevel=2,
         )
     _refuse_tied(layers)
@@ -155,8 +155,8 @@ def to_bn(model: nn.Module) -> nn.Module:
     for name, module in shifted:
         if _plain(type(module)) is None:
             raise TypeError(
-                f"{name or 'the model'} is a {type(module).__name__}, a subclass of a post-shifted "
-                "layer that has no plain twin; replace it by hand before to_bn"
+                f"{name or 'the model'} is a {type(module).__name__}, a subclass of a psBN "
+                "layer without a BN counterpart; replace it by hand before to_bn"
             )
     _refuse_tied(dict(shifted))
     biases: dict[nn.Parameter, nn.Parameter] = {}
@@ -182,8 +182,8 @@ def _refuse_tied(layers: dict[str, Any]) -> None:
             alphas.setdefault(layer.beta, layer.initial_alpha) != layer.initial_alpha
         ):
             raise TypeError(
-                f"{name} shares its beta with a layer of another alpha: give each a beta of its "
-                "own, or both the same alpha"
+                f"{name} shares its beta with a layer of another alpha; give each its own "
+                "beta, or both the same alpha"
             )
 
 
@@ -192,10 +192,10 @@ def _refuse_wrapped(model: nn.Module) -> None:
         kinds = {cls.__name__ for cls in type(module).__mro__}
         if "ScriptModule" in kinds:
             raise TypeError(
-                f"{name or 'the model'} is scripted: convert the model before scripting"
+                f"{name or 'the model'} is scripted; convert the model before scripting"
             )
         if kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}:
             raise TypeError(
-                f"{name or 'the model'} is a {type(module).__name__}, which holds on to its "
-                "parameters: convert the model before wrapping it"
+                f"{name or 'the model'} is a {type(module).__name__}, which keeps "
+                "references to its parameters; convert the model before wrapping it"
             )

@@ -41,11 +41,11 @@ class PsBNHook(Hook):
         if runner.iter > 0:
             said += "; resumed"
         else:
-            how = "lifted by alpha" if lifted else "their function preserved (beta = bias - alpha)"
-            said += f"; {taken_over} with the bias of a BN, {how}" if taken_over else ""
+            how = "lifted by alpha" if lifted else "function preserved (beta = bias - alpha)"
+            said += f"; {taken_over} took over the bias of a BN, {how}" if taken_over else ""
         frozen = [name for name, layer in layers.items() if not layer.beta.requires_grad]
         if frozen:
-            said += f"; {len(frozen)} frozen (as {frozen[0]}), where psBN does nothing"
+            said += f"; {len(frozen)} frozen (e.g. {frozen[0]}): psBN does nothing there"
         runner.logger.info(said)
         cfg = (getattr(runner, "cfg", None) or {}).get("optim_wrapper") or {}
         for warning in decay_warnings(runner.model, optimizers(runner), cfg):
@@ -86,9 +86,9 @@ def decay_warnings(
     }
     if left := [name for name, beta in betas.items() if id(beta) not in decay]:
         yield (
-            f"beta of {len(left)} psBN layers (e.g. {left[0]}) is in no optimizer, so it is not "
-            "trained: does optim_wrapper.constructor collect parameters named bias? Use mmengine's "
-            "own, or keep BN and use AnchoredBiasDecay"
+            f"beta of {len(left)} psBN layers (e.g. {left[0]}) is in no optimizer and "
+            "will not be trained. Does optim_wrapper.constructor select parameters "
+            "named bias? Use mmengine's own, or keep BN and use AnchoredBiasDecay"
         )
     culprits: dict[str, list[str]] = {}
     undecayed = [name for name, beta in betas.items() if decay.get(id(beta)) == 0]
@@ -96,17 +96,17 @@ def decay_warnings(
     smooth = {f"{name}.beta".lstrip(".") for name in layers}
     if undecayed and smooth >= {*undecayed}:
         yield (
-            f"no ReLU follows any of the {len(undecayed)} psBN layers without weight decay (e.g. "
-            f"{undecayed[0]}): no filter dies for good there, so psBN has nothing to repair; leave "
-            "the decay of the norms as the config has it"
+            f"no ReLU follows any of the {len(undecayed)} psBN layers without weight "
+            f"decay (e.g. {undecayed[0]}): their filters cannot collapse, so psBN has "
+            "nothing to repair. Leave norm_decay_mult as it is"
         )
     for name in undecayed:
         if name not in smooth:
             culprits.setdefault(responsible_key(name, cfg), []).append(name)
     for key, names in culprits.items():
         yield (
-            f"psBN does nothing without weight decay, and beta of {len(names)} layers "
-            f"(e.g. {names[0]}) has none: {key}"
+            f"beta of {len(names)} psBN layers (e.g. {names[0]}) has no weight decay, "
+            f"and psBN does nothing without it: {key}"
         )
 
 

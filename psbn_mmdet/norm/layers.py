@@ -36,14 +36,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .bias import Bias
 
 _TAKES_THE_PLACE_OF_BN = (
-    "it takes the place of a BatchNorm, not of a GroupNorm or LayerNorm; for a network with these "
-    "keep its norm_cfg and convert its BatchNorms with to_psbn, in a config with "
-    "model.type=psbn_mmdet.ToPsBN model.of=MODEL"
+    "it replaces a BatchNorm, not a GroupNorm or LayerNorm. Keep the norm_cfg "
+    "of such a network and convert its BatchNorms with to_psbn, in a config "
+    "with model.type=psbn_mmdet.ToPsBN model.of=MODEL"
 )
 _LOAD_BN_IS_GONE = (
-    "load_bn is no option of a layer any more: layers preserve what they load. To lift a network "
-    "by alpha once, at the start of a training, use to_psbn(model, shift=True), or in a config "
-    "custom_hooks=[dict(type='PsBNHook', shift=True)]"
+    "layers no longer take load_bn: they preserve what they load. To lift a "
+    "network by alpha once, at the start of a training, use to_psbn(model, "
+    "shift=True), or in a config custom_hooks=[dict(type='PsBNHook', "
+    "shift=True)]"
 )
 
 
@@ -148,8 +149,8 @@ class PostShift(nn.Module):
             raise TypeError(f"{name} does not take {', '.join(unknown)}: {_TAKES_THE_PLACE_OF_BN}")
         if not (affine and bias):
             raise ValueError(
-                f"{name} needs affine=True and a bias: without a trained beta there is nothing for "
-                "weight decay to pull toward alpha; use the plain layer"
+                f"{name} needs affine=True and a bias: without a trained beta, weight "
+                "decay has nothing to pull toward alpha; use the plain layer"
             )
         alpha = check_alpha(alpha)
         # Not affine for the base class, which would make `bias` a parameter.
@@ -234,8 +235,9 @@ class PostShift(nn.Module):
             raise RuntimeError(f"{name}: {error}") from None
         if bias is None and (beta is None) != (saved is None):
             raise RuntimeError(
-                f"{name}: the checkpoint holds only one of beta and alpha and no bias, so what it "
-                "computed is unknown; save it with state_dict(), which holds all three"
+                f"{name}: the checkpoint holds only one of beta and alpha and no bias, so "
+                "the layer's bias is unknown; save it with state_dict(), which holds all "
+                "three"
             )
         assign = local_metadata.get("assign_to_params_buffers", False)
         new = self.initial_alpha
@@ -248,16 +250,16 @@ class PostShift(nn.Module):
         if from_bn:
             if hasattr(self.beta, "placements") and not hasattr(bias, "placements"):
                 raise RuntimeError(
-                    f"{name}: the whole state dict of a BN cannot be spread over shards of psBN: "
-                    "convert it before, with psbn_mmdet.checkpoint.psbn_state_dict"
+                    f"{name}: the full state dict of a BN cannot be loaded into shards of "
+                    "psBN; convert it first with psbn_mmdet.checkpoint.psbn_state_dict"
                 )
             beta = based(bias, 0)
         elif beta is not None and old is not None:
             kept = based(beta, old)
             if _comparable(bias, beta) and not (same := agree(bias, beta, old)).all():
                 warnings.warn(
-                    f"{name}: in {int((~same).sum())} of {same.numel()} channels of the checkpoint "
-                    "bias is not beta + alpha; bias counts there, as for every reader of BN",
+                    f"{name}: in {int((~same).sum())} of {same.numel()} channels of the "
+                    "checkpoint, bias is not beta + alpha; bias is used, as any BN would",
                     stacklevel=2,
                 )
                 kept = torch.where(same, kept, based(bias, 0))
@@ -384,9 +386,9 @@ class psBN2d(_PostShiftBN, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
         if input.dim() != 4:
             # In the place of a LayerNorm (Swin, PVT) it gets (N, L, C).
             raise ValueError(
-                f"expected 4D input (got {input.dim()}D input): a psBN2d takes the place of a "
-                "BatchNorm2d, not of a LayerNorm; for a network with LayerNorm keep its norm_cfg "
-                "and convert its BatchNorms with to_psbn, in a config with "
+                f"expected 4D input (got {input.dim()}D input): psBN2d replaces a "
+                "BatchNorm2d, not a LayerNorm. Keep the norm_cfg of such a network and "
+                "convert its BatchNorms with to_psbn, in a config with "
                 "model.type=psbn_mmdet.ToPsBN model.of=MODEL"
             )
 

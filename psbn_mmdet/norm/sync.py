@@ -55,7 +55,9 @@ class psSyncBN(_PostShiftBN, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, (N, C, ...); see the class."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            assert not self.training, "a scripted psSyncBN cannot synchronise: script it in eval()"
+            assert not self.training, (
+                "a scripted psSyncBN cannot synchronize; script it in eval mode"
+            )
             bias = self.beta + self.initial_alpha
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, bias, eps=self.eps

@@ -183,7 +183,7 @@ def test_instance_normalization_goes_back_and_says_what_stayed(tmp_path, convert
     same(load(tmp_path / "b.pth"), to_bn(model).state_dict())
     done = convert(tmp_path / "b.pth", tmp_path / "c.pth", "--to=psbn")
     assert "1 layers are now psBN" in done.stdout
-    assert "1 layers without running statistics stay, as 0" in done.stdout
+    assert "1 layers without running statistics are unchanged (e.g. 0)" in done.stdout
 
 
 def test_nothing_is_replaced_unless_asked_for(tmp_path, convert):
@@ -290,7 +290,7 @@ def test_the_tool_makes_a_checkpoint_of_bn(tmp_path, convert):
     checkpoint = {"state_dict": model.state_dict(), "meta": {"cfg": CONFIG, "epoch": 1}}
     torch.save(checkpoint, tmp_path / "psbn.pth")
     done = convert(tmp_path / "psbn.pth", tmp_path / "bn.pth", "--to", "bn")
-    assert "meta.cfg, the config, names BN now" in done.stdout
+    assert "meta.cfg, the config, now uses BN" in done.stdout
     converted = load(tmp_path / "bn.pth")
     assert "ps" not in converted["meta"]["cfg"].replace("'psBN', 1", "").replace("./psbn", "")
     assert converted["meta"]["epoch"] == 1

@@ -70,16 +70,16 @@ def bad_file(kind, tmp_path, state_dict):
     ("kind", "message"),
     [
         ("missing", "no such file"),
-        ("directory", "no such file, but a folder"),
-        ("text", "is no checkpoint of torch"),
+        ("directory", "is a folder; name one file"),
+        ("text", "is not a PyTorch checkpoint"),
         ("empty", "is cut off or damaged"),
         ("code", r"refused, since it carries posix.mkdir.*nothing in it was run"),
         ("legacy_code", r"refused, since it carries posix.mkdir"),
         ("plain_pickle", r"refused, since it carries posix.mkdir|is no checkpoint"),
-        ("detectron_pickle", "is no checkpoint of torch"),
+        ("detectron_pickle", "is not a PyTorch checkpoint"),
         ("model", r"refused, since it carries torch.nn.modules.conv.Conv2d.*state_dict\(\)"),
         ("torchscript", "TorchScript archive"),
-        ("safetensors", "no whole safetensors file"),
+        ("safetensors", "not a complete safetensors file"),
         ("shard", "one of several shards; join them"),
     ],
 )
@@ -193,11 +193,11 @@ def test_what_torch_hub_has_is_taken_where_nothing_can_be_downloaded(state_dict,
     cached = tmp_path / "home" / "hub" / "checkpoints" / "a.pth"
     cached.parent.mkdir(parents=True)
     torch.save(state_dict, cached)
-    with pytest.warns(UserWarning, match=r"could not be downloaded.*taking .*a\.pth"):
+    with pytest.warns(UserWarning, match=r"could not be downloaded.*using .*a\.pth"):
         assert load(f"{address}/a.pth").keys() == state_dict.keys()
 
 
 def test_other_schemes_are_refused():
     for source in ("torchvision://resnet50", "s3://a.pth", "ftp://a.pth"):
-        with pytest.raises(CheckpointError, match="neither a path nor the URL of a file"):
+        with pytest.raises(CheckpointError, match="neither a path nor a URL"):
             load(source)

@@ -242,7 +242,7 @@ def test_getattr_reaches_only_what_mmengine_refers_to(tmp_path):
         Calls(OneCycleParamScheduler, 1, 2),
     ]:
         torch.save(content, tmp_path / "a.pth")
-        with pytest.raises(CheckpointError, match="refused, since it carries"):
+        with pytest.raises(CheckpointError, match="refused: it contains"):
             load(tmp_path / "a.pth")
 
 

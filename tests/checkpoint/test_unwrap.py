@@ -39,7 +39,7 @@ A = {"a.weight": torch.ones(2)}
     [
         ({"model": A, "net": A}, r"holds several state dicts \(model, net\)"),
         ({"generator": A, "critic": A}, "there are tensors under generator, critic"),
-        ({"model": A, "b.weight": torch.ones(2)}, "under model and beside it, as b.weight"),
+        ({"model": A, "b.weight": torch.ones(2)}, "in model and beside it (e.g. b.weight)"),
         ({**A, "head": {"weight": torch.ones(2)}}, "tensors under head stand in a container"),
         ({**A, "parts": [torch.ones(2)]}, "tensors under parts stand in a container"),
         ({"model": {"a": A, "b": A}}, "there are tensors under a, b"),

@@ -104,14 +104,18 @@ def test_the_reason_says_what_would_go_wrong():
         assert "psBN checkpoint of an older version, and the model's 0.1 is none" in reason
     fewer = {k: v for k, v in bn.state_dict().items() if not k.startswith("2.")}
     assert mismatch(psbn, fewer, strict=False) is None
-    assert mismatch(bn, fewer, strict=True).startswith("4 tensors are missing, as 2.weight")
+    assert mismatch(bn, fewer, strict=True).startswith(
+        "4 tensors are missing from the checkpoint (e.g. 2.weight)"
+    )
     other = {**bn.state_dict(), "2.weight": torch.ones(5)}
     assert mismatch(bn, other, strict=True).startswith(
-        "1 tensors cannot be loaded, as size mismatch for 2.weight"
+        "1 tensors cannot be loaded (e.g. size mismatch for 2.weight"
     )
     assert mismatch(bn, other, strict=False) is None
     more = {**bn.state_dict(), "9.weight": torch.ones(5)}
-    assert "1 tensors have no place in the model, as 9.weight" in mismatch(bn, more, strict=True)
+    assert "1 tensors of the checkpoint are not in the model (e.g. 9.weight)" in mismatch(
+        bn, more, strict=True
+    )
     assert mismatch(bn, more, strict=False) is None
     with pytest.raises(CheckpointError, match=r"^a.pth: 4 tensors are missing"):
         load_weights(bn, {"model": fewer}, "a.pth")
@@ -121,9 +125,14 @@ def test_the_reason_says_what_would_go_wrong():
 def test_what_fits_nowhere_is_refused(strict):
     model = network()
     elsewhere = {f"student.{k}": v for k, v in model.state_dict().items()}
-    assert "none of its 14 tensors fits the model" in mismatch(model, elsewhere, strict)
+    first = next(iter(model.state_dict()))
+    why = f"(student.{first} there, {first} here); wrong config?"
+    assert f"no tensor of the checkpoint matches the model {why}" in mismatch(
+        model, elsewhere, strict
+    )
     wider = {k: torch.ones(9) for k in model.state_dict() if "tracked" not in k}
-    assert "none of its 12 tensors fits the model" in mismatch(model, wider, strict)
+    shape = tuple(model.state_dict()[first].shape)
+    assert f"({first} is (9,) there, {shape} here)" in mismatch(model, wider, strict)
 
 
 class Preprocessed(nn.Module):
@@ -148,7 +157,9 @@ def test_constants_that_differ_from_the_models_are_refused():
     model = Preprocessed([1.0, 2.0, 3.0])
     state_dict = {**model.state_dict(), "preprocessor.mean": torch.tensor([0.5, 2.0, 3.0])}
     reason = mismatch(model, state_dict, strict=True)
-    assert reason == "its preprocessor.mean is (0.5, 2, 3), and the config's is (1, 2, 3)"
+    assert (
+        reason == "preprocessor.mean is (0.5, 2, 3) in the checkpoint and (1, 2, 3) in the config"
+    )
 
 
 def test_a_shared_layer_and_a_wrapped_model():

@@ -209,10 +209,10 @@ class TestImages:
             ("model = dict(type='os.system', command='touch ran')", "builds 'os.system'"),
             ("model = dict(type='RetinaNet', nms=dict(type='print(1)'))", "builds 'print"),
             ("model = dict(type='RetinaNet', _scope_='evil')", "builds 'evil'"),
-            ("import os\nmodel = 1", "not of plain values"),
-            ("model = open('x')", "not of plain values (a call in line 1)"),
-            ("model = dict(", "not of plain values"),
-            (None, "carries no config; give it with --config"),
+            ("import os\nmodel = 1", "more than plain values"),
+            ("model = open('x')", "more than plain values (a call in line 1)"),
+            ("model = dict(", "more than plain values"),
+            (None, "contains no config; add --config"),
         ],
     )
     def test_nothing_that_a_config_carried_says_is_run(
@@ -402,7 +402,7 @@ class TestConvert:
             (["bn.pth", "new.pth", "--to=bn"], "holds no psBN layer"),
             (["bn.pth", "new.pth", "--to=psbn", "--alpha=-1"], "not negative"),
             (["bn.pth", "none/new.pth", "--to=psbn"], "there is no folder"),
-            (["bn.pth", "a.safetensors", "--to=psbn", "--keep-training-state"], "name it .pth"),
+            (["bn.pth", "a.safetensors", "--to=psbn", "--keep-training-state"], "use .pth"),
             (["text.pth", "new.pth", "--to=psbn"], "text.pth"),
         ],
     )

@@ -390,7 +390,7 @@ class TestTool:
 
     def test_bad_input_is_one_line(self, tmp_path, plot):
         a = self.work_dir(tmp_path / "a")
-        assert "say where to" in plot.refuses(a)
+        assert "nothing to write" in plot.refuses(a)
         taken = tmp_path / "taken.html"
         taken.write_text("mine")
         assert "exists already" in plot.refuses(a, "--html", taken)

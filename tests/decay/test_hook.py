@@ -133,7 +133,7 @@ class TestHook:
         runner = SimpleNamespace(
             iter=0, model=parts, optim_wrapper=wrappers, logger=logging.getLogger("refused")
         )
-        with pytest.raises(TypeError, match="ASGD keeps an average"):
+        with pytest.raises(TypeError, match="ASGD averages the parameters"):
             AnchoredBiasDecay(ALPHA).before_train(runner)
         assert not good._optimizer_step_pre_hooks
 

@@ -244,7 +244,7 @@ class TestBadInput:
         self.refuses(TypeError, f"{name} is True", **{name: True})
 
     def test_max_ratio_needs_gamma(self):
-        message = "max_ratio needs a gamma beside each bias: none at 0.bias, 7.bias"
+        message = "max_ratio needs a gamma beside each bias; there is none at 0.bias, 7.bias"
         self.refuses(ValueError, message, layers=["0.bias", "1.bias", "7.bias"], max_ratio=1)
 
     def test_options(self):
@@ -261,18 +261,18 @@ class TestBadInput:
 
     def test_no_rectifier(self):
         model = nn.Sequential(nn.BatchNorm2d(2), nn.SiLU())
-        self.refuses(ValueError, "no rectifier follows any of the 1 norm layers", model=model)
+        self.refuses(ValueError, "no ReLU follows any of the 1 norm layers", model=model)
 
     def test_lazy_layers(self):
         model = nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
-        with pytest.raises(ValueError, match=r"0\.bias has no shape yet: run the model once"):
+        with pytest.raises(ValueError, match=r"0\.bias has no shape yet; run the model once"):
             anchor_bias_decay(model, optimizer)
 
     def test_no_decay_on_the_biases(self):
         self.refuses(
             ValueError,
-            "the weight decay of all 2 biases is 0 in this SGD: nothing to anchor",
+            "weight decay is 0 for all 2 biases in this SGD: nothing to anchor",
             lambda model: sgd(model, weight_decay=0.0),
         )
 
@@ -281,9 +281,7 @@ class TestBadInput:
         groups = [{"params": model[:3].parameters(), "weight_decay": 0.0}]
         groups.append({"params": model[3:].parameters()})
         anchor_bias_decay(model, torch.optim.SGD(groups, lr=0.1, weight_decay=0.1))
-        assert (
-            "without weight decay and so without effect: 1.bias. Taken" in capsys.readouterr().out
-        )
+        assert "no weight decay, so no effect: 1.bias. Taken" in capsys.readouterr().out
 
     def test_biases_of_another_optimizer(self):
         self.refuses(
@@ -293,7 +291,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("make", "match"),
         [
-            (lambda m: torch.optim.ASGD(m.parameters(), weight_decay=0.1), "ASGD keeps an average"),
+            (
+                lambda m: torch.optim.ASGD(m.parameters(), weight_decay=0.1),
+                "ASGD averages the parameters",
+            ),
             (lambda m: torch.optim.LBFGS(m.parameters()), "LBFGS has no weight decay"),
             (lambda m: torch.optim.Rprop(m.parameters()), "Rprop has no weight decay"),
             (lambda m: sgd(m, differentiable=True), "differentiable=True"),

@@ -77,7 +77,7 @@ def test_a_word_that_sounds_like_the_data_root_is_no_path(tmp_path):
 @pytest.mark.parametrize("how", [{"data_root": "/x"}, {"cfg_options": {"data_root": "/x"}}])
 def test_without_a_data_root_none_can_be_replaced(how, tmp_path):
     (tmp_path / "a.py").write_text("a = 1\n")
-    with pytest.raises(UsageError, match="has no data_root that could be replaced"):
+    with pytest.raises(UsageError, match="has no data_root to replace"):
         load_config(str(tmp_path / "a.py"), **how)
 
 
@@ -191,7 +191,7 @@ def test_norms_that_cannot_be_synchronised_are_refused(norm, gpus):
 def test_a_number_of_processes_that_cannot_run_is_refused(processes, gpus):
     if processes == 3 and not gpus:
         return check_processes(3, Config({}))  # a CPU runs any number
-    with pytest.raises(UsageError, match=f"^{processes} processes asked for"):
+    with pytest.raises(UsageError, match=f"^{processes} processes requested"):
         check_processes(processes, Config({}))
 
 
@@ -289,9 +289,9 @@ def test_never_without_a_whole_checkpoint(shapes, tmp_path):
     ("config", "make", "message"),
     [
         ("bn", lambda p: None, "no such checkpoint"),
-        ("bn", lambda p: p.write_text("x"), "is no checkpoint of torch"),
+        ("bn", lambda p: p.write_text("x"), "is not a PyTorch checkpoint"),
         ("bn", lambda p: torch.save({"a": torch.ones(1)}, p), "tensors are missing"),
-        ("bn", lambda p: torch.save(model_of("bn", depth=34), p), "no place in the model"),
+        ("bn", lambda p: torch.save(model_of("bn", depth=34), p), "not in the model"),
         (
             "bn",
             lambda p: torch.save(model_of("bn", base_channels=8), p),

@@ -54,7 +54,10 @@ def test_outside_of_its_launcher_a_run_ends_in_a_line(launcher, variable, config
 @pytest.mark.parametrize(
     ("scontrol", "message"),
     [
-        (None, r"scontrol is not in the PATH of \S+, so the first host of node\[01-02\] is not"),
+        (
+            None,
+            r"scontrol is not in the PATH of \S+, so the first of the hosts node\[01-02\] is unk",
+        ),
         ("#!/bin/sh\necho no such nodes >&2\nexit 1\n", r"knows no hosts node\[01-02\]: no such"),
     ],
 )
@@ -118,7 +121,7 @@ def test_a_port_that_another_program_has_is_named(config, tmp_path):
         port = other.getsockname()[1]
         (ended,) = train(config, tmp_path, environments=slurm(2, MASTER_PORT=port)[:1])
     assert f"no store at 127.0.0.1:{port}: " in one_line(ended)
-    assert "MASTER_PORT names another" in ended.text
+    assert "set MASTER_PORT to another" in ended.text
 
 
 # -- what the ranks must agree on -----------------------------------------------------------------
@@ -159,7 +162,7 @@ def test_a_checkpoint_that_rank_0_has_not_is_resumed_by_none(config, trained, re
     folders = unshared(trained, tmp_path, False, True)
     ended = train(config, folders, "--resume", processes=2)
     assert [e.status for e in ended] == [0, 0], ended[0].text
-    assert "nothing to resume: starting from scratch" in ended[0].text
+    assert "nothing to resume; starting from scratch" in ended[0].text
     assert equal(last(folders[0] / "w"), reference)
 
 
@@ -296,4 +299,4 @@ def test_a_rank_that_never_comes_does_not_hold_the_others_for_ever(launcher, con
     environments = [{**e, "PSBN_DIST_TIMEOUT": 2, "MASTER_PORT": free_port()} for e in launcher(2)]
     (ended,) = train(config, tmp_path, environments=environments[:1])
     assert ended.status == 2 and "Traceback" not in ended.text
-    assert "train.py: rank 0 of 2 did not find the others in 2 s: " in ended.text
+    assert "train.py: rank 0 of 2 did not find the others within 2 s: " in ended.text

@@ -87,7 +87,7 @@ def test_what_holds_weights_alone_is_no_checkpoint_to_resume(tmp_path):
     config = make_config(tmp_path / "a.py", epochs=2)
     ended = train(config, tmp_path / "w", "--resume", path)
     assert ended[0].status == 2 and "Traceback" not in ended[0].text
-    assert f"{path}: holds no state of the optimizer or learning-rate schedule" in ended[0].text
+    assert f"{path}: has no state of the optimizer or learning-rate schedule" in ended[0].text
 
     for loop in ("epoch", "iter"):
         leave_out = {"default_hooks__checkpoint__save_optimizer": False}

@@ -178,7 +178,7 @@ def test_each_rank_has_its_own(tmp_path):
 def test_what_no_checkpoint_holds_is_told(tmp_path):
     pipeline = noisy({"type": "Cached"})
     *_, text = resumed(tmp_path, 9, every=3, train_dataloader__dataset__pipeline=pipeline)
-    assert text.count("not to the bit: the last batch before this run was resumed") == 1
+    assert text.count("not to the bit: the last batch before the interruption") == 1
 
 
 @pytest.mark.parametrize("loop", ["epoch", "iter"])
@@ -273,7 +273,12 @@ def test_a_loop_of_iterations_that_is_divided_otherwise_is_refused(tmp_path):
     for options, processes, loop, message in [
         ({"train_dataloader__batch_size": 8}, 1, "iter", "now there are batches of 8 images on 1"),
         ({}, 2, "iter", "now there are batches of 4 images on 2 processes"),
-        ({}, 1, "epoch", "was saved in a loop of iterations, and the config has one of epochs"),
+        (
+            {},
+            1,
+            "epoch",
+            "was saved by a training loop of iterations, but the config has one of epochs",
+        ),
     ]:
         config = make_config(tmp_path / "b.py", loop, **options)
         ended = train(config, tmp_path / "w", "--resume", processes=processes)

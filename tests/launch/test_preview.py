@@ -55,11 +55,11 @@ WRONG = {
     ),
     "too many classes": (
         {"train_dataloader.dataset.metainfo.classes": ["circle", "square"]},
-        "has num_classes=3, and the data set has 2 classes",
+        "has num_classes=3, but the data set has 2 classes",
     ),
     "num_classes": (
         {"model.bbox_head.num_classes": 80},
-        "bbox_head (RetinaHead) has num_classes=80, and the data set has 3 classes",
+        "bbox_head (RetinaHead) has num_classes=80, but the data set has 3 classes",
     ),
     "a path of weights": ({"load_from": "none.pth"}, "none.pth"),
 }

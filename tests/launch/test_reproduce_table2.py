@@ -104,7 +104,7 @@ def test_at_toy_size_two_processes_one_run_killed_half_way(tmp_path, shared_data
         work / "psbn_500_s0/last_checkpoint"
     )
     assert not (work / "psbn_500_s0/trained.txt").exists(), "the kill came too late"
-    assert "nothing to resume: starting from scratch" in killed
+    assert "nothing to resume; starting from scratch" in killed
     finished = (work / "bn_500_s0/results.bbox.json").stat().st_mtime_ns
 
     plan = Reproduce(tmp_path / "2.log", "--dry-run", *arguments).end()

@@ -140,4 +140,4 @@ def test_what_cannot_be_told_is_asked_for(tmp_path):
         assert ended.status == 2 and "run.json: does not name a run; remove it" in ended.text
     away = "default_hooks.checkpoint.out_dir=s3://bucket/x"
     (ended,) = train(config, tmp_path / "w", "--resume", "--cfg-options", away)
-    assert ended.status == 2 and "is not on the local disk" in ended.text
+    assert ended.status == 2 and "is not a local folder" in ended.text

@@ -91,7 +91,9 @@ def test_a_model_computes_what_the_saved_one_did(source, into, state, loads, tmp
 def test_what_fits_nowhere_is_refused(loads, tmp_path):
     state_dict = {f"student.{k}": v for k, v in Tiny("bn").state_dict().items()}
     torch.save({"state_dict": state_dict}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"a.pth: none of its 9 tensors fits the model"):
+    with pytest.raises(
+        CheckpointError, match=r"a.pth: no tensor of the checkpoint matches the model \(student"
+    ):
         loads("bn", tmp_path / "a.pth")
 
 
@@ -101,7 +103,7 @@ def test_testing_and_resuming_take_all_or_nothing(loads, tmp_path):
     torch.save({"state_dict": part, "meta": {}, "message_hub": {}}, path)
     loads("bn", path)  # finetuning takes a backbone
     for state in ({"_whole": True}, {"_whole": False, "_resume": True}):
-        with pytest.raises(CheckpointError, match="2 tensors are missing, as module_list"):
+        with pytest.raises(CheckpointError, match=r"2 tensors are missing .*module_list"):
             loads("bn", path, **state)
     torch.save(Tiny("bn").state_dict(), path)
     with pytest.raises(CheckpointError, match=r"has no meta.*cannot be resumed"):
@@ -109,7 +111,9 @@ def test_testing_and_resuming_take_all_or_nothing(loads, tmp_path):
     average = {f"module.{k}": v for k, v in part.items()}
     content = {"state_dict": Tiny("bn").state_dict(), "meta": {}, "message_hub": {}}
     torch.save({**content, "ema_state_dict": average}, path)
-    with pytest.raises(CheckpointError, match=r"its ema_state_dict is of another.*module_list"):
+    with pytest.raises(
+        CheckpointError, match=r"ema_state_dict and state_dict belong to different.*module_list"
+    ):
         loads("bn", path, _resume=True)
 
 
@@ -129,9 +133,9 @@ def test_what_did_not_fit_is_logged(runners, tmp_path, caplog):
     runner = runners["bn"]
     runner.logger.addFilter(lambda record: logged.append(record.getMessage()) or True)
     runner.load_checkpoint(str(tmp_path / "a.pth"))
-    (amiss,) = [line for line in logged if "not all of it fits" in line]
+    (amiss,) = [line for line in logged if "does not fit the model completely" in line]
     assert "size mismatch for module_list.0.bias" in amiss
-    assert "1 tensors have no place: head.weight" in amiss
+    assert "1 tensors are not in the model: head.weight" in amiss
 
 
 def test_names_are_revised_as_a_caller_asks(runners, tmp_path):

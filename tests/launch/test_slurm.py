@@ -126,7 +126,7 @@ def test_with_unshared_disks_rank_0_decides(cluster, uninterrupted, tmp_path):
     (tmp_path / "old" / "epoch_1.pth").rename(tmp_path / "node02/w/epoch_1.pth")
 
     text = cluster.run(*line, **settings)
-    assert "nothing to resume: starting from scratch" in text
+    assert "nothing to resume; starting from scratch" in text
     assert equal(last(tmp_path / "node01" / "w"), uninterrupted())
 
 

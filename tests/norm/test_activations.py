@@ -68,7 +68,7 @@ class TestRectified:
         assert set(anchored.names) == {name for name in verdicts if "linear" not in name}
         assert f"Taken: {', '.join(anchored.names)}\n" in said
         assert "biases of 5 norm layers decay toward 0.1; 5 of them start there" in said
-        assert "left, as no rectifier follows: inner.0.linear.bias" in said
+        assert "not anchored, as no ReLU follows: inner.0.linear.bias" in said
         anchored.remove()
         anchored = anchor_bias_decay(model, optimizer, layers="all", log=None)
         assert set(anchored.names) == set(verdicts)
@@ -363,7 +363,7 @@ class TestDetectors:
         assert set(rectified(model).values()) <= {False}
         if convert is not to_psbn:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
-            with pytest.raises(ValueError, match="no rectifier follows any of the"):
+            with pytest.raises(ValueError, match="no ReLU follows any of the"):
                 anchor_bias_decay(model, optimizer)
 
     def test_efficientnet_with_a_retinanet_head(self):

@@ -165,7 +165,7 @@ def test_torchscript_in_training(psbn, x):
     assert_close(scripted.bn1.running_mean, psbn.bn1.running_mean)
     # where it would have to synchronise it cannot, and says so
     layer = torch.jit.script(psSyncBN(3).train())
-    with pytest.raises(torch.jit.Error, match="cannot synchronise"):
+    with pytest.raises(torch.jit.Error, match="cannot synchronize"):
         layer(x)
 
 

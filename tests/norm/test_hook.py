@@ -39,12 +39,12 @@ def said(runner, caplog, **kwargs):
 def test_it_says_what_psbn_does(caplog):
     net = model()
     assert said(FakeRunner(net), caplog) == [
-        "psBN: 2 layers, alpha 0.1; 2 with the bias of a BN, their function preserved "
+        "psBN: 2 layers, alpha 0.1; 2 took over the bias of a BN, function preserved "
         "(beta = bias - alpha)"
     ]
     net[2].beta.requires_grad_(False)
     (line,) = said(FakeRunner(net, parameters=[net[0].beta]), caplog)
-    assert line.endswith("; 1 frozen (as 2), where psBN does nothing")
+    assert line.endswith("; 1 frozen (e.g. 2): psBN does nothing there")
     assert said(FakeRunner(nn.Sequential(psBN(3, alpha=0.2))), caplog) == [
         "psBN: 1 layers, alpha 0.2"
     ]

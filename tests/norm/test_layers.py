@@ -498,7 +498,7 @@ def test_a_network_without_rectifiers_gets_a_warning():
     def make(activation):
         return nn.Sequential(nn.BatchNorm2d(3), activation, nn.Conv2d(3, 3, 1))
 
-    with pytest.warns(UserWarning, match="no rectifier follows any of the 1 layers"):
+    with pytest.warns(UserWarning, match="no ReLU follows any of the 1 layers"):
         to_psbn(make(nn.SiLU()))
     mixed = nn.Sequential(make(nn.SiLU()), make(nn.ReLU()))
     unknown = nn.Sequential(make(nn.SiLU()), nn.BatchNorm2d(3))  # what follows is elsewhere

@@ -52,7 +52,7 @@ def fsdp2(rank, whole, folder):
     assert_close(bias(), whole["1.bias"])
 
     bn = randomize(network(nn.BatchNorm2d))
-    with pytest.raises(RuntimeError, match=r"convert it before, with psbn_mmdet\.checkpoint"):
+    with pytest.raises(RuntimeError, match=r"convert it first with psbn_mmdet\.checkpoint"):
         set_model_state_dict(
             model, bn.state_dict(), options=StateDictOptions(full_state_dict=True, strict=False)
         )
