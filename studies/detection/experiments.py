@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 from studies.cifar.networks import MMDET_RESNET18
@@ -172,7 +173,7 @@ REVIVED = "revived"
 
 @_experiment("revive", Settings(), seeds=6)
 def _revive(base: Settings, seeds: int) -> Experiment:
-    (healthy, _), *between, (collapsed, last) = DEGREES.items()
+    (healthy, first), *between, (collapsed, last) = DEGREES.items()
     cured = [method for method in METHODS if method != PRESERVE]
     few_cured = [NO_NORM_DECAY, SHIFT]
     starts = []
@@ -196,12 +197,10 @@ def _revive(base: Settings, seeds: int) -> Experiment:
             )
             runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, method, degree))
         name, _ = backbone(BN, seed)
-        for peer in PEERS:
-            settings = replace(
-                base, seed=seed, backbone=name, backbone_round=last, peer=peer, method=BN
-            )
-            arm = f"{BN}, {collapsed}, {peer}"
-            runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, BN, f"{collapsed}, {peer}"))
+        for (degree, number), peer in product([(collapsed, last), (healthy, first)], PEERS):
+            settings = replace(base, seed=seed, backbone=name, backbone_round=number, peer=peer)
+            arm = f"{BN}, {degree}, {peer}"
+            runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, BN, f"{degree}, {peer}"))
     again = f"{collapsed}, {REVIVED}"
     pairs = [(f"{m}, {again}", f"{m}, {collapsed}") for m in cured]
     pairs += [(f"{m}, {again}", f"{BN}, {healthy}") for m in cured]
@@ -215,6 +214,8 @@ def _revive(base: Settings, seeds: int) -> Experiment:
         pairs += [(f"{m}, {degree}", f"{BN}, {degree}") for m in few_cured]
     pairs += [(f"{BN}, {collapsed}, {p}", f"{BN}, {collapsed}") for p in PEERS]
     pairs += [(f"{BN}, {again}", f"{BN}, {collapsed}, {p}") for p in PEERS]
+    pairs += [(f"{BN}, {healthy}, {p}", f"{BN}, {healthy}") for p in PEERS]
+    pairs += [(f"{BN}, {collapsed}, {p}", f"{BN}, {healthy}, {p}") for p in PEERS]
     pairs += [(f"{BN}, {collapsed}", f"{BN}, {WITHOUT_DECAY}")]
     pairs += [(f"{BN}, {WITHOUT_DECAY}", f"{BN}, {healthy}")]
     pairs += [(f"{NO_NORM_DECAY}, {WITHOUT_DECAY}", f"{BN}, {WITHOUT_DECAY}")]
