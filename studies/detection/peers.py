@@ -8,8 +8,8 @@ Settings were fixed before the first run and not tuned.
 - **Shrink and perturb** (Ash and Adams 2020, arXiv 1910.08475): every parameter of the backbone
   becomes 0.6 times itself, plus noise: here 0.1 times fresh initial weights, whose scale fits each
   layer. Once, before the training.
-- **The same of gamma alone** is nobody's method but a control: two seeds of shrink and perturb were 6
-  AP ahead of BN, and gamma is small in these backbones (median 0.05 and less), so its size may be
+- **The same of gamma alone** is nobody's method but a control: two seeds of shrink and perturb were
+  6 AP ahead of BN, and gamma is small in these backbones (median 0.05 and less), so its size may be
   what matters. Written down after those two seeds and before the control's first run.
 - **L2 Init** (Kumar et al. 2023, arXiv 2308.11958): decay toward the initial weights instead of
   toward 0, of the same strength; those of a freshly initialised backbone.
