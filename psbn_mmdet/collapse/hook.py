@@ -22,7 +22,6 @@ from ..norm.hook import PsBNHook, decay_warnings, optimizers
 from .backward import Watch
 from .criteria import (
     INACTIVE_BELOW,
-    NEARLY_LINEAR_ABOVE,
     THRESHOLD,
     MeasureError,
     check_thresholds,
@@ -30,7 +29,7 @@ from .criteria import (
 )
 from .flops import Flops
 from .layers import norm_modules, read_filters, refuse_sharded
-from .report import Report, measure
+from .report import Report, measure, nearly_linear_line
 from .trace import TraceError, Writer, read
 
 
@@ -243,11 +242,7 @@ class SparsityLoggerHook(Hook):
             self._warn_once(
                 runner,
                 "nearly_linear",
-                f"at iteration {iteration} {len(linear)} layers (as {linear[0]}) have biases so "
-                "large against gamma that their ReLU passes nearly everything (mean P(active) > "
-                f"{NEARLY_LINEAR_ABOVE:g}): the network turns linear there; if alpha is the cause, "
-                "a smaller one, less weight decay or AnchoredBiasDecay with max_ratio=1 keeps it "
-                "from that",
+                f"at iteration {iteration}: {nearly_linear_line(linear)}",
             )
 
     def _warn_once(self, runner: Runner, subject: str, text: str) -> None:

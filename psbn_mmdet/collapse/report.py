@@ -172,23 +172,24 @@ class Report:
             }
         return json.dumps(_without_nan(content), indent=1, allow_nan=False)
 
-    def table(self, limit: int | None = None) -> str:
-        """Layers with values that are not finite, then ranked by the share that collapsed.
+    def grid(self, limit: int | None = None) -> list[list[str]]:
+        """The table's cells: the heads, then a row for each layer.
 
-        Of equal ones those with more stuck filters come first, then those with more inactive
-        ones. The totals follow. Columns of what is not known are left out.
+        Layers with values that are not finite come first, then those with the largest share of
+        collapsed filters; of equal ones those with more stuck, then with more inactive filters.
+        Columns of what is not known are left out.
 
         Args:
-            limit: Show so many layers; all by default.
+            limit: Number of layers; all by default.
         """
-        ranked = sorted(self.rows, key=_rank)
-        shown = ranked[:limit]
-        width = max([5, *(len(row["name"]) for row in shown)])
         columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+            ("layer", lambda row: row["name"]),
             ("filters", lambda row: f"{row['filters']}"),
             ("collapsed", lambda row: f"{row['collapsed']}"),
             ("%", lambda row: _number(row["collapsed_percent"], ".1f")),
         ]
+        if self.totals["not_finite"]:
+            columns.append(("not finite", lambda row: f"{row['not_finite']}"))
         if self.totals["measured"]:
             for name in ("stuck", "idle", "carrying"):
                 columns.append((name, partial(_told, name, "measured")))
@@ -201,15 +202,17 @@ class Report:
         if any(layer.followed_by != "unknown" for layer in self.layers):
             columns.append(("followed by", lambda row: row["followed_by"]))
         columns.append(("median L1", lambda row: _number(row["filter_l1_median"], ".3g")))
-        cells = [[name, *(text(row) for row in shown)] for name, text in columns]
-        padded = [[cell.rjust(max(map(len, column))) for cell in column] for column in cells]
-        names = [name.ljust(width) for name in ("layer", *(row["name"] for row in shown))]
-        lines = ["  ".join(parts) for parts in zip(names, *padded, strict=True)]
-        for i, row in enumerate(shown, 1):
-            if row["not_finite"]:
-                lines[i] += f"  {row['not_finite']} not finite"
-        if len(shown) < len(ranked):
-            lines.append(f"... and {len(ranked) - len(shown)} more layers")
+        rows = sorted(self.rows, key=_rank)[:limit]
+        return [
+            [name for name, _ in columns],
+            *([text(row) for _, text in columns] for row in rows),
+        ]
+
+    def table(self, limit: int | None = None) -> str:
+        """:meth:`grid` as aligned text, with the summary below."""
+        lines = aligned(self.grid(limit))
+        if (more := len(self.layers) - len(lines) + 1) > 0:
+            lines.append(f"... and {more} more layers")
         return "\n".join([*lines, "", self.summary()])
 
     def summary(self) -> str:
@@ -222,58 +225,53 @@ class Report:
         lines = []
         if t["not_finite"]:
             lines.append(
-                f"{t['not_finite']} of {t['filters']} filters have a gamma or bias that is not "
-                "finite; the percentages leave them out"
+                f"{t['not_finite']} of {t['filters']} filters have a NaN or infinite gamma or bias "
+                "and are left out of the percentages"
             )
         if missing := self.missing:
             name, why = next(iter(missing.items()))
-            lines.append(f"{len(missing)} layers are not counted, as {name}: {why}")
-        lines += [
-            f"{t['collapsed']} of {t['filters']} filters collapsed ({t['collapsed_percent']:.2f}%)",
-            f"  |gamma| < {self.threshold:g}",
-        ]
+            lines.append(f"{len(missing)} layers are not counted (e.g. {name}: {why})")
+        lines.append(
+            f"{t['collapsed']} of {t['filters']} filters collapsed ({t['collapsed_percent']:.2f}%)"
+        )
         if t["measured"]:
             lines += [
-                f"{t['stuck']} of {t['measured']} filters stuck ({t['stuck_percent']:.2f}%), "
-                f"{t['idle']} idle ({t['idle_percent']:.2f}%), "
-                f"{t['carrying']} carrying ({t['carrying_percent']:.2f}%)",
-                "  stuck: no gradient arrives; idle: one does, but no output would miss the filter",
+                f"{t['stuck']} of {t['measured']} filters stuck ({t['stuck_percent']:.2f}%): "
+                "no gradient reaches them",
+                f"{t['idle']} idle ({t['idle_percent']:.2f}%): they get a gradient, but contribute "
+                f"nothing; {t['carrying']} carrying ({t['carrying_percent']:.2f}%)",
             ]
         if t["told"]:
-            lines += [
-                f"{t['inactive']} of {t['told']} filters with a ReLU right behind inactive "
-                f"({t['inactive_percent']:.2f}%)",
-                f"  P(ReLU fires) < {self.inactive_below:g}, its mean is "
-                f"{_number(t['activation_probability'], '.3f')}; of the collapsed "
-                f"{t['dead']} dead, {t['constant']} constant (a positive bias comes through)",
-            ]
+            lines.append(
+                f"{t['inactive']} of {t['told']} filters directly before a ReLU inactive "
+                f"({t['inactive_percent']:.2f}%): P(ReLU active) < {self.inactive_below:g}; mean "
+                f"{_number(t['activation_probability'], '.3f')}"
+            )
+            lines.append(
+                f"of those collapsed, {t['dead']} are dead (output 0) and {t['constant']} constant "
+                "(positive bias)"
+            )
         if self.flops is not None:
             lines.append(
                 f"{self.flops.sparsity:.2f}% of FLOPs saved by removing the collapsed filters "
                 f"({self.flops.total:.4g} -> {self.flops.remaining:.4g} multiply-accumulates)"
             )
-        if not t["measured"]:
-            untold = t["filters"] - t["told"] - t["not_finite"]
-            if untold > 0:
-                lines.append(
-                    f"of {untold:.0f} filters the weights do not tell whether they are inactive: "
-                    "no ReLU right behind them is known; measure the model with images"
-                )
+        untold = t["filters"] - t["told"] - t["not_finite"]
+        if untold > 0 and not t["measured"]:
+            lines.append(
+                f"{untold:.0f} filters: the weights alone do not show whether they still learn; "
+                "measure with images"
+            )
         if new := [row["name"] for row in self.rows if not row["started"]]:
             lines.append(
-                f"{len(new)} layers (as {new[0]}) have not started: gamma and bias are all 0"
+                f"{len(new)} layers (e.g. {new[0]}) have not started to train: gamma and bias are 0"
             )
         if none := [name for name, why in self.unread.items() if why == NO_GAMMA]:
-            lines.append(f"{len(none)} layers (as {none[0]}) have no gamma and cannot collapse")
-        unpaired = sum(layer.conv is None for layer in self.layers)
-        if unpaired:
-            lines.append(f"{unpaired} of {n_layers} layers: no convolution known in front")
+            lines.append(f"{len(none)} layers (e.g. {none[0]}) have no gamma and cannot collapse")
+        if unpaired := sum(layer.conv is None for layer in self.layers):
+            lines.append(f"no convolution found before {unpaired} of {n_layers} layers")
         if self.nearly_linear:
-            lines.append(
-                f"{len(self.nearly_linear)} psBN layers (as {self.nearly_linear[0]}): alpha is "
-                "large against gamma, so that their ReLU passes nearly everything (mean P(active) "
-                f"> {NEARLY_LINEAR_ABOVE:g}) and the network is almost linear there"
-            )
+            lines.append(nearly_linear_line(self.nearly_linear))
         return "\n".join(lines)
 
     @property
@@ -283,6 +281,24 @@ class Report:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def nearly_linear_line(layers: list[str]) -> str:
+    """What is wrong with the layers of :attr:`Report.nearly_linear`, and what to do."""
+    return (
+        f"{len(layers)} layers (e.g. {layers[0]}) are nearly linear: P(ReLU active) > "
+        f"{NEARLY_LINEAR_ABOVE:g}. Lower alpha, reduce weight decay, or use "
+        "AnchoredBiasDecay(max_ratio=1)"
+    )
+
+
+def aligned(grid: list[list[str]]) -> list[str]:
+    """Rows of cells as lines, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    return [
+        "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
+        for first, *rest in grid
+    ]
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[float, ...]:

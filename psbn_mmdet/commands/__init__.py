@@ -6,6 +6,7 @@
 - :mod:`.plot`: training runs side by side
 - :mod:`psbn_mmdet.ap.command`: is a difference in AP real?
 - :mod:`.detector`: the detector that a command works on: its config, weights and images
+- :mod:`.terminal`: how a table is printed
 
 Only the module of the verb is imported, so ``psbn --help`` and ``psbn compare-ap`` need no torch;
 that, and no dependency, is why this is argparse behind a table.

@@ -1,18 +1,20 @@
-"""Find out what the filters in checkpoints of any PyTorch project do.
+"""Find collapsed filters in checkpoints of any PyTorch project.
 
     psbn inspect resnet50.pth
     psbn inspect epoch_12.pth --data data/coco/val2017
-    psbn inspect round_1.pth round_2.pth round_3.pth --html course.html
+    psbn inspect round_1.pth round_2.pth round_3.pth --html page.html
     psbn inspect model.safetensors --fail-above 5
 
-A checkpoint tells which filters have collapsed: a layer is where a gamma stands
-beside running_mean, or weight, beta, alpha together; an InstanceNorm without running
-statistics cannot be recognised. With images of your own (--data) a detector of mmdet
-is built from CONFIG, or the config that the checkpoint carries, and what each filter
-does is measured: is it stuck, idle or carrying, and how often does ReLU fire? Nothing
-that a file carries is run. Exit status: 0; 1 if --fail-above says so, which it also
-does where gamma or bias of a filter is not finite or a gamma cannot be read; 2 if a
-checkpoint cannot be read or a file exists already.
+Without images, the weights show which filters have collapsed (|gamma| < 1e-3). A layer is
+recognised by a gamma beside running_mean, or by weight, beta and alpha together; an
+InstanceNorm without running statistics cannot be recognised.
+
+With images (--data), a detector of mmdet is built from --config, or from the config in the
+checkpoint, and each filter is measured: is it stuck (no gradient), idle (contributes nothing)
+or carrying, and how often is its ReLU active? Nothing that the file contains is run.
+
+Exit status: 0; 1 if --fail-above says so, also where gamma or bias is not finite or a gamma
+cannot be read; 2 if a checkpoint cannot be read or an output file exists.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ from ..errors import (
     written_whole,
 )
 from .detector import build, carried_config, read_images
+from .terminal import show
 
 
-def course(names: list[str], reports: list[Report], limit: int | None) -> str:
-    """Per layer the percentage collapsed in each checkpoint, and each one's totals."""
+def over_checkpoints(reports: list[Report], limit: int | None) -> list[list[str]]:
+    """A grid: per layer the percentage collapsed in each checkpoint, the most collapsed first."""
     percent: dict[str, list[float | None]] = {}
     for column, report in enumerate(reports):
         for row in report.rows:
@@ -49,19 +52,31 @@ def course(names: list[str], reports: list[Report], limit: int | None) -> str:
         last = -1.0 if item[1][-1] is None else item[1][-1]
         return -math.inf if math.isnan(last) else -last
 
-    ranked = sorted(percent.items(), key=rank)[:limit]
-    width = max([5, *(len(name) for name, _ in ranked)])
-    lines = [f"({i}) {name}" for i, name in enumerate(names, 1)]
-    numbers = "".join(f"{f'({i})':>8}" for i in range(1, len(names) + 1))
-    lines += ["", f"{'collapsed %':<{width}}{numbers}"]
-    for layer, values in ranked:
-        cells = "".join(f"{'-' if v is None else format(v, '.1f'):>8}" for v in values)
-        lines.append(f"{layer:<{width}}{cells}")
-    if len(ranked) < len(percent):
-        lines.append(f"... and {len(percent) - len(ranked)} more layers")
-    for name, report in zip(names, reports, strict=True):
-        lines += ["", f"{name}:", report.summary()]
-    return "\n".join(lines)
+    rows = [
+        [layer, *("-" if value is None else format(value, ".1f") for value in values)]
+        for layer, values in sorted(percent.items(), key=rank)[:limit]
+    ]
+    return [["collapsed %", *(f"({i + 1})" for i in range(len(reports)))], *rows]
+
+
+def tell(names: list[str], reports: list[Report], limit: int | None, measured: bool) -> None:
+    """Print the totals, the layers that lost most, and what may be done next."""
+    if len(reports) == 1:
+        print(reports[0].summary(), end="\n\n")
+        grid = reports[0].grid(limit)
+        layers = len(reports[0].layers)
+    else:
+        for i, (name, report) in enumerate(zip(names, reports, strict=True), 1):
+            print(f"({i}) {name}:\n{report.summary()}", end="\n\n")
+        grid = over_checkpoints(reports, limit)
+        layers = len({row["name"] for report in reports for row in report.rows})
+    show(grid)
+    if (more := layers - len(grid) + 1) > 0:
+        print(f"... and {more} more layers (--layers 0 shows all)")
+    if reports[-1].totals["collapsed"]:
+        if not measured:
+            print("\nWhich of them are stuck: psbn inspect CKPT --data IMAGES (detectors of mmdet)")
+        print("Bring them back: psbn revive. Remove them: psbn strip")
 
 
 def failures(report: Report, fail_above: float) -> list[str]:
@@ -131,10 +146,7 @@ def run(args: argparse.Namespace) -> int:
         with written_whole(args.json) as part:
             part.write_text(json.dumps({"checkpoints": content}, indent=1) + "\n")
     limit = args.layers or None
-    if len(reports) == 1:
-        print(reports[0].table(limit))
-    else:
-        print(course(args.checkpoints, reports, limit))
+    tell(args.checkpoints, reports, limit, args.data is not None)
     status = 0
     if args.fail_above is not None:
         for name, report in zip(args.checkpoints, reports, strict=True):
@@ -167,7 +179,11 @@ def main() -> None:
         help="probability of activation below which a filter is inactive (default %(default)s)",
     )
     parser.add_argument(
-        "--layers", type=int, default=20, metavar="N", help="layers to show, 0 for all (default 20)"
+        "--layers",
+        type=int,
+        default=5,
+        metavar="N",
+        help="layers to show, 0 for all (default %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to look at")

@@ -10,7 +10,7 @@ from studies.cifar.networks import MMDET_RESNET18
 from studies.cifar.settings import Settings as CifarSettings
 from studies.runs import RunError
 
-from .peers import PEERS
+from .peers import GAMMA_ALONE, PEERS, SHRINK
 from .settings import ANCHORED, BN, METHODS, NO_NORM_DECAY, PRESERVE, SHIFT, Settings
 
 PRETRAINING = CifarSettings(
@@ -181,6 +181,8 @@ def _revive(base: Settings, seeds: int) -> Experiment:
         starts += [(degree, m, BN, number, False) for m in few or METHODS]
         starts += [(f"{degree}, {REVIVED}", m, BN, number, True) for m in few or cured]
     starts += [(WITHOUT_DECAY, m, NO_NORM_DECAY, last, False) for m in (BN, NO_NORM_DECAY)]
+    controls = (SHRINK, GAMMA_ALONE)
+    peers = [(collapsed, peer) for peer in PEERS] + [(healthy, peer) for peer in controls]
     runs, backbones = [], {}
     for seed in range(seeds):
         for degree, method, norm, number, revive in starts:
@@ -196,12 +198,13 @@ def _revive(base: Settings, seeds: int) -> Experiment:
             )
             runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, method, degree))
         name, _ = backbone(BN, seed)
-        for peer in PEERS:
+        for degree, peer in peers:
+            number = DEGREES[degree]
             settings = replace(
-                base, seed=seed, backbone=name, backbone_round=last, peer=peer, method=BN
+                base, seed=seed, backbone=name, backbone_round=number, peer=peer, method=BN
             )
-            arm = f"{BN}, {collapsed}, {peer}"
-            runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, BN, f"{collapsed}, {peer}"))
+            arm = f"{BN}, {degree}, {peer}"
+            runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, BN, f"{degree}, {peer}"))
     again = f"{collapsed}, {REVIVED}"
     pairs = [(f"{m}, {again}", f"{m}, {collapsed}") for m in cured]
     pairs += [(f"{m}, {again}", f"{BN}, {healthy}") for m in cured]
@@ -215,6 +218,8 @@ def _revive(base: Settings, seeds: int) -> Experiment:
         pairs += [(f"{m}, {degree}", f"{BN}, {degree}") for m in few_cured]
     pairs += [(f"{BN}, {collapsed}, {p}", f"{BN}, {collapsed}") for p in PEERS]
     pairs += [(f"{BN}, {again}", f"{BN}, {collapsed}, {p}") for p in PEERS]
+    pairs += [(f"{BN}, {healthy}, {p}", f"{BN}, {healthy}") for p in controls]
+    pairs += [(f"{BN}, {collapsed}, {p}", f"{BN}, {healthy}, {p}") for p in controls]
     pairs += [(f"{BN}, {collapsed}", f"{BN}, {WITHOUT_DECAY}")]
     pairs += [(f"{BN}, {WITHOUT_DECAY}", f"{BN}, {healthy}")]
     pairs += [(f"{NO_NORM_DECAY}, {WITHOUT_DECAY}", f"{BN}, {WITHOUT_DECAY}")]
@@ -232,6 +237,8 @@ def _revive(base: Settings, seeds: int) -> Experiment:
             f"{WITHOUT_DECAY}: none in the pretraining.",
             "ReDo, shrink and perturb, L2 Init: what others do; studies/detection/peers.py has the "
             "settings, which were fixed before the first run.",
+            "Controls, added after two seeds of shrink and perturb: the same from the healthy "
+            f"backbone, and {GAMMA_ALONE}, from both.",
             "preserve: beta = bias - alpha, the pretrained function stays; shift: beta = bias.",
             "All parameters are trained, all norm layers use batch statistics.",
         ),

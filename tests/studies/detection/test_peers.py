@@ -53,6 +53,18 @@ def test_shrink_and_perturb_by_the_formula(networks):
         torch.testing.assert_close(after, KEPT * old + NOISE * new)
 
 
+def test_of_gamma_alone_all_else_stays_as_it_was(networks):
+    network, fresh = networks
+    before = [p.clone() for p in network.parameters()]
+    shrink_and_perturb(network, fresh, gamma_alone=True)
+    changed = 0
+    for (name, after), old in zip(network.named_parameters(), before, strict=True):
+        gamma = ("bn" in name or "downsample.1" in name) and name.endswith("weight")
+        torch.testing.assert_close(after, KEPT * old + NOISE if gamma else old)
+        changed += gamma
+    assert changed == 20  # the stem, two in each of eight blocks, three shortcuts
+
+
 def test_decay_toward_the_initial_weights_by_the_formula():
     weight = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
     initial = torch.tensor([1.0, 1.0])
