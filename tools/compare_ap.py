@@ -1,6 +1,6 @@
-"""psbn compare-ap, from a checkout: psbn_mmdet/ap/command.py."""
+"""psbn compare-ap, from a checkout: psbn_mmdet/commands/compare_ap.py."""
 
-from psbn_mmdet.ap.command import main
+from psbn_mmdet.commands.compare_ap import main
 
 if __name__ == "__main__":
     main()

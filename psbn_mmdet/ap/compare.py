@@ -133,7 +133,7 @@ def measure(
     seed: int = 0,
     sizes: bool = False,
     threads: int = 2,
-    progress: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+    progress: Callable[[Iterator[Any]], Iterable[Any]] = iter,
     max_dets: int | None = None,
 ) -> Measured:
     """Evaluate every run on the images as they are and on every resample of them.
@@ -146,7 +146,7 @@ def measure(
         seed: Of the resampling.
         sizes: APs, APm and APl too; each costs another round of resamples.
         threads: The result does not depend on them.
-        progress: Wraps the iterator over the resamples of one area range, e.g. ``tqdm``.
+        progress: Wraps the iterator over the resamples of one area range, e.g. ``tqdm.tqdm``.
         max_dets: Detections that count per image and class; by default 100, of keypoints 20.
 
     Raises:
@@ -202,7 +202,7 @@ def more_resamples(
     resamples: int,
     seed: int = 0,
     threads: int = 2,
-    progress: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+    progress: Callable[[Iterator[Any]], Iterable[Any]] = iter,
 ) -> Measured:
     """The same runs with as many more resamples; those that are there stay."""
     start = len(measured.draws)

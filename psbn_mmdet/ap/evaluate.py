@@ -12,7 +12,7 @@ only weights are summed up, once for all ten IoU thresholds, and behind the last
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -209,7 +209,7 @@ def resample(
     resamples: int | range = 500,
     seed: int = 0,
     threads: int = 2,
-    progress: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+    progress: Callable[[Iterator[Any]], Iterable[Any]] = iter,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Paired bootstrap over images: every run is evaluated on the same resampled images.
 
@@ -218,7 +218,7 @@ def resample(
 
     Args:
         resamples: How many, or the numbers of those to draw: each has a generator of its own.
-        progress: wraps the iterator over resamples, e.g. ``tqdm``.
+        progress: wraps the iterator over resamples, e.g. ``tqdm.tqdm``.
 
     Returns:
         ``weighted_ap`` of every run in every resample: (B, M, K, 3) and (B, M, 3, 101).

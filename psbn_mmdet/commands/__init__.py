@@ -4,9 +4,9 @@
 - :mod:`.revive`, :mod:`.strip`: bring them back, or take them out
 - :mod:`.convert`: BN to psBN and back
 - :mod:`.plot`: training runs side by side
-- :mod:`psbn_mmdet.ap.command`: is a difference in AP real?
+- :mod:`.compare_ap`: is a difference in AP real?
 - :mod:`.detector`: the detector that a command works on: its config, weights and images
-- :mod:`.terminal`: how a table is printed
+- :mod:`.terminal`: tables and progress on a terminal
 
 Only the module of the verb is imported, so ``psbn --help`` and ``psbn compare-ap`` need no torch;
 that, and no dependency, is why this is argparse behind a table.
@@ -26,7 +26,7 @@ VERBS = {
     "strip": (".strip", "remove collapsed filters from a detector, outputs unchanged"),
     "convert": (".convert", "turn a BN checkpoint into a psBN one, or back"),
     "plot": (".plot", "draw training runs side by side, as figures or one HTML page"),
-    "compare-ap": ("..ap.command", "is a difference in AP between detectors more than noise?"),
+    "compare-ap": (".compare_ap", "is a difference in AP between detectors more than noise?"),
 }
 
 USAGE = "\n".join(

@@ -1,15 +1,16 @@
-"""Turn a BN checkpoint into a psBN checkpoint, or back; the network computes the same.
+"""Convert a BN checkpoint to psBN, or back. The network computes the same.
 
     psbn convert bn.pth psbn.pth --to psbn
     psbn convert psbn.pth plain.pth --to bn
 
-Every state dict in the file is converted (bias = beta + alpha): the weights and what stands beside
-them, such as state_dict_ema or model_ema. All else of the weights stays; optimizer, schedules and
-the weights that mmengine's EMAHook goes on with are dropped unless asked for. With --to bn the
-config that the file carries names BN too. Both kinds also load into each other as they are;
-converting is for leaving this package, and for tools that want the keys to fit. OUT is written as
-safetensors if it is so named. A FrozenBatchNorm stays as it is, and so does an InstanceNorm without
-running statistics, which cannot be recognised in a checkpoint: convert the model with to_psbn.
+Every state dict in the file is converted (bias = beta + alpha): the weights, and averages beside
+them such as state_dict_ema or model_ema. Optimizer, schedules and the weights of mmengine's EMAHook
+are dropped unless --keep-training-state is given. With --to bn, the config in the file uses BN.
+
+BN loads into psBN and psBN into BN without conversion. Convert to leave this package, or for tools
+that compare keys. An OUT that ends in .safetensors is written in that format. A FrozenBatchNorm
+stays as it is. So does an InstanceNorm without running statistics, which a checkpoint does not
+identify; convert the model with to_psbn instead.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -37,7 +38,10 @@ from ..errors import (
     written_whole,
 )
 from .detector import build, carried_config, read_images
-from .terminal import show
+from .terminal import show, working
+
+FEW = 5.0
+"""Percent of collapsed filters below which a network loses too little for a remedy to pay."""
 
 
 def over_checkpoints(reports: list[Report], limit: int | None) -> list[list[str]]:
@@ -59,8 +63,8 @@ def over_checkpoints(reports: list[Report], limit: int | None) -> list[list[str]
     return [["collapsed %", *(f"({i + 1})" for i in range(len(reports)))], *rows]
 
 
-def tell(names: list[str], reports: list[Report], limit: int | None, measured: bool) -> None:
-    """Print the totals, the layers that lost most, and what may be done next."""
+def tell(names: list[str], reports: list[Report], limit: int | None) -> None:
+    """Print the totals and the layers that lost most."""
     if len(reports) == 1:
         print(reports[0].summary(), end="\n\n")
         grid = reports[0].grid(limit)
@@ -73,10 +77,28 @@ def tell(names: list[str], reports: list[Report], limit: int | None, measured: b
     show(grid)
     if (more := layers - len(grid) + 1) > 0:
         print(f"... and {more} more layers (--layers 0 shows all)")
-    if reports[-1].totals["collapsed"]:
-        if not measured:
-            print("\nWhich of them are stuck: psbn inspect CKPT --data IMAGES (detectors of mmdet)")
-        print("Bring them back: psbn revive. Remove them: psbn strip")
+
+
+def next_steps(report: Report, checkpoint: str, config: str | None, data: Path | None) -> str:
+    """What to do about the filters of a checkpoint, as commands with what is known filled in."""
+    lost = max(report.totals["collapsed_percent"], report.totals["stuck_percent"])
+    if not lost > 0:
+        return "Nothing to do."
+    if lost < FEW:
+        return f"Nothing to do: below {FEW:g}% a network loses little."
+    file, images = shlex.quote(checkpoint), shlex.quote(str(data or "IMAGES"))
+    config = shlex.quote(config or "CONFIG")
+    if data is None:
+        rows = [
+            ("Which are stuck:", f"psbn inspect {file} --config {config} --data {images}"),
+            ("Any other model:", "psbn_mmdet.collapse.measure(model, images), in Python"),
+        ]
+    else:
+        rows = [
+            ("Bring them back:", f"psbn revive {config} {file} revived.pth --data {images}"),
+            ("Remove them:", f"psbn strip {config} {file} stripped --data {images}"),
+        ]
+    return "\n".join(f"{what:<16} {command}" for what, command in rows)
 
 
 def failures(report: Report, fail_above: float) -> list[str]:
@@ -89,7 +111,7 @@ def failures(report: Report, fail_above: float) -> list[str]:
         )
     if report.missing:
         name, why = next(iter(report.missing.items()))
-        reasons.append(f"{len(report.missing)} layers cannot be read, as {name}: {why}")
+        reasons.append(f"{len(report.missing)} layers cannot be read (e.g. {name}: {why})")
     if totals["collapsed_percent"] > fail_above:
         reasons.append(
             f"{totals['collapsed_percent']:.2f}% of the filters collapsed, more than "
@@ -121,11 +143,14 @@ def run(args: argparse.Namespace) -> int:
     if args.fail_above is not None and not 0 <= args.fail_above <= 100:
         raise PsbnError(f"--fail-above is a percentage from 0 to 100, got {args.fail_above}")
     if args.config and not args.data:
-        raise PsbnError("--config builds the model, and --data FOLDER says on which images it runs")
+        raise PsbnError("--config is for measuring with images; add --data FOLDER")
     if args.data:
         require_packages("mmdet", "mmdet")
     refuse_to_overwrite(args.json, args.html, overwrite=args.overwrite)
-    reports = [inspect(name, args) for name in args.checkpoints]
+    reports = []
+    for name in args.checkpoints:
+        with working(f"{'measuring' if args.data else 'reading'} {name}"):
+            reports.append(inspect(name, args))
     if args.html:
         require_packages("report", "plotly", "jinja2")
         from ..collapse.page import write_page
@@ -146,7 +171,8 @@ def run(args: argparse.Namespace) -> int:
         with written_whole(args.json) as part:
             part.write_text(json.dumps({"checkpoints": content}, indent=1) + "\n")
     limit = args.layers or None
-    tell(args.checkpoints, reports, limit, args.data is not None)
+    tell(args.checkpoints, reports, limit)
+    print("\n" + next_steps(reports[-1], args.checkpoints[-1], args.config, args.data))
     status = 0
     if args.fail_above is not None:
         for name, report in zip(args.checkpoints, reports, strict=True):

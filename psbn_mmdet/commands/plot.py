@@ -1,11 +1,10 @@
-"""Lay training runs side by side in one HTML page, and draw figures of each.
+"""Draw training runs side by side: one HTML page, or figures of each run.
 
     psbn plot work_dirs/retinanet_bn_500 work_dirs/retinanet_psbn_500 --html page.html
     psbn plot BN=work_dirs/a psBN=work_dirs/b/collapse.trace --png figures
 
-A run is the collapse.trace that SparsityLoggerHook writes, or the work dir it is in;
-NAME= says what to call it. Runs that are still going on, or were killed, are drawn as
-far as they got.
+A run is a work dir, or the file collapse.trace in it, which SparsityLoggerHook writes. NAME= sets
+its label. Unfinished runs are drawn as far as they got.
 """
 
 from __future__ import annotations

@@ -1,15 +1,18 @@
-"""Revive the collapsed filters of a detector: the same function, and they learn again.
+"""Give collapsed filters of a detector a new start: the same outputs, and they learn again.
 
     psbn revive CONFIG CHECKPOINT OUT.pth --data data/coco/train2017
     tools/train.py CONFIG --cfg-options load_from=OUT.pth
 
-OUT.pth is CHECKPOINT with other weights for the collapsed filters and zeros in what reads them, for
-CONFIG as it is and for mmdet's own tools. The new network is run beside the old one on your images,
-or on random ones; if the outputs differ, nothing is written. Running statistics of the revived
-filters come from the images, so random ones do for a training whose BN sees batches, but not for
-one with norm_eval. OUT.json says what was revived, what was not, and why.
+OUT.pth fits CONFIG as it is, and mmdet's own tools. The collapsed filters get fresh weights, and
+the weights of the layers that read them are set to zero. Old and new network are compared on your
+images, or on random ones; if the outputs differ, nothing is written. OUT.json lists what was
+revived, what was not, and why.
 
-A training does the same at its start with custom_hooks=[dict(type="ReviveFilters")].
+The running statistics of the revived filters come from the images. Random ones will do if BN sees
+batches in your training, but not with norm_eval=True.
+
+To do the same at the start of a training: custom_hooks=[dict(type="ReviveFilters")]. Any other
+model: psbn_mmdet.collapse.revive(model, images), in Python.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from .detector import (
     check_images,
     read_images,
 )
+from .terminal import working
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(args.seed)
         images = torch.randn(args.images, 3, *args.size, generator=generator)
     options = {"threshold": args.threshold, "tolerance": args.tolerance, "seed": args.seed}
-    record = revive(model, images, **options)
+    with working("reviving, then comparing the outputs"):
+        record = revive(model, images, **options)
     if not record["filters"]["revived"]:
         raise ReviveError(
             f"{args.checkpoint}: nothing is revived, so nothing is written: "

@@ -1,15 +1,19 @@
-"""Take the collapsed filters out of a detector: a smaller one of the same function.
+"""Remove collapsed filters from a detector of mmdet: smaller and faster, the same outputs.
 
     psbn strip CONFIG CHECKPOINT OUT --data data/coco/val2017
     tools/test.py OUT/config.py OUT/model.pth
     tools/train.py OUT/config.py
 
-OUT, a new folder, gets model.pth, record.json (what went and why, what stayed and
-why, and the proof) and config.py, which inherits CONFIG and works with mmdet's own
-tools too; training goes on from model.pth. What is left is proved to be wired as
-before, and the outputs are compared channel by channel, on your images or on random
-ones; if they differ by more than the tolerance, nothing is written. If nothing can
-go, record.json alone is, which says why. psBN becomes BN, which computes the same.
+OUT is a new folder with model.pth, config.py and record.json. config.py inherits CONFIG, works with
+mmdet's own tools, and continues training from model.pth. record.json lists what was removed, what
+was kept and why, and the proof.
+
+The stripped network is proved to be wired as before, and its outputs are compared with the old
+ones channel by channel, on your images or on random ones. If they differ by more than --tolerance,
+nothing is written. If nothing can be removed, only record.json is written. psBN becomes BN, which
+computes the same.
+
+Any other model: psbn_mmdet.collapse.strip(model, images), in Python.
 """
 
 from __future__ import annotations
@@ -51,6 +55,7 @@ from .detector import (
     check_images,
     read_images,
 )
+from .terminal import working
 
 CONFIG = '''"""{name} without its collapsed filters, as written by psbn strip."""
 
@@ -110,23 +115,25 @@ def run(args: argparse.Namespace) -> None:
     inputs: Any = (3, *args.size)
     if args.data:
         inputs = read_images(cfg, model, args.data, args.images)
-    stripped = strip(
-        model,
-        inputs,
-        threshold=args.threshold,
-        inactive_below=args.inactive_below,
-        borders=args.borders,
-        tolerance=args.tolerance,
-    )
+    with working("stripping, then comparing the outputs"):
+        stripped = strip(
+            model,
+            inputs,
+            threshold=args.threshold,
+            inactive_below=args.inactive_below,
+            borders=args.borders,
+            tolerance=args.tolerance,
+        )
     record = stripped.record
     if not record["filters"]["removed"]:
         with new_folder(args.out) as folder:
             (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-        print(f"{summary(record)}\nwritten to {args.out}: record.json alone, as nothing can go")
+        print(f"{summary(record)}\nwritten to {args.out}: only record.json (nothing to remove)")
         return
     call = Calls(model, inputs).first
     if args.rounds:
-        pairs = time_in_pairs(model, stripped.model, call, args.rounds)
+        with working("timing"):
+            pairs = time_in_pairs(model, stripped.model, call, args.rounds)
         images = len(inputs) if isinstance(inputs, Tensor) else 2
         record["seconds"] = {
             "rounds": args.rounds,

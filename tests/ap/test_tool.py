@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from psbn_mmdet.ap import coco_files, evaluate
+from psbn_mmdet.commands import compare_ap
 from psbn_mmdet.errors import BAD_INPUT, FAILED
 from tests.helpers.ap import change_json, dataset, work_dirs
 from tests.helpers.paths import ROOT
@@ -64,12 +65,12 @@ def test_progress_bar_counts_the_resamples(tmp_path, tool, monkeypatch):
     _, named = dataset(tmp_path)
     seen = []
 
-    def bar(items, desc, total, disable):
+    def bar(items, what, total):
         items = list(items)
-        seen.append((desc, total, len(items)))
+        seen.append((what, total, len(items)))
         return items
 
-    monkeypatch.setattr("tqdm.tqdm", bar)
+    monkeypatch.setattr(compare_ap, "progress", bar)
     tool("--ann", tmp_path / "ann.json", *named, "--resamples", 120)
     assert seen == [("reading", 2, 2), ("resamples", 120, 120)]
 
@@ -230,7 +231,7 @@ def test_it_runs_without_torch_and_mmengine(tmp_path):
     _, named = dataset(tmp_path)
     code = (
         "import sys; sys.modules['torch'] = sys.modules['mmengine'] = None\n"
-        "from psbn_mmdet.ap.command import main\n"
+        "from psbn_mmdet.commands.compare_ap import main\n"
         "assert 'numba' not in sys.modules and 'numpy' not in sys.modules\n"
         f"sys.argv = {['compare-ap', '--ann', 'ann.json', *named, '--resamples', '100']}\n"
         "main()"

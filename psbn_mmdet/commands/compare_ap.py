@@ -3,11 +3,10 @@
     psbn compare-ap --ann instances_val2017.json old=a.bbox.json new=b.bbox.json
     psbn compare-ap bn=work_dirs/bn_s0 bn=work_dirs/bn_s1 psbn=work_dirs/psbn_s0 ...
 
-A repeated name is another seed of that arm; every arm is compared with the first. A work dir of
-mmdet, or of tools/train.py and tools/test.py, is asked for its results, checkpoint and annotation
-file.
+A repeated name is another seed of that arm. Every arm is compared with the first. A RUN is a COCO
+result file, or a work dir of mmdet, which names its results, checkpoint and annotation file.
 
-Exit status: 0; 1 when an expectation does not hold; 2 for input that cannot be compared.
+Exit status: 0; 1 if an --expect does not hold; 2 if the input cannot be compared.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import (
@@ -32,11 +31,12 @@ from ..errors import (
     require_packages,
     written_whole,
 )
+from .terminal import progress, show_markdown
 
 if TYPE_CHECKING:  # what needs the extra is imported after the check that it is there
-    from .compare import Comparison
-    from .expect import Expectation
-    from .runs import RunFiles
+    from ..ap.compare import Comparison
+    from ..ap.expect import Expectation
+    from ..ap.runs import RunFiles
 
 MOST_RESAMPLES = 16
 """Times as many as asked for are drawn at most, where an end of an interval lies near 0."""
@@ -46,7 +46,7 @@ def main() -> None:
     """Run the command."""
     args = _parser().parse_args()
     with errors_in_one_line():
-        require_packages("ap", "numba", "scipy", "msgspec", "tqdm")
+        require_packages("ap", "numba", "scipy", "msgspec")
         if args.html:
             require_packages("ap", "plotly", "jinja2")
         if args.type == "segm":
@@ -122,13 +122,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> bool:
     """Compare, say and write; whether all expectations hold."""
-    from tqdm import tqdm
+    from ..ap import coco_files, compare, expect, matching, runs, tables
 
-    from . import coco_files, compare, expect, matching, runs, tables
-
-    def bar(items: Iterable[Any], what: str = "resamples", total: int = args.resamples) -> Any:
-        return tqdm(items, desc=what, total=total, disable=None)  # None: only on a terminal
-
+    bar = partial(progress, what="resamples", total=args.resamples)
     kind = args.type or "bbox"
     named = [_named(given) for given in args.runs]
     arms: dict[str, list[int]] = {}
@@ -150,7 +146,7 @@ def _run(args: argparse.Namespace) -> bool:
     annotations = runs.read_shared_annotations(files, args.ann, kind, classes)
     results = [
         coco_files.read_results(f.results, annotations, args.type == "bbox")
-        for f in bar(files, "reading", len(files))
+        for f in progress(files, "reading", len(files))
     ]
     # a work dir's config says on which images its model was run, a bare result file does not
     said = args.missing_is_empty or (not args.ann and all(f.annotations for f in files))
@@ -179,7 +175,7 @@ def _run(args: argparse.Namespace) -> bool:
             break
         more = len(measured.draws)
         measured = compare.more_resamples(
-            measured, more, args.seed, args.threads, partial(bar, total=more)
+            measured, more, args.seed, args.threads, partial(progress, what="resamples", total=more)
         )
     c.warnings.extend(
         f"{arm} - {baseline}: after {len(measured.draws)} resamples an end of the interval is "
@@ -215,11 +211,11 @@ def _run(args: argparse.Namespace) -> bool:
         data = tables.as_json(report)
         texts[args.json] = json.dumps(data, indent=1, allow_nan=False) + "\n"
     if args.html:
-        from . import images, page
+        from ..ap import images, page
 
         weights = images.weigh_images(c, annotations, results, args.threads, args.images)
         texts[args.html] = page.page(report, weights)
-    print(tables.markdown(report))
+    show_markdown(tables.markdown(report))
     for file, text in texts.items():
         with written_whole(file) as part:
             part.write_text(text, encoding="utf-8")
