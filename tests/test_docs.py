@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from psbn_mmdet.commands import VERBS
 from tests.helpers.paths import ROOT
 
 DOCUMENTS = sorted(
@@ -66,8 +67,14 @@ def test_every_link_leads_somewhere(document):
 def commands_in(text):
     """(script, options) of each command of this project; those of mmdet name no file here."""
     joined = re.sub(r"\\\n\s*", " ", text)
-    pattern = r"(?:python )?(?:(tools/\w+\.\w+)|-m (studies[\w.]+))([^\n`|#]*)"
-    for tool, module, rest in re.findall(pattern, joined):
+    pattern = r"(?:python )?(?:(tools/\w+\.\w+)|-m (studies[\w.]+)|\bpsbn ([a-z-]+))([^\n`|#]*)"
+    for tool, module, verb, rest in re.findall(pattern, joined):
+        if verb:
+            assert verb in VERBS, verb
+            name = VERBS[verb][0].replace("..", "").replace(".", "/")
+            folder = "psbn_mmdet/" if verb == "compare-ap" else "psbn_mmdet/commands"
+            yield f"{folder}{name}.py", re.findall(r"(?<![\w-])(--[a-z][\w-]*)", rest)
+            continue
         script = tool or f"{module.replace('.', '/')}/__main__.py"
         if module and not (ROOT / script).exists():
             script = f"{module.replace('.', '/')}.py"

@@ -106,8 +106,8 @@ def failures(report: Report, fail_above: float) -> list[str]:
     totals, reasons = report.totals, []
     if totals["not_finite"]:
         reasons.append(
-            f"{totals['not_finite']} of {totals['filters']} filters have a gamma or bias that is "
-            "not finite"
+            f"{totals['not_finite']} of {totals['filters']} filters have a NaN or infinite "
+            "gamma or bias"
         )
     if report.missing:
         name, why = next(iter(report.missing.items()))

@@ -23,7 +23,7 @@ def test_a_layer_behind_no_convolution_says_so():
     want = {"0.bn1": None, "0.bn2": "0.conv1", "1.bn1": None, "1.bn2": "1.conv1"}
     assert {row["name"]: row["conv"] for row in report.rows} == want
     assert [row["filter_l1_median"] is None for row in report.rows] == [True, False] * 2
-    assert "2 of 4 layers: no convolution known in front" in report.summary()
+    assert "no convolution found before 2 of 4 layers" in report.summary()
 
 
 def test_the_stem_of_several_convolutions_is_paired_with_its_last():

@@ -297,12 +297,12 @@ class TestLoud:
             lines = log_of(work_dir).splitlines()
             found[gamma] = (
                 rows_of(work_dir)[2]["collapse/nearly_linear_layers"],
-                [x for x in lines if "WARNING" in x and "the network turns linear there" in x],
+                [x for x in lines if "WARNING" in x and "nearly linear" in x],
             )
         assert found[0.061] == (0, [])
         layers, (warning,) = found[0.06]  # once, not at each measurement
         assert layers == 2
-        assert "at iteration 0 2 layers (as net.bn1) have biases so large" in warning
+        assert "at iteration 0: 2 layers (e.g. net.bn1) are nearly linear" in warning
 
     def test_flops_that_cannot_be_counted_end_no_training(self, tmp_path):
         runner = make_runner(tmp_path, [SparsityLoggerHook(figures=False, input_size=(4, 6, 6))])

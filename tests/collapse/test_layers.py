@@ -126,14 +126,14 @@ class TestStateDicts:
         assert why in report.unread["bn1"]
         assert [*report.missing] == ["bn1"]
         assert report.totals["filters"] == 20
-        assert report.summary().startswith("1 layers are not counted, as bn1: ")
+        assert report.summary().startswith("1 layers are not counted (e.g. bn1: ")
 
     def test_no_gamma_at_all_cannot_collapse(self):
         net = Net()
         net.bn1 = nn.BatchNorm2d(8, affine=False)
         report = measure(net.state_dict())
         assert report.missing == {}
-        assert "1 layers (as bn1) have no gamma and cannot collapse" in report.summary()
+        assert "1 layers (e.g. bn1) have no gamma and cannot collapse" in report.summary()
 
     def test_a_lone_weight_beside_a_layer_is_a_prelu(self):
         class Unit(nn.Module):

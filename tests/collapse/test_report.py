@@ -63,12 +63,13 @@ def test_values_that_are_not_finite_are_counted_and_leave_valid_json(net):
     report = measure(net)
     assert report.totals["not_finite"] == 5
     assert report.rows[1]["activation_probability"] != report.rows[1]["activation_probability"]
-    assert report.summary().startswith("5 of 28 filters have a gamma or bias that is not finite")
+    assert report.summary().startswith("5 of 28 filters have a NaN or infinite gamma or bias")
     lines = report.table(limit=2).splitlines()
     assert lines[1].split()[0] == "block.bn1"
-    assert lines[1].endswith("  4 not finite")
+    column = lines[0].split().index("finite") - 1  # "not finite" is one head
+    assert lines[1].split()[column] == "4"
     assert lines[2].startswith("bn1 ")
-    assert lines[2].endswith("  1 not finite")
+    assert lines[2].split()[column] == "1"
     assert report.rows[0]["not_finite_filters"] == [0]
     assert 0 not in report.rows[0]["collapsed_filters"]
     layers = json.loads(report.to_json(), parse_constant=pytest.fail)["layers"]
@@ -154,7 +155,7 @@ class TestWhatFollows:
         assert rows["silu"]["collapsed_filters"] == [0]
         totals = report.totals
         assert (totals["collapsed"], totals["told"], totals["inactive"]) == (4, 4, 1)
-        assert "of 12 filters the weights do not tell" in report.summary()
+        assert "12 filters: the weights alone do not show" in report.summary()
         assert [line.split()[-2] for line in report.table().splitlines()[1:5]] == [
             *("relu", "other", "leaky", "none"),
         ]
@@ -163,7 +164,7 @@ class TestWhatFollows:
         report = measure(Activations().state_dict())
         assert {row["followed_by"] for row in report.rows} == {"unknown"}
         assert (report.totals["collapsed"], report.totals["told"]) == (4, 0)
-        assert "of 16 filters the weights do not tell" in report.summary()
+        assert "16 filters: the weights alone do not show" in report.summary()
 
     def test_in_front_of_a_sum_the_weights_do_not_tell(self):
         followed = {row["name"]: row["followed_by"] for row in measure(Net()).rows}
@@ -176,7 +177,7 @@ class TestWhatFollows:
         nn.init.zeros_(net.block.bn2.weight)
         report = measure(net, (3, 10, 10))
         assert report.totals["collapsed"] == report.flops.sparsity == 0
-        assert "1 layers (as block.bn2) have not started" in report.summary()
+        assert "1 layers (e.g. block.bn2) have not started" in report.summary()
         net.block.bn2.bias.data[3] = 1e-8
         report = measure(net, (3, 10, 10))
         assert report.totals["collapsed"] == 8
@@ -207,9 +208,11 @@ class TestNearlyLinear:
         report = measure(self.psbn_net(0.06))
         assert report.nearly_linear == ["bn_relu"]
         assert json.loads(report.to_json())["nearly_linear"] == ["bn_relu"]
-        assert "1 psBN layers (as bn_relu): alpha is large against gamma" in report.summary()
+        assert (
+            "1 layers (e.g. bn_relu) are nearly linear: P(ReLU active) > 0.95." in report.summary()
+        )
         assert measure(self.psbn_net(0.061)).nearly_linear == []
-        assert "large against" not in measure(self.psbn_net(0.061)).summary()
+        assert "nearly linear" not in measure(self.psbn_net(0.061)).summary()
 
     def test_a_state_dict_does_not_tell_where_a_relu_stands(self):
         assert measure(self.psbn_net(0.06).state_dict()).nearly_linear == []
