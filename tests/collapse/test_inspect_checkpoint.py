@@ -49,10 +49,22 @@ class TestInspect:
         head = next(i for i, line in enumerate(lines) if line.startswith("layer "))
         ranked = [line.split()[0] for line in lines[head + 1 : head + 5]]
         assert ranked == ["bn1", "block.down.1", "block.bn1", "block.bn2"]
-        assert lines[-1].startswith("Bring them back: psbn revive.")
+        assert lines[-2].split(maxsplit=3)[3] == (
+            f"psbn inspect {tmp_path / 'a.pth'} --config CONFIG --data IMAGES"
+        )
         assert done.returncode == 1
         assert done.stderr.count("\n") == 1
         assert "28.57% of the filters collapsed, more than 20%" in done.stderr
+
+    @pytest.mark.parametrize(("collapsed", "last"), [(0, "do."), (1, "below 5%"), (2, "Python")])
+    def test_what_to_do_depends_on_how_many_have_collapsed(
+        self, collapsed, last, tmp_path, inspect
+    ):
+        norm = torch.nn.BatchNorm2d(40)
+        with torch.no_grad():
+            norm.weight[:collapsed] = 0  # 0%, 2.5%, 5%
+        torch.save(norm.state_dict(), tmp_path / "a.pth")
+        assert last in inspect(tmp_path / "a.pth").stdout.splitlines()[-1]
 
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_every_kind_of_layer_gives_the_filters_collapsed_by_hand(

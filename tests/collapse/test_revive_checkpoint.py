@@ -1,6 +1,7 @@
 """tools/revive_checkpoint.py, and ReviveFilters in a training of mmdet."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -96,6 +97,29 @@ def test_the_new_checkpoint_is_of_the_same_config_and_function(
     assert "nothing is revived, so nothing is written" in tool.refuses(*healthy)
     assert "at least two" in tool.refuses(*healthy, "--images", 1)
     assert not (tmp_path / "new.pth").exists()
+
+
+def test_each_step_names_the_command_of_the_next(
+    original, shared_data, tmp_path, capsys, monkeypatch
+):
+    """From a checkpoint alone to a revived one, by what is printed."""
+    monkeypatch.chdir(tmp_path)
+    ours = {"CONFIG": original / "config.py", "IMAGES": shared_data / "coco128"}
+
+    def follow(said, step):
+        (line,) = [x for x in said.splitlines() if x.startswith(step)]
+        verb, *words = shlex.split(line[len(step) :])[1:]
+        done = Main(f"{verb}_checkpoint", capsys)(*(ours.get(word, word) for word in words))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = Main("inspect_checkpoint", capsys)(original / "checkpoint.pth").stdout
+    said = follow(said, "Which are stuck:")
+    assert "filters stuck (" in said
+    said = follow(said, "Bring them back:")
+    assert "collapsed filters revived" in said
+    old, new = (build(original, c) for c in (original / "checkpoint.pth", "revived.pth"))
+    assert collapsed(new) < collapsed(old)
 
 
 def test_a_training_revives_at_its_start(original, shared_data, tmp_path, capsys):
