@@ -17,7 +17,17 @@ __version__ = "0.2.0"
 
 # Here, so that they are known without torch; registered under the same names.
 LAYERS = ["psBN", "psBN1d", "psBN2d", "psBN3d", "psIN", "psIN1d", "psIN2d", "psIN3d", "psSyncBN"]
-_ROOMS = ["ap", "checkpoint", "collapse", "decay", "launch", "norm", "registry", "theory"]
+_ROOMS = [
+    "ap",
+    "checkpoint",
+    "collapse",
+    "commands",
+    "decay",
+    "launch",
+    "norm",
+    "registry",
+    "theory",
+]
 __all__ = [*LAYERS, "to_bn", "to_psbn"]
 
 if sys.modules.get("mmengine"):

@@ -23,6 +23,10 @@ BAD_INPUT = 2
 """Exit status of a command that could not do what it was asked; argparse's own, too."""
 
 
+CLOSED_PIPE = 128 + 13
+"""Exit status of a command whose output nobody reads on: what a shell says of SIGPIPE."""
+
+
 class PsbnError(Exception):
     """Something was given that cannot work; the message is one line that says what to do."""
 
@@ -110,16 +114,26 @@ def require_packages(extra: str, *names: str) -> None:
 def errors_in_one_line(program: str | None = None) -> Iterator[None]:
     """End the program with one line and :data:`BAD_INPUT` for what its user can put right.
 
+    And without a word where nobody reads on, as behind ``| head``.
+
     Args:
         program: What the line begins with; by default the name of the script.
     """
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # mmengine's, many times
+    program = program or Path(sys.argv[0]).name
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can still be told
+    except BrokenPipeError:
+        # Python flushes once more when it ends; nobody reads that either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(CLOSED_PIPE)
     except PsbnError as error:
-        print(f"{program or Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except MemoryError as error:
         said = str(error).splitlines()[0] if str(error) else "what is read does not fit"
-        print(f"{program or Path(sys.argv[0]).name}: out of memory: {said}", file=sys.stderr)
+        print(f"{program}: out of memory: {said}", file=sys.stderr)
         sys.exit(BAD_INPUT)

@@ -1,4 +1,4 @@
-"""The command compare-ap, from a checkout: psbn_mmdet/ap/command.py."""
+"""psbn compare-ap, from a checkout: psbn_mmdet/ap/command.py."""
 
 from psbn_mmdet.ap.command import main
 

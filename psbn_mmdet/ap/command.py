@@ -1,7 +1,7 @@
 """Is the difference in AP more than noise? Compare detectors by their COCO results.
 
-    compare-ap --ann instances_val2017.json old=a.bbox.json new=b.bbox.json
-    compare-ap bn=work_dirs/bn_s0 bn=work_dirs/bn_s1 psbn=work_dirs/psbn_s0 ...
+    psbn compare-ap --ann instances_val2017.json old=a.bbox.json new=b.bbox.json
+    psbn compare-ap bn=work_dirs/bn_s0 bn=work_dirs/bn_s1 psbn=work_dirs/psbn_s0 ...
 
 A repeated name is another seed of that arm; every arm is compared with the first. A work dir of
 mmdet, or of tools/train.py and tools/test.py, is asked for its results, checkpoint and annotation

@@ -6,7 +6,7 @@
 - :mod:`.convolutions`: the convolution in front of each
 - :mod:`.report`: ``measure`` and what it returns
 - :mod:`.flops`: how many FLOPs the collapsed filters cost
-- :mod:`.detectors`: how a model is called with images
+- :mod:`.calls`: how a model is called with images
 - :mod:`.wiring`: how a network is wired, channel by channel, found by running it
 - :mod:`.stripping`: ``strip``, which takes the collapsed filters out
 - :mod:`.reviving`: ``revive``, which gives them a new life; :mod:`.revive_hook` in a training

@@ -1,19 +1,22 @@
 """What one backward pass tells of each filter: whether a gradient arrives, and what it carries.
 
-Let L be a loss, or random numbers on the outputs of a network. Per filter, of gamma and bias:
+Let L be a loss, or random numbers on the outputs of a network. Per filter:
 
     gradient    the larger of |dL/dgamma| and |dL/dbias|
-    effect      |gamma (dL/dgamma - m dL/dbias)|,  m the mean of x_hat over the batch
+    effect      |sum over all positions of dL/dy (y - mean of y)|,  y the output of the layer
 
-The effect is the sum over all positions of dL/dy (y - mean of y): by how much L changes, to first
-order, when the filter is set to its mean (the Taylor criterion of Molchanov et al., arXiv
-1906.10771, for a filter of a normalization layer). m is 0 where the layer normalises with the
-statistics of the batch. A filter that is constant, or that nobody reads, has the effect 0; one that
-carries something has it 0 by a coincidence of all positions only. For small deviations first order
-is exact, so that what lies beside the limit is judged rightly, too.
+The effect is by how much L changes, to first order, when the filter is set to its mean over the
+batch (the Taylor criterion of Molchanov et al., arXiv 1906.10771, for a filter of a normalization
+layer). A filter that is constant, or that nobody reads, has the effect 0; one that carries
+something has it 0 by a coincidence of all positions only. For small deviations first order is
+exact, so that what lies beside the limit is judged rightly, too.
 
-Nothing is kept but sums per channel: a pass that trains anyway tells it at no cost, in-place ReLUs
-do no harm. :func:`.criteria.does` says what follows.
+Where a layer normalises with the statistics of the batch, x_hat has mean 0 and the effect is
+|gamma dL/dgamma|, which is there anyway. Where it uses its running statistics, y - mean of y is
+taken from the layer's input, which autograd keeps anyway: the difference of the gradients of gamma
+and bias would tell it, too, but as a small difference of two large sums, wrong by more than what a
+filter that varies little carries. Only sums per channel are kept, and in-place ReLUs do no harm.
+:func:`.criteria.does` says what follows.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..norm import is_post_shifted
-from .criteria import ROUNDING, MeasureError
-from .detectors import in_eval_mode
+from .calls import in_eval_mode
+from .criteria import MeasureError
 from .wiring import tensors_in
 
 
@@ -50,31 +53,31 @@ class Watch:
 
     def start(self) -> None:
         self._hooks = ExitStack()
-        self._sums: list[tuple[Tensor, int] | None] = [None] * len(self.modules)
+        self._sums: list[_Sums | None] = [None] * len(self.modules)
         self._gammas = [gamma.detach().clone() for gamma, _ in self._parameters]
         self._gradients: list[list[Tensor | None]] = [[None, None] for _ in self.modules]
         self._ran: set[int] = set()
         for i, (module, parameters) in enumerate(zip(self.modules, self._parameters, strict=True)):
-            self._hooks.callback(module.register_forward_pre_hook(self._before(i)).remove)
-            for j, parameter in enumerate(parameters):
-                if parameter is not None and parameter.requires_grad:
-                    self._hooks.callback(parameter.register_hook(self._arrived(i, j)).remove)
+            trained = {j: p for j, p in enumerate(parameters) if p is not None and p.requires_grad}
+            if trained:
+                self._hooks.callback(module.register_forward_hook(self._after(i)).remove)
+            for j, parameter in trained.items():
+                self._hooks.callback(parameter.register_hook(self._arrived(i, j)).remove)
 
     def stop(self) -> None:
         self._hooks.close()
 
-    def _before(self, i: int) -> Callable[..., Any]:
-        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if torch.is_grad_enabled():
-                self._ran.add(i)
-            if inputs and _by_running_statistics(module):
+    def _after(self, i: int) -> Callable[..., Any]:
+        def after(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+            if not torch.is_grad_enabled():
+                return
+            self._ran.add(i)
+            if inputs and y.requires_grad and _by_running_statistics(module):
+                sums = self._sums[i] = self._sums[i] or _Sums()
                 x = inputs[0].detach()
-                dims = [d for d in range(x.dim()) if d != 1]
-                total, n = self._sums[i] or (0, 0)
-                positions = x.numel() // max(x.shape[1], 1)
-                self._sums[i] = total + x.sum(dims, dtype=torch.float32), n + positions
+                y.register_hook(lambda gradient: sums.add(x, gradient))
 
-        return before
+        return after
 
     def _arrived(self, i: int, j: int) -> Callable[..., Any]:
         def arrived(gradient: Tensor) -> None:
@@ -91,18 +94,13 @@ class Watch:
         """
         device = self._gammas[0].device
         parts: list[list[Tensor]] = [[], []]
-        for i, (gamma, parameters) in enumerate(zip(self._gammas, self._parameters, strict=True)):
-            measured = i in self._ran and any(p is not None and p.requires_grad for p in parameters)
-            start = torch.zeros_like(gamma, dtype=torch.float32)
-            start = start if measured else start + torch.nan
+        for i, gamma in enumerate(self._gammas):
+            start = torch.full_like(gamma, 0 if i in self._ran else torch.nan, dtype=torch.float32)
             by_gamma, by_bias = (start if g is None else g.float() for g in self._gradients[i])
-            mean = _mean_of_x_hat(self.modules[i], self._sums[i])
             parts[0].append(torch.maximum(by_gamma.abs(), by_bias.abs()))
-            by_mean = mean * by_bias
-            # Where x_hat is constant the two are alike, and what they leave is their rounding.
-            rounding = 32 * ROUNDING * by_mean.abs()
-            left = ((by_gamma - by_mean).abs() - rounding).clamp(min=0)
-            parts[1].append(gamma.float().abs() * left)
+            sums = self._sums[i]
+            by_shape = by_gamma if sums is None else sums.by_x() * _inverse_std(self.modules[i])
+            parts[1].append((gamma.float() * by_shape).abs())
         joined = torch.cat([t.to(device) for t in parts[0] + parts[1]]).cpu()
         gradient, effect = joined.chunk(2)
         return gradient, effect
@@ -122,13 +120,36 @@ def _by_running_statistics(module: Any) -> bool:
     return not (isinstance(module, _BatchNorm) and module.training)  # FrozenBatchNorm2d always
 
 
-def _mean_of_x_hat(module: Any, sums: tuple[Tensor, int] | None) -> Tensor:
-    """(C,), 0 where the layer normalises with the statistics of the batch."""
-    if sums is None:
-        return torch.zeros_like(module.weight, dtype=torch.float32)
-    total, n = sums
-    deviation = total / max(n, 1) - module.running_mean.float()
-    return deviation * torch.rsqrt(module.running_var.float() + getattr(module, "eps", 1e-5))
+def _inverse_std(module: Any) -> Tensor:
+    return torch.rsqrt(module.running_var.float() + getattr(module, "eps", 1e-5))
+
+
+class _Sums:
+    """The sum of dL/dy (x - mean of x) over all positions of all calls of a layer, per channel.
+
+    x is counted from the mean of one call, so that what varies little beside its mean is exact.
+    """
+
+    def __init__(self) -> None:
+        self._origin: Tensor | None = None
+        self._sums: Tensor | float = 0.0  # (3, C): of dL/dy x, of dL/dy, of x
+        self._positions = 0
+
+    def add(self, x: Tensor, gradient: Tensor) -> None:
+        dims = [d for d in range(x.dim()) if d != 1]
+        x, gradient = x.float(), gradient.detach().float()
+        if self._origin is None:
+            self._origin = x.mean(dims, keepdim=True)
+        x = x - self._origin
+        self._sums = self._sums + torch.stack([t.sum(dims) for t in (gradient * x, gradient, x)])
+        self._positions += x.numel() // max(x.shape[1], 1)
+
+    def by_x(self) -> Tensor:
+        """(C,); 0 if no gradient arrived."""
+        if not isinstance(self._sums, Tensor):
+            return torch.zeros(())
+        product, gradient, x = self._sums
+        return product - x / max(self._positions, 1) * gradient
 
 
 def pull_back(

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .calls import in_eval_mode, ways_to_call
 from .criteria import THRESHOLD, MeasureError
-from .detectors import in_eval_mode, ways_to_call
 from .wiring import Reader, Wiring, trace
 
 Shape = Sequence[int]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .detectors import ways_to_compare
+from .calls import ways_to_compare
 from .narrow import StripError
 from .shadows import tensors_in
 from .wiring import Run, Wiring

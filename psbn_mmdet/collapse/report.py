@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .backward import pull_back
+from .calls import in_eval_mode, ways_to_compare
 from .criteria import (
     IDLE,
     INACTIVE_BELOW,
@@ -31,7 +32,6 @@ from .criteria import (
     nearly_linear,
     not_finite,
 )
-from .detectors import in_eval_mode, ways_to_compare
 from .flops import Flops, probe
 from .layers import (
     NO_GAMMA,

@@ -36,8 +36,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..errors import PsbnError
 from ..norm import added_bias, alpha_of, is_post_shifted
+from .calls import ways_to_call
 from .criteria import THRESHOLD, MeasureError, check_thresholds, collapsed, not_finite
-from .detectors import ways_to_call
 from .layers import norm_modules
 from .wiring import Reader, Run, Wiring, connected, tensors_in, trace
 

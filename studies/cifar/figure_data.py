@@ -169,8 +169,8 @@ def time_percent(settings: Settings, parent: Settings, folder: Path) -> list[flo
 def recovery_of(trace: Trace) -> dict[str, Any]:
     """What became of the filters that were collapsed at the first moment of a trace.
 
-    ``still_collapsed_percent`` and ``inactive_percent`` are of these filters, at
-    each of ``iterations``; ``all_collapsed_percent`` is of all filters.
+    ``still_collapsed_percent`` is of these filters, at each of ``iterations``;
+    ``all_collapsed_percent`` is of all filters.
     """
     before = np.abs(trace.gamma[0]) < trace.threshold
     now = np.abs(trace.gamma) < trace.threshold

@@ -99,11 +99,13 @@ def _draw_finetune(figure: Figure, summary: dict[str, Any]) -> None:
 
 
 def _draw_alpha(figure: Figure, summary: dict[str, Any]) -> None:
-    """Four measures after the last round against alpha; BN is the dashed line."""
-    figure.set_size_inches(10, 7)
+    """Measures after the last round against alpha; BN is the dashed line."""
     lines = list(dict.fromkeys(e["line"] for e in summary["arms"].values()))
-    panels = figure.subplots(2, 2, sharex=True).flat
-    for axes, metric in zip(panels, ("accuracy", "collapsed", "inactive", "p_active"), strict=True):
+    measured = [r for e in summary["arms"].values() for r in e["rounds"][-1:]]
+    wanted = ("accuracy", "collapsed", "stuck", "p_active")
+    metrics = [m for m in wanted if all(m in row for row in measured)]
+    figure.set_size_inches(4 * len(metrics), 4)
+    for axes, metric in zip(figure.subplots(1, len(metrics)), metrics, strict=True):
         for color, line in zip(_COLORS, lines):
             points = []
             for entry in summary["arms"].values():
@@ -115,9 +117,9 @@ def _draw_alpha(figure: Figure, summary: dict[str, Any]) -> None:
             x, mean, std = np.transpose(sorted(points))
             axes.errorbar(x, mean, std, fmt="o-", color=color, label=line, ms=4, capsize=3)
         axes.set(xscale="log", ylabel=METRICS[metric])
-        if metric in ("collapsed", "inactive"):
+        if metric in ("collapsed", "stuck"):
             axes.set_ylim(bottom=0)
-        axes.set_xlabel("α" if metric in ("inactive", "p_active") else "")
+        axes.set_xlabel("α")
     figure.axes[0].legend(title="dashed: BN", fontsize=8)
 
 

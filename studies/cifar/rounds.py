@@ -41,7 +41,9 @@ from torch.utils.data import DataLoader
 
 from psbn_mmdet.checkpoint import CheckpointError, load_weights
 from psbn_mmdet.checkpoint import load as load_checkpoint
-from psbn_mmdet.collapse import THRESHOLD, measure
+from psbn_mmdet.collapse import THRESHOLD, gather, measure, norm_modules
+from psbn_mmdet.collapse.backward import pull_back
+from psbn_mmdet.collapse.criteria import does
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
 from psbn_mmdet.collapse.reviving import revive
 from psbn_mmdet.norm import lift
@@ -63,6 +65,9 @@ from .settings import Settings
 
 DATA_SEED = 0
 """Of the subset of images and the random labels, for all runs alike."""
+
+MEASURED_IMAGES = 256
+"""Test images on whose loss it is measured what each filter does."""
 
 CHECKPOINT_SECONDS = 120.0
 """How much work a kill may cost; writing takes some milliseconds."""
@@ -175,7 +180,7 @@ class RoundsHook(Hook):
         row["epoch_losses"] = self.epoch_losses[-s.epochs :]
         row["accuracy"] = accuracy(network, self.test)
         if s.norm != "none":
-            row.update(collapse_of(network, s.image_size))
+            row.update(collapse_of(network, self.test))
             if s.evaluate_pruned:
                 row["pruned_accuracy"] = pruned_accuracy(network, self.test)
         runner.model.train()
@@ -246,16 +251,29 @@ def accuracy(network: nn.Module, split: Split) -> float:
     return _percent_right(probabilities(network, split), split.labels)
 
 
-def collapse_of(network: nn.Module, image_size: int = 32) -> dict[str, float]:
-    """Sparsity in FLOPs (the paper's), shares of collapsed and inactive filters, mean P(active).
+def collapse_of(network: nn.Module, split: Split) -> dict[str, float]:
+    """Sparsity in FLOPs (the paper's), shares of collapsed, stuck and idle filters, mean P(active).
 
-    All in percent, but for ``filters``, their number.
+    All in percent, but for ``filters``, their number. What is stuck and idle is measured on the
+    cross-entropy of the first images of ``split``, in eval mode; the network is left as it was.
     """
-    totals = measure(network, inputs=(3, image_size, image_size)).totals
+    images, labels = split.images[:MEASURED_IMAGES], split.labels[:MEASURED_IMAGES]
+    modules = norm_modules(network)
+    gamma, bias = gather(modules.values())
+    device = next(network.parameters()).device
+
+    def loss(of: nn.Module) -> Tensor:
+        inputs = normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
+        return F.cross_entropy(of(inputs).float(), labels.to(device))
+
+    seen = does(*pull_back(network, modules.values(), loss), unit=1.0)
+    report = measure(network, inputs=(3, *images.shape[-2:]))
+    totals = report.at(gamma, bias, seen).totals
     shares = {
-        "sparsity": totals["sparsity_percent"],
+        "sparsity": report.totals["sparsity_percent"],
         "collapsed": totals["collapsed_percent"],
-        "inactive": 100 * totals["inactive"] / totals["filters"],
+        "stuck": totals["stuck_percent"],
+        "idle": totals["idle_percent"],
         "filters": totals["filters"],
     }
     if math.isfinite(totals["activation_probability"]):  # it is NaN where no ReLU follows

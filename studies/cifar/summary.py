@@ -31,7 +31,8 @@ from .verdicts import at
 METRICS = {
     "sparsity": "sparsity (% of FLOPs)",
     "collapsed": "collapsed filters (%)",
-    "inactive": "inactive filters (%)",
+    "stuck": "stuck filters (%)",
+    "idle": "idle filters (%)",
     "p_active": "mean P(active) over the filters (%)",
     "accuracy": "accuracy (%)",
     "pruned_accuracy": "accuracy without the collapsed filters (%)",

@@ -23,8 +23,8 @@ from mmengine.config import Config
 
 from psbn_mmdet.checkpoint import CheckpointError, is_whole, load
 from psbn_mmdet.collapse import measure
-from psbn_mmdet.collapse.detectors import build, read_images
 from psbn_mmdet.collapse.page import write_page
+from psbn_mmdet.commands.detector import build, read_images
 
 from .drawn_shapes import write_shapes
 

@@ -10,6 +10,7 @@ from studies.cifar.networks import MMDET_RESNET18
 from studies.cifar.settings import Settings as CifarSettings
 from studies.runs import RunError
 
+from .peers import PEERS
 from .settings import ANCHORED, BN, METHODS, NO_NORM_DECAY, PRESERVE, SHIFT, Settings
 
 PRETRAINING = CifarSettings(
@@ -171,16 +172,15 @@ REVIVED = "revived"
 
 @_experiment("revive", Settings(), seeds=6)
 def _revive(base: Settings, seeds: int) -> Experiment:
-    (healthy, first), *_, (collapsed, last) = DEGREES.items()
-    starts = [
-        (d, m, BN, n, False) for d, n in ((healthy, first), (collapsed, last)) for m in METHODS
-    ]
-    starts += [
-        (WITHOUT_DECAY, method, NO_NORM_DECAY, last, False) for method in (BN, NO_NORM_DECAY)
-    ]
+    (healthy, _), *between, (collapsed, last) = DEGREES.items()
     cured = [method for method in METHODS if method != PRESERVE]
-    starts += [(f"{collapsed}, {REVIVED}", method, BN, last, True) for method in cured]
-    starts += [(f"{healthy}, {REVIVED}", method, BN, first, True) for method in cured]
+    few_cured = [NO_NORM_DECAY, SHIFT]
+    starts = []
+    for degree, number in DEGREES.items():
+        few = [BN, *few_cured] if degree in dict(between) else None
+        starts += [(degree, m, BN, number, False) for m in few or METHODS]
+        starts += [(f"{degree}, {REVIVED}", m, BN, number, True) for m in few or cured]
+    starts += [(WITHOUT_DECAY, m, NO_NORM_DECAY, last, False) for m in (BN, NO_NORM_DECAY)]
     runs, backbones = [], {}
     for seed in range(seeds):
         for degree, method, norm, number, revive in starts:
@@ -195,6 +195,13 @@ def _revive(base: Settings, seeds: int) -> Experiment:
                 revive=revive,
             )
             runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, method, degree))
+        name, _ = backbone(BN, seed)
+        for peer in PEERS:
+            settings = replace(
+                base, seed=seed, backbone=name, backbone_round=last, peer=peer, method=BN
+            )
+            arm = f"{BN}, {collapsed}, {peer}"
+            runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, BN, f"{collapsed}, {peer}"))
     again = f"{collapsed}, {REVIVED}"
     pairs = [(f"{m}, {again}", f"{m}, {collapsed}") for m in cured]
     pairs += [(f"{m}, {again}", f"{BN}, {healthy}") for m in cured]
@@ -202,6 +209,12 @@ def _revive(base: Settings, seeds: int) -> Experiment:
     pairs += [(f"{m}, {d}", f"{BN}, {d}") for d in (collapsed, healthy) for m in METHODS[1:]]
     pairs += [(f"{BN}, {collapsed}", f"{BN}, {healthy}")]
     pairs += [(f"{m}, {healthy}, {REVIVED}", f"{m}, {healthy}") for m in cured]
+    for degree, _ in between:
+        pairs += [(f"{BN}, {degree}", f"{BN}, {healthy}")]
+        pairs += [(f"{m}, {degree}, {REVIVED}", f"{BN}, {degree}") for m in (BN, *few_cured)]
+        pairs += [(f"{m}, {degree}", f"{BN}, {degree}") for m in few_cured]
+    pairs += [(f"{BN}, {collapsed}, {p}", f"{BN}, {collapsed}") for p in PEERS]
+    pairs += [(f"{BN}, {again}", f"{BN}, {collapsed}, {p}") for p in PEERS]
     pairs += [(f"{BN}, {collapsed}", f"{BN}, {WITHOUT_DECAY}")]
     pairs += [(f"{BN}, {WITHOUT_DECAY}", f"{BN}, {healthy}")]
     pairs += [(f"{NO_NORM_DECAY}, {WITHOUT_DECAY}", f"{BN}, {WITHOUT_DECAY}")]
@@ -217,6 +230,8 @@ def _revive(base: Settings, seeds: int) -> Experiment:
             "and zeros in what reads it within the backbone; neck and head are fresh in all arms.",
             f"{NO_NORM_DECAY}: no weight decay of gamma and beta, in the finetuning.",
             f"{WITHOUT_DECAY}: none in the pretraining.",
+            "ReDo, shrink and perturb, L2 Init: what others do; studies/detection/peers.py has the "
+            "settings, which were fixed before the first run.",
             "preserve: beta = bias - alpha, the pretrained function stays; shift: beta = bias.",
             "All parameters are trained, all norm layers use batch statistics.",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from psbn_mmdet.collapse.figures import FIGURE_STYLE
 
 from .experiments import TWIN
 from .settings import BN
-from .summary import FILTERS
+from .summary import FILTERS, measured_filters
 
 COLORS = ("#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d")
 
@@ -122,9 +123,10 @@ def _draw_rounds(figure: Figure, summary: dict[str, Any]) -> None:
 
 def _draw_alpha(figure: Figure, summary: dict[str, Any]) -> None:
     """Every measure against alpha; BN is the dashed line."""
-    figure.set_size_inches(15, 7.5)
-    keys = ("AP", *FILTERS)
-    panels = figure.subplots(2, 3).flat
+    keys = ("AP", *(key for key in measured_filters(summary) if key != "idle"))
+    columns = math.ceil(len(keys) / 2)
+    figure.set_size_inches(5 * columns, 7.5)
+    panels = figure.subplots(2, columns).flat
     titles = {"AP": "AP (points)", **FILTERS}
     for key, axes in zip(keys, panels):
         for color, (line, entries) in zip(COLORS, _lines(summary).items()):

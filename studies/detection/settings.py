@@ -11,6 +11,8 @@ from mmengine.config import Config
 
 from studies.runs import RunError
 
+from .peers import PEERS
+
 MODEL_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo" / "demo_bn.py"
 
 BN, PRESERVE, SHIFT, ANCHORED = "BN", "psBN preserve", "psBN shift", "AnchoredBiasDecay"
@@ -38,6 +40,7 @@ class Settings:
             train from scratch.
         backbone_round: After which round of that run.
         revive: Whether its collapsed filters are revived before the training.
+        peer: What is done to the backbone instead: one of :data:`.peers.PEERS`, or nothing.
         base_channels: Of the backbone: 16 is a quarter of ResNet-18's width.
         width, height: The images are resized to.
         train_images, test_images: How many are used; None for all.
@@ -61,6 +64,7 @@ class Settings:
     backbone: str | None = None
     backbone_round: int = 0
     revive: bool = False
+    peer: str = ""
     base_channels: int = 16
     width: int = 160
     height: int = 120
@@ -79,6 +83,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise RunError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.peer not in ("", *PEERS):
+            raise RunError(f"peer must be one of {', '.join(PEERS)}, got {self.peer!r}")
         positive = ("alpha", "batch_size", "lr", "rounds", "epochs", "base_channels")
         for name in (*positive, "width", "height"):
             if not isinstance(getattr(self, name), (int, float)):

@@ -26,10 +26,12 @@ from .settings import NO_NORM_DECAY
 
 FILTERS = {
     "collapsed": "collapsed filters (%)",
-    "inactive": "inactive filters (%)",
+    "stuck": "stuck filters (%)",
+    "idle": "idle filters (%)",
     "active_probability": "mean P(active)",
     "gamma_median": "median size of gamma",
 }
+DIGITS = {"active_probability": 2, "gamma_median": 3}
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 Outcome = tuple[Run, dict[str, Any]]
@@ -228,6 +230,12 @@ def _differences(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
+def measured_filters(summary: dict[str, Any]) -> list[str]:
+    """Those of :data:`FILTERS` that a JSON has; what is stuck was not measured at first."""
+    rows = [row for entry in summary["arms"].values() for row in entry["rounds"]]
+    return [key for key in FILTERS if all(key in row for row in rows)]
+
+
 # ---------------------------------------------------------------- Markdown
 
 
@@ -256,6 +264,7 @@ def markdown(summary: dict[str, Any]) -> str:
         "standard deviation over seeds.",
     ]
     rounds = len(next(iter(arms.values()))["rounds"])
+    filters = measured_filters(summary)
     for i in range(rounds):
         lines += ["", f"## After round {i + 1}" if rounds > 1 else "## AP and filters", ""]
         rows = []
@@ -265,11 +274,10 @@ def markdown(summary: dict[str, Any]) -> str:
             cells = [arm, f"{ap['mean']:.1f} [{ap['low']:.1f}, {ap['high']:.1f}]"]
             cells += [_number(row["AP50"]), _number(row["train_loss"], 3)]
             cells.append(_number(entry["start"]["collapsed"]))
-            cells += [_number(row["collapsed"]), _number(row["inactive"])]
-            cells += [_number(row["active_probability"], 2), _number(row["gamma_median"], 3)]
+            cells += [_number(row[key], DIGITS.get(key, 1)) for key in filters]
             rows.append(cells)
         heads = ["", "AP", "AP50", "training loss", "collapsed at the start (%)"]
-        lines += _table([*heads, *FILTERS.values()], rows)
+        lines += _table([*heads, *(FILTERS[key] for key in filters)], rows)
         if summary["differences"][i]:
             lines += ["", "Differences in AP:", ""]
             lines += _table(

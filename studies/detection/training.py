@@ -28,6 +28,8 @@ from psbn_mmdet.ap.coco_files import read_annotations, read_results
 from psbn_mmdet.ap.evaluate import evaluate
 from psbn_mmdet.checkpoint import CheckpointError, bn_state_dict, load_weights
 from psbn_mmdet.collapse import gather, measure, norm_modules
+from psbn_mmdet.collapse.backward import pull_back
+from psbn_mmdet.collapse.criteria import does
 from psbn_mmdet.collapse.reviving import revive
 from psbn_mmdet.norm import lift
 from studies.cifar.rounds import (
@@ -39,9 +41,13 @@ from studies.cifar.rounds import (
 from studies.runs import RunError, check_settings, write_json
 
 from .data import Batches, Images, samples
+from .peers import L2_INIT, REDO, SHRINK, decay_toward, redo, shrink_and_perturb
 from .settings import ANCHORED, BN, NO_NORM_DECAY, SHIFT, Settings, learning_rate, model_config
 
 TEST_BATCH = 16
+
+MEASURED_IMAGES = 16
+"""Training images, the first ones, on whose loss it is measured what each filter does."""
 
 
 def build_model(
@@ -64,6 +70,14 @@ def build_model(
         model.backbone.load_state_dict(_revived(settings, classes, pretrained, images))
     elif pretrained:
         load_backbone(model.backbone, pretrained)
+        if settings.peer in (REDO, SHRINK):
+            assert images is not None
+            fresh = _fresh(settings, classes).backbone
+            if settings.peer == SHRINK:
+                shrink_and_perturb(model.backbone, fresh)
+            else:
+                batch = samples(images, list(range(settings.batch_size)))
+                redo(model.backbone, fresh, model.data_preprocessor(batch)["inputs"])
     if pretrained and settings.method == SHIFT:
         lift(model)
     return model.to(memory_format=torch.channels_last)  # a sixth faster on a CPU
@@ -115,13 +129,27 @@ def load_backbone(backbone: nn.Module, pretrained: Path) -> None:
         raise RunError(str(error)) from None
 
 
-def filters_of(backbone: nn.Module) -> dict[str, float]:
-    """The state of a backbone's filters: percentages, mean P(active), median |gamma|."""
-    totals = measure(backbone).totals
-    gamma, _ = gather(norm_modules(backbone).values())
+def filters_of(model: BaseModel, images: Images) -> dict[str, float]:
+    """The state of a detector's filters, all of which are in its backbone.
+
+    Percentages of the filters that have collapsed, that are stuck and that are idle (measured on
+    the loss of some images, in eval mode), the mean P(active) of the layers with a ReLU right
+    behind, the median |gamma|. The model is left as it was.
+    """
+    batch = samples(images, list(range(min(MEASURED_IMAGES, len(images)))))
+
+    def loss(detector: Any) -> torch.Tensor:
+        data = detector.data_preprocessor(batch, training=True)
+        return detector.parse_losses(detector(**data, mode="loss"))[0]
+
+    modules = norm_modules(model)
+    gamma, bias = gather(modules.values())
+    seen = does(*pull_back(model, modules.values(), loss), unit=1.0)
+    totals = measure(model).at(gamma, bias, seen).totals
     return {
         "collapsed": totals["collapsed_percent"],
-        "inactive": totals["inactive_percent"],
+        "stuck": totals["stuck_percent"],
+        "idle": totals["idle_percent"],
         "active_probability": totals["activation_probability"],
         "gamma_median": float(gamma.abs().median()),
     }
@@ -159,8 +187,11 @@ class RoundsHook(Hook):
 
     priority = "VERY_LOW"  # behind the anchored decay, whose state goes into the checkpoint
 
-    def __init__(self, settings: Settings, per_epoch: int, test: Images, annotations: Path) -> None:
-        self.settings, self.test, self.annotations = settings, test, annotations
+    def __init__(
+        self, settings: Settings, per_epoch: int, train: Images, test: Images, annotations: Path
+    ) -> None:
+        self.settings, self.train, self.test = settings, train, test
+        self.annotations = annotations
         self.per_epoch, self.per_round = per_epoch, per_epoch * settings.epochs
         self.rounds: list[dict[str, Any]] = []
         self.losses: list[float] = []
@@ -169,7 +200,14 @@ class RoundsHook(Hook):
     def before_train(self, runner: Runner) -> None:
         self._began = time.monotonic()
         if not self.rounds:
-            self.start = filters_of(runner.model.backbone)
+            self.start = filters_of(runner.model, self.train)
+        if self.settings.peer == L2_INIT:
+            fresh = _fresh(self.settings, len(self.train.categories)).backbone
+            decay_toward(
+                runner.optim_wrapper.optimizer,
+                list(runner.model.backbone.parameters()),
+                [p.detach() for p in fresh.parameters()],
+            )
 
     def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         lr = learning_rate(self.settings, runner.iter, self.per_round)
@@ -191,7 +229,7 @@ class RoundsHook(Hook):
             "round": number,
             "train_loss": sum(self.losses[-self.per_epoch :]) / self.per_epoch,
             **average_precision(self.annotations, results, found),
-            **filters_of(runner.model.backbone),
+            **filters_of(runner.model, self.train),
         }
         self.losses = []
         self.rounds.append(row)
@@ -264,7 +302,7 @@ def train_run(
     batches = Batches(
         train, settings.batch_size, settings.rounds * settings.epochs * per_epoch, settings.seed
     )
-    hook = RoundsHook(settings, per_epoch, test, annotations)
+    hook = RoundsHook(settings, per_epoch, train, test, annotations)
     hooks: list[Any] = [hook]
     if settings.method == ANCHORED:
         limits = dict(alpha=settings.alpha, max_ratio=settings.max_ratio)

@@ -236,6 +236,23 @@ class TestWatch:
             for handle in handles:
                 handle.remove()
 
+    def test_the_effect_of_filters_that_vary_little_beside_their_mean(self):
+        """The gradients of gamma and bias in float32 differ by less than their rounding there."""
+        net, x = Net().eval(), torch.randn(4, 3, 10, 10)
+        with torch.no_grad():
+            net.conv1.weight *= 10 ** -torch.arange(8.0)[:, None, None, None]
+            net.bn1.running_mean.uniform_(1, 2).mul_(-1)
+        watch = backward.Watch([net.bn1])
+        watch.start()
+        net(x)[:, 0].sum().backward()
+        watch.stop()
+        exact, outputs = copy.deepcopy(net).double(), []
+        exact.bn1.register_forward_hook(lambda m, i, y: outputs.append(y) or y.retain_grad())
+        exact(x.double())[:, 0].sum().backward()
+        (y,) = outputs
+        want = (y.grad * (y - y.mean((0, 2, 3), keepdim=True))).sum((0, 2, 3)).abs()
+        torch.testing.assert_close(watch.seen()[1].double(), want, rtol=0.02, atol=0)
+
     def test_frozen_layers_and_those_that_do_not_run_are_not_measured(self):
         net, x = Net(), torch.randn(4, 3, 10, 10)
         net.spare = nn.BatchNorm2d(3)

@@ -31,6 +31,12 @@ POINTS = [
     ("before_train_epoch", 2),
     ("metrics", 3),
 ]
+TOGETHER = [
+    ("after_train_iter", 3),
+    ("after_val_iter", 1),
+    ("metrics", 1),
+    ("before_train_epoch", 2),
+]
 OPTIONS = {"validate": True, "workers": 1}
 
 
@@ -50,8 +56,14 @@ def whole(tmp_path_factory):
     return end
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("point", "call"), POINTS)
+@pytest.mark.parametrize(
+    ("point", "call", "processes"),
+    [
+        *((*point, 1) for point in POINTS),
+        # Two processes take half a minute each: where ranks could part, in a step and in metrics.
+        *(pytest.param(*point, 2, marks=pytest.mark.slow) for point in TOGETHER),
+    ],
+)
 def test_wherever_a_sigterm_comes_the_run_can_go_on(point, call, processes, whole, tmp_path):
     """It ends with the status that has it requeued, and resumed it is as if it had not ended."""
     config, uninterrupted = whole(processes)

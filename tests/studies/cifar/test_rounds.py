@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
+from torch import nn
 from torch.nn import functional as F
 
+from psbn_mmdet import to_bn
 from psbn_mmdet.collapse import probe
 from psbn_mmdet.collapse.trace import read
 from studies.cifar import data, rounds
-from studies.cifar.data import Batches
+from studies.cifar.data import Batches, normalise
 from studies.cifar.rounds import make_runner, study_data, train_run
 from studies.cifar.settings import Settings
 from studies.runs import RunError
@@ -202,17 +205,26 @@ def test_epoch_losses_are_means_over_the_epoch(root, tmp_path):
 
 
 def test_collapse_is_seen_and_pruned_accuracy_leaves_the_network_as_it_was(root):
+    torch.manual_seed(0)
     network = TOY.network_module()
+    _, test = study_data(TOY, root)
     network.layer1[0].bn1.weight.data[:2] = 9e-4
     network.layer1[0].bn1.beta.data[:2] = -0.2
-    found = rounds.collapse_of(network)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    found = rounds.collapse_of(network, test)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert found["collapsed"] == pytest.approx(100 * 2 / 172)
+    twin = to_bn(deepcopy(network)).eval()
+    F.cross_entropy(twin(normalise(test.images)), test.labels).backward()
+    norms = [m for m in twin.modules() if isinstance(m, nn.BatchNorm2d)]
+    grads = torch.cat([torch.maximum(m.weight.grad.abs(), m.bias.grad.abs()) for m in norms])
+    assert grads[grads > 0].min() > 1e-6 * grads.max()  # none near the limit
+    assert found["stuck"] == pytest.approx(100 * (grads == 0).double().mean().item())
+    assert (twin.layer1[0].bn1.weight.grad[:2] == 0).all()
     # Half of the 4 filters of one convolution, and half of the inputs of the next.
     macs_of_two = 2 * 4 * 4 * 9 * 32**2
     total = probe(network, {}, (3, 32, 32)).total
     assert found["sparsity"] == pytest.approx(100 * (macs_of_two / 2) / total)
-    before = {k: v.clone() for k, v in network.state_dict().items()}
-    _, test = study_data(TOY, root)
     rounds.pruned_accuracy(network, test)
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 

@@ -232,9 +232,16 @@ def test_results_are_what_the_checkpoint_detects(rounds, root):
     model.load_state_dict(load(folder / "round_2.pth")["state_dict"])
     found = training.detect(model, data.load(root, data.TEST, (64, 48)))
     assert found == json.loads((folder / "round_2.bbox.json").read_text())
-    assert training.filters_of(model.backbone) == {
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state, images = torch.get_rng_state(), data.load(root, data.TRAIN, (64, 48))
+    assert training.filters_of(model.train(), images) == {
         k: result["rounds"][1][k] for k in summary.FILTERS
     }
+    # And training would go on as if nothing had been measured.
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
     # In pixels of the original images, which are twice as large.
     assert max(box["bbox"][0] + box["bbox"][2] for box in found) > 64
 

@@ -196,9 +196,9 @@ def test_the_published_table_is_that_of_the_published_rows():
     assert s["same"] == s["compared"] > 0.99 * s["with_batch_norm"]
     said = " ".join((ROOT / "docs" / "train.md").read_text().split())
     for words in (
-        f"[{s['models']} distinct models](../studies/mmdet_configs/results.md) {s['built']} build",
-        f"All {s['with_batch_norm']} that have a BatchNorm convert; {s['compared']} could be",
+        f"[{s['models']} distinct models](../studies/mmdet_configs/results.md); {s['built']} build",
+        f"All {s['with_batch_norm']} with a BatchNorm convert. {s['compared']} could be",
         f"({s['features_alone']} of them by the features",
-        f"FLOPs of {s['measured']} could be measured",
+        f"Filters and FLOPs of {s['measured']} could be measured",
     ):
         assert words in said
