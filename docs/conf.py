@@ -42,6 +42,7 @@ suppress_warnings = ["misc.highlighting_failure"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True  # THRESHOLD rather than 0.001
+autodoc_type_aliases = {"ArrayLike": "ArrayLike"}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 default_role = "code"  # a single backtick, in docstrings that are written as Markdown
@@ -131,7 +132,16 @@ def resolve(
     return content if name in DEFINED else None
 
 
+def shorten(
+    app: Sphinx, what: str, name: str, thing: object, options: object, given: str, returned: str
+) -> tuple[str, str]:
+    """``NDArray`` where autodoc writes out what numpy defines it as."""
+    long = re.compile(r"(?:~?numpy\.)?ndarray\[tuple\[.*?\], (?:~?numpy\.)?dtype\[(?:~?[\w.]+)\]\]")
+    return tuple(part and long.sub("NDArray", part) for part in (given, returned))
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
+    app.connect("autodoc-process-signature", shorten)
     app.connect("source-read", add_contents)
     app.connect("missing-reference", resolve)
