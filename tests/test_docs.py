@@ -74,9 +74,8 @@ def commands_in(text):
     for tool, module, verb, rest in re.findall(pattern, joined):
         if verb:
             assert verb in VERBS, verb
-            name = VERBS[verb][0].replace("..", "").replace(".", "/")
-            folder = "psbn_mmdet/" if verb == "compare-ap" else "psbn_mmdet/commands"
-            yield f"{folder}{name}.py", re.findall(r"(?<![\w-])(--[a-z][\w-]*)", rest)
+            script = f"psbn_mmdet/commands/{VERBS[verb][0].lstrip('.')}.py"
+            yield script, re.findall(r"(?<![\w-])(--[a-z][\w-]*)", rest)
             continue
         script = tool or f"{module.replace('.', '/')}/__main__.py"
         if module and not (ROOT / script).exists():
