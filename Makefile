@@ -1,5 +1,5 @@
 # Both commands set up .venv first: minutes the first time, nothing after.
-.PHONY: demo test quick lint benchmark setup
+.PHONY: demo test quick lint docs benchmark setup
 
 demo: setup  ## BN and psBN finetuned side by side on drawn images
 	.venv/bin/python -m studies.demo
@@ -14,6 +14,9 @@ lint: setup
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m ruff format --check
 	.venv/bin/python -m mypy
+
+docs: setup  ## the site, in build/docs/README.html; a warning is an error
+	.venv/bin/python -m sphinx -c docs -n -W --keep-going -q . build/docs
 
 benchmark: setup  ## the ratios of docs/measured.md
 	.venv/bin/python tools/benchmark.py

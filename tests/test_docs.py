@@ -1,7 +1,10 @@
 """What the documents name exists."""
 
 import ast
+import importlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -10,7 +13,7 @@ from tests.helpers.paths import ROOT
 
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", "docs/*.md", "configs/*.md", "studies/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "configs/*.md", "studies/**/*.md")
     for path in ROOT.glob(pattern)
 )
 GUARANTEES = "docs/guarantees.md"
@@ -71,9 +74,8 @@ def commands_in(text):
     for tool, module, verb, rest in re.findall(pattern, joined):
         if verb:
             assert verb in VERBS, verb
-            name = VERBS[verb][0].replace("..", "").replace(".", "/")
-            folder = "psbn_mmdet/" if verb == "compare-ap" else "psbn_mmdet/commands"
-            yield f"{folder}{name}.py", re.findall(r"(?<![\w-])(--[a-z][\w-]*)", rest)
+            script = f"psbn_mmdet/commands/{VERBS[verb][0].lstrip('.')}.py"
+            yield script, re.findall(r"(?<![\w-])(--[a-z][\w-]*)", rest)
             continue
         script = tool or f"{module.replace('.', '/')}/__main__.py"
         if module and not (ROOT / script).exists():
@@ -96,3 +98,22 @@ def test_every_command_names_a_script_and_options_that_exist(document):
             known += (ROOT / "tools").glob("*.sh") if source.suffix == ".sh" else []
             texts = (file.read_text() for file in known if file.is_file())
             assert any(option in text for text in texts), f"{document}: {option}"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_names_what_is_public(tmp_path):
+    pytest.importorskip("sphinx")
+    pytest.importorskip("furo")
+    pytest.importorskip("myst_parser")
+    command = re.search(r"^docs: .*\n\t.*-m (sphinx .*)$", (ROOT / "Makefile").read_text(), re.M)
+    arguments = command[1].replace("build/docs", str(tmp_path)).split()
+    result = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    pages = [*(tmp_path / "docs" / "api").glob("*.html")]
+    listed = set(re.findall(r'id="psbn_mmdet\.([\w.]+)"', "".join(p.read_text() for p in pages)))
+    for room in ("norm", "checkpoint", "collapse", "decay", "theory"):
+        public = set(importlib.import_module(f"psbn_mmdet.{room}").__all__)
+        at = {name.removeprefix(f"{room}.") for name in listed}
+        assert public <= at, f"{room}: {sorted(public - at)} stand in no page of docs/api"

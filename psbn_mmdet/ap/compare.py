@@ -429,8 +429,8 @@ def compare(
 
     Why the two are not added up to one variance with its own degrees of freedom: then S, small by
     chance, would take t with it, and the interval of two or three runs would become narrower by
-    more image noise. P(|x| < c), x normal, is concave in c^2, so in quadrature the interval holds
-    the true value at least as often as those of either part alone would.
+    more image noise. ``P(|x| < c)``, x normal, is concave in c^2, so in quadrature the interval
+    holds the true value at least as often as those of either part alone would.
 
     One run tells nothing of the spread between seeds, and another arm's need not be the same. So
     where an arm of a pair has a single run, the interval of the difference carries the images

@@ -41,6 +41,7 @@ def state_dict_of(checkpoint: Any, name: str = "the checkpoint") -> OrderedDict[
     """The tensors of a model within what :func:`load` returned, by the names of its modules.
 
     They are looked for under :data:`WEIGHTS`, within one another where they are nested, then under
+    any other name if one container alone holds names like ``conv1.weight``, then under
     :data:`AVERAGES`, then at the top. NumPy arrays become tensors. What wraps a model while it
     trains is taken off the keys: ``module.`` in front of all (DistributedDataParallel, averages)
     and ``_orig_mod.`` anywhere (``torch.compile``). Versions of modules (``_metadata``) are kept.
@@ -75,7 +76,9 @@ def locate(checkpoint: Any, name: str = "the checkpoint") -> tuple[str, ...]:
     nothing = f"{name}: holds no state dict (a mapping of names to tensors)"
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(nothing)
-    for places in (WEIGHTS, AVERAGES):
+    at_the_top = any(is_array(value) for value in checkpoint.values())
+    others = [k for k, v in checkpoint.items() if k not in WEIGHTS + AVERAGES and _is_container(v)]
+    for places in (WEIGHTS, others if len(others) == 1 and not at_the_top else (), AVERAGES):
         held = [key for key in places if holds_tensors(checkpoint.get(key))]
         if held[:1] == ["state_dict"]:  # mmengine reads it, whatever stands beside it
             held = ["state_dict"]
@@ -92,7 +95,7 @@ def locate(checkpoint: Any, name: str = "the checkpoint") -> tuple[str, ...]:
                     "it is not clear which to use; save one state dict"
                 )
             return (held[0], *locate(checkpoint[held[0]], name))
-    if any(is_array(value) for value in checkpoint.values()):
+    if at_the_top:
         return ()
     inside = [str(key) for key, value in checkpoint.items() if holds_tensors(value)]
     hint = f"; there are tensors under {', '.join(inside[:5])}: save one of them" if inside else ""
@@ -155,6 +158,13 @@ def holds_tensors(value: Any) -> bool:
 def _is_weight(key: Any, value: Any) -> bool:
     """Whether an entry belongs to a state dict: ``conv1.weight``, but no counter of epochs."""
     return is_array(value) and "." in str(key)
+
+
+def _is_container(value: Any) -> bool:
+    """Whether a state dict is in it; what an optimizer keeps for each weight is none."""
+    return isinstance(value, Mapping) and any(
+        _is_weight(k, v) or _is_container(v) for k, v in value.items()
+    )
 
 
 def _versions(state_dict: Any) -> Mapping[str, Any]:

@@ -36,20 +36,20 @@ from torch import Tensor
 from ..errors import PsbnError
 
 THRESHOLD = 1e-3
-"""|gamma| below which a filter is collapsed (the paper, section 3.1)."""
+"""``|gamma|`` below which a filter is collapsed (the paper, section 3.1)."""
 
 INACTIVE_BELOW = 1e-3
-"""Activation probability below which a filter is inactive: bias < -3.09 |gamma|.
+"""Activation probability below which a filter is inactive: ``bias < -3.09 |gamma|``.
 
 At the coarsest levels of a detector a training step shows a filter about a
 thousand positions, of which then less than one lets a gradient through."""
 
 NEARLY_LINEAR_ABOVE = 0.95
-"""Mean activation probability above which a ReLU is nearly the identity: bias > 1.64 |gamma|.
+"""Mean activation probability above which a ReLU is nearly the identity: ``bias > 1.64 |gamma|``.
 
-The shift of psBN does that to a layer whose gamma is small against alpha. With c = bias / |gamma|
-and Gaussian x_hat the share of the variance of ReLU(x_hat + c) that a linear function of x_hat
-explains is
+The shift of psBN does that to a layer whose gamma is small against alpha. With ``c = bias /
+|gamma|`` and Gaussian x_hat the share of the variance of ReLU(x_hat + c) that a linear function of
+x_hat explains is ::
 
     Phi(c)^2 / ((c^2 + 1) Phi(c) + c phi(c) - (c Phi(c) + phi(c))^2),
 
@@ -90,7 +90,7 @@ def not_started(gamma: Tensor, bias: Tensor, alpha: float | None = None) -> bool
 
 
 def collapsed(gamma: Tensor, threshold: float = THRESHOLD) -> Tensor:
-    """|gamma| < threshold, elementwise."""
+    """``|gamma| < threshold``, elementwise."""
     return gamma.abs() < threshold
 
 
@@ -101,7 +101,7 @@ def constant(
 
     Args:
         gamma, bias: (C,).
-        threshold: Of |gamma|, and of the bias that counts as more than nothing behind a ReLU.
+        threshold: Of ``|gamma|``, and of the bias that counts as more than nothing behind a ReLU.
         relu: (C,) bool, whether a ReLU follows; True everywhere by default.
     """
     passes = bias >= threshold
@@ -119,7 +119,7 @@ def dead(
 
 
 def activation_probability(gamma: Tensor, bias: Tensor) -> Tensor:
-    """P(gamma * x_hat + bias > 0) = Phi(bias / |gamma|) for x_hat ~ N(0, 1) (Eq. 2).
+    """``P(gamma * x_hat + bias > 0) = Phi(bias / |gamma|)`` for x_hat ~ N(0, 1) (Eq. 2).
 
     For gamma = 0 it is 1 or 0, as the bias is positive or not.
     """
@@ -141,8 +141,8 @@ def inactive(
         gamma, bias: (C,).
         below: Of the activation probability.
         relu: (C,) bool, whether it is known that a ReLU stands there; True everywhere by default.
-        threshold: Of |gamma|. Of a collapsed filter bias / |gamma| tells nothing: both may be
-            1e-41, and the rounding of what stands in front is larger.
+        threshold: Of ``|gamma|``. Of a collapsed filter ``bias / |gamma|`` tells nothing: both
+            may be 1e-41, and the rounding of what stands in front is larger.
     """
     silent = activation_probability(gamma, bias) < below
     silent = silent & ~collapsed(gamma, threshold) & ~not_finite(gamma, bias)
@@ -162,7 +162,7 @@ def nearly_linear(
 
     Args:
         gamma, bias: (C,), of one layer.
-        threshold: Of |gamma|.
+        threshold: Of ``|gamma|``.
         above: Threshold of the mean activation probability.
     """
     carrying = ~collapsed(gamma, threshold) & ~not_finite(gamma, bias)
@@ -174,8 +174,8 @@ def does(gradient: Tensor, effect: Tensor, unit: float | None = None) -> Tensor:
     """What each filter of a network does, from one backward pass.
 
     Args:
-        gradient: (F,), of all filters of the network, the larger of |dL/dgamma| and |dL/dbias|; NaN
-            where it was not measured.
+        gradient: (F,), of all filters of the network, the larger of ``|dL/dgamma|`` and
+            ``|dL/dbias|``; NaN where it was not measured.
         effect: (F,), by how much L changes, to first order, when the filter is set to its mean; in
             any unit, as L may be.
         unit: How much of L one output is, if that is known; else the largest effect stands for it.
@@ -210,7 +210,7 @@ def states(
         relu: Bool, whether it is known that a ReLU stands right behind.
         started: Bool, whether its layer has (:func:`not_started`).
         measured: As :func:`does` tells it.
-        threshold: Of |gamma|.
+        threshold: Of ``|gamma|``.
         inactive_below: Of the activation probability.
     """
     result = torch.zeros(gamma.shape, dtype=torch.uint8)
@@ -252,7 +252,7 @@ def count(
 
     Args:
         gamma, bias: (C,), of one layer or of all of them together.
-        threshold: Of |gamma|.
+        threshold: Of ``|gamma|``.
         inactive_below: Of the activation probability.
         relu: (C,) bool, whether it is known that a ReLU stands right behind; True by default.
         started: (C,) bool, whether the filter's layer has (:func:`not_started`); True by default.

@@ -72,7 +72,7 @@ class SparsityLoggerHook(Hook):
     Args:
         interval: Iterations (or epochs) from one measurement to the next.
         by_epoch: Whether ``interval`` is in epochs.
-        threshold: Of |gamma|.
+        threshold: Of ``|gamma|``.
         inactive_below: Of the activation probability.
         input_size: (C, H, W) of an image: also log the FLOPs that removing the
             collapsed filters would save, at the start and at the end, of a model

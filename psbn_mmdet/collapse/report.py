@@ -369,7 +369,7 @@ def measure(
             too, and the FLOPs counted. Or the size
             (C, H, W) of an image: FLOPs are counted, per image, and nothing is
             measured, as noise is no image.
-        threshold: Of |gamma|.
+        threshold: Of ``|gamma|``.
         inactive_below: Of the activation probability.
 
     Raises:

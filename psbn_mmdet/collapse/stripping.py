@@ -119,7 +119,7 @@ def strip(
             detector of mmdet; the size (C, H, W) of two random ones; or a function that calls the
             model it is given. With images and sizes the proof is made on others of another scale,
             sign and size too; a function should give what shows the network's whole range.
-        threshold: Of |gamma|.
+        threshold: Of ``|gamma|``.
         inactive_below: Of the activation probability below which a filter is inactive, as
             :data:`INACTIVE_BELOW`; None: they stay.
         borders: ``"fold"``: fold constants into biases although padded borders then differ.

@@ -82,7 +82,7 @@ class Trace:
         norm: (T, F) float16, L1 norms of the convolution's filters in front, NaN where there is
             none.
         does: (T, F) uint8, as :func:`.criteria.does` has it.
-        threshold: Of |gamma|.
+        threshold: Of ``|gamma|``.
         inactive_below: Of the activation probability.
         labels: Names of the T moments, if they are no iterations.
         flops: At the last moment, if they were counted.

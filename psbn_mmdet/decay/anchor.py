@@ -3,7 +3,7 @@ r"""The training of psBN for a model whose BN layers stay: decay their biases to
 psBN adds `b = beta + alpha` and trains `beta` (arXiv 2001.11216, Eq. 6). **It is BN whose bias
 decays toward alpha instead of 0**, whatever the optimizer: alpha is a constant, so `dL/dbeta =
 dL/db`; an optimizer that takes `beta` to `U(beta, dL/dbeta)`, with its state, its decay and all,
-takes psBN's `b` to
+takes psBN's `b` to ::
 
     b' = U(b - alpha, dL/db) + alpha.
 
@@ -25,7 +25,7 @@ optimizer leaves alone (frozen, no gradient, a skipped step) keeps its bits.
 
 **Where gamma is small, alpha may be too large.** What decay adds to `b / |gamma|` in a step, and so
 to the probability that a filter fires, is `eta lambda alpha / |gamma|`: a gamma that decay has made
-a hundredth of alpha turns ReLU into the identity. With `max_ratio` a layer's alpha is
+a hundredth of alpha turns ReLU into the identity. With `max_ratio` a layer's alpha is ::
 
     alpha_t = min(alpha, max_ratio * rms(gamma_t)),    rms over the channels of the layer,
 
@@ -81,7 +81,7 @@ def anchor_bias_decay(
     """Let weight decay pull the biases of norm layers toward alpha, as psBN does.
 
     No module, parameter or key of a state dict changes. Call it once, when model and optimizer are
-    made and a checkpoint, if any, is loaded; the training loop stays as it is:
+    made and a checkpoint, if any, is loaded; the training loop stays as it is::
 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         anchored = anchor_bias_decay(model, optimizer)

@@ -71,7 +71,7 @@ def to_psbn(model: nn.Module, alpha: float = 0.1, *, shift: bool = False) -> nn.
 
     Args:
         model: Any module; may be a normalization layer itself.
-        alpha: The shift, see :class:`psBN2d`.
+        alpha: The shift, not negative; 0.1 worked across the tasks of the paper.
         shift: Lift the network by alpha: ``beta = bias`` in the converted layers. This changes
             what it computes; it is a way to start a training.
 

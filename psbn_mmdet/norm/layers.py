@@ -1,7 +1,7 @@
 """Post-shifted normalization layers.
 
 psBN (Zhou et al., "How Does BN Increase Collapsed Neural Network Filters?",
-arXiv 2001.11216, Eq. 6) is batch normalization plus a constant:
+arXiv 2001.11216, Eq. 6) is batch normalization plus a constant::
 
     y = gamma * (x - mean) / sqrt(var + eps) + beta + alpha,    alpha > 0
 

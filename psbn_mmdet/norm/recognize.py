@@ -90,17 +90,17 @@ def norm_kinds(state_dict: Mapping[str, Tensor]) -> dict[str, Kind]:
     The answer depends on names and shapes only, never on the order of the keys (safetensors files
     come sorted).
 
-    ==========  ======================================================================
-    kind        tensors of one layer
-    ==========  ======================================================================
-    ``bn``      ``weight, bias, running_mean, running_var``, all of shape (C,); a
-                BatchNorm, or an InstanceNorm that tracks statistics; no ``beta``, ``alpha``
-    ``psbn``    ``weight, beta`` of shape (C,) and a 0-dim ``alpha``; any post-shifted
-                layer (with ``bias``, if it was saved by 0.2 or later)
-    ``unknown`` ``weight`` and ``bias`` or ``beta``, both of shape (C,), but neither of
-                the above: InstanceNorm without statistics, GroupNorm, LayerNorm, or a
-                post-shifted layer that is incomplete
-    ==========  ======================================================================
+    ===========  =====================================================================
+    kind         tensors of one layer
+    ===========  =====================================================================
+    ``bn``       ``weight, bias, running_mean, running_var``, all of shape (C,); a
+                 BatchNorm, or an InstanceNorm that tracks statistics; no ``beta``, ``alpha``
+    ``psbn``     ``weight, beta`` of shape (C,) and a 0-dim ``alpha``; any post-shifted
+                 layer (with ``bias``, if it was saved by 0.2 or later)
+    ``unknown``  ``weight`` and ``bias`` or ``beta``, both of shape (C,), but neither of
+                 the above: InstanceNorm without statistics, GroupNorm, LayerNorm, or a
+                 post-shifted layer that is incomplete
+    ===========  =====================================================================
 
     Layers without a gamma and a shift (``affine=False``) are not listed.
 

@@ -32,8 +32,8 @@ class psSyncBN(_PostShiftBN, nn.BatchNorm2d, _BatchNorm):  # type: ignore[misc]
 
     Args:
         process_group: Whom to synchronise with; default all processes.
-        num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            alpha: As in :class:`psBN2d`.
+        num_features, eps, momentum, affine, track_running_stats: As in :class:`psBN2d`.
+        **kwargs: ``device``, ``dtype`` and ``alpha``, as there.
     """
 
     def __init__(

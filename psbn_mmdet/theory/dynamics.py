@@ -24,6 +24,8 @@ def C_increment(
 ) -> NDArray[Any]:
     """What one step of decay without momentum adds to `C`, exactly (section 5).
 
+    ::
+
         C^(t+1) - C^t = eta lambda / (1 - eta lambda) * alpha / |gamma^t|,
 
     since `(beta (1 - eta lambda) + alpha) / (|gamma| (1 - eta lambda))` is
@@ -66,6 +68,8 @@ def decay_path(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Where torch's SGD takes (gamma, beta) under a schedule, step by step.
 
+    ::
+
         d = g + lambda p;   u = mu u + (1 - tau) d  (the first time u = d);
         p = p - eta_t u,    or  p = p - eta_t (d + mu u)  with Nesterov.
 
@@ -79,7 +83,7 @@ def decay_path(
             None: the filter does not fire, both are 0.
 
     Returns:
-        gamma and beta after 0, 1, ..., T steps: shape (T + 1, *shape).
+        gamma and beta after 0, 1, ..., T steps: shape ``(T + 1, *shape)``.
     """
     rates = np.atleast_1d(_numbers("lr", lr))
     _decay_rate(rates, weight_decay)
@@ -108,7 +112,7 @@ def decay_factors(
     """What is left of gamma, and of beta, after 0, 1, ..., T steps without a gradient.
 
     A step of SGD is linear in the parameter and its buffer, so it multiplies gamma and beta of
-    every filter by the same number: `gamma^t = s_t gamma^0`, `beta^t = s_t beta^0`, and
+    every filter by the same number: `gamma^t = s_t gamma^0`, `beta^t = s_t beta^0`, and ::
 
         C^t = (beta^0 + alpha / s_t) / |gamma^0|        for s_t > 0.
 

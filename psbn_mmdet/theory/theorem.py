@@ -1,16 +1,16 @@
 r"""Theorem 1: what one noisy step does to the probability that a filter fires (section 4).
 
-**Where Eq. 5 comes from.** Let `f(gamma, beta) = Phi(beta / gamma)`, `gamma > 0`. Then
+**Where Eq. 5 comes from.** Let `f(gamma, beta) = Phi(beta / gamma)`, `gamma > 0`. Then ::
 
     f_bb = -z phi / gamma^2,   f_bg = (z^2 - 1) phi / gamma^2,   f_gg = (2z - z^3) phi / gamma^2.
 
 The step of Eq. 1 is `-eta g H (x_hat, 1)` with `H = [x_hat > -z]` and `g` independent of `x_hat`,
 `E g = 0`, `E g^2 = c^2`. So the first-order term is exactly 0, and the second moments of the step
-are `eta^2 c^2` times the moments of the part of `x_hat` that fires,
+are `eta^2 c^2` times the moments of the part of `x_hat` that fires, ::
 
     E[H] = Phi,   E[x_hat H] = phi,   E[x_hat^2 H] = Phi - z phi.
 
-Half the sum of derivatives times moments is `eta^2 c^2 / (2 gamma^2)` times
+Half the sum of derivatives times moments is `eta^2 c^2 / (2 gamma^2)` times ::
 
     (2z - z^3) phi (Phi - z phi) + 2 (z^2 - 1) phi^2 - z phi Phi
         = (z^4 - 2) phi^2 + (z - z^3) phi Phi = K(z).
@@ -114,6 +114,8 @@ def log_abs_K(z: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
 def K(z: ArrayLike) -> NDArray[Any]:
     r"""What a noisy step does to the probability of firing, Eq. 5.
 
+    ::
+
         K(z) = (z^4 - 2) phi(z)^2 + (z - z^3) phi(z) Phi(z)
 
     `K(0) = -1 / pi`; the integral over the line is `-11 / (8 sqrt(pi))`. Any real `z` will do;
@@ -185,6 +187,8 @@ class Uniform:
     def expected_K(self, gamma: NDArray[Any]) -> NDArray[Any]:
         """`E K(beta / gamma)`: the difference of an antiderivative of `K`, for `gamma > 0`.
 
+        ::
+
             A(z) = (z^2 + 1) phi Phi - (z^3 / 2 + z / 4) phi^2 - 11 / (8 sqrt(pi)) Phi(sqrt(2) z)
 
         Counted from the nearer end of the line, so that a tail keeps its digits. Where the interval
@@ -227,6 +231,8 @@ def drift(
     gamma: ArrayLike, beta: Normal | Uniform | ArrayLike, lr: float, grad_std: float
 ) -> NDArray[Any]:
     """Expected change of the probability of firing in one noisy step, Eq. 3, to second order.
+
+    ::
 
         E Phi(beta' / |gamma'|) - E Phi(beta / |gamma|) = eta^2 c^2 / (2 gamma^2) J(gamma)
 

@@ -1,7 +1,8 @@
-"""The paper's claims against the published results: shown, not shown, or the opposite.
+"""Claims against the published results: shown, not shown, or the opposite.
 
-Each claim is turned into a number per seed that is positive if the claim holds there (a paired
-difference of two arms, or of two rounds), and judged by the 95% interval of its mean (Student's t):
+The paper's claims come first, then what the studies ask beyond the paper. Each claim is turned into
+a number per seed that is positive if the claim holds there (a paired difference of two arms, or of
+two rounds), and judged by the 95% interval of its mean (Student's t):
 
 - *shown*: the interval lies above 0;
 - *the opposite*: it lies below 0;
@@ -10,6 +11,8 @@ difference of two arms, or of two rounds), and judged by the 95% interval of its
   it is said how many seeds would show an effect of the paper's size with 80% power, with the
   deviation over the seeds that there are and, in brackets, at the ends of its 95% interval;
 - *not run*: the experiment is not published.
+
+Each row says whether its number was planned before it was seen: :data:`PLANNED`.
 
 Only the JSON files of ``results`` are read, here and of the detection study.
 """
@@ -44,13 +47,23 @@ MOST_SEEDS = 10_000
 Summary = dict[str, Any]
 
 
+PLANNED = ("yes", "afterwards", "no")
+"""Whether a number was planned before it was seen.
+
+- *yes*: arms, measure and claim were written down before the first result;
+- *afterwards*: the arms were, and the paper makes the claim, but this number for it was chosen when
+  first results were known;
+- *no*: nobody asked before it was seen.
+"""
+
+
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of the paper as a number that is positive where it holds.
+    """A sentence as a number that is positive where it holds.
 
     Args:
         results: The JSON file, without its ending, seen from the folder of results.
-        section: Of the paper, or the figure or table.
+        section: Of the paper, or the figure or table; empty if the paper does not claim it.
         text: What is claimed, as measured.
         paper: What the paper prints, as text.
         unit: Of the number.
@@ -58,6 +71,8 @@ class Claim:
         effects: The paper's sizes of it, if it prints any; for claims of accuracy without,
             those of Table 1 (:data:`TABLE1_GAINS`).
         looked_at: Number of seeds at which the result was seen before more were added, if any.
+        planned: One of :data:`PLANNED`.
+        note: What else a reader must know of how the number was planned.
     """
 
     results: str
@@ -68,6 +83,24 @@ class Claim:
     of: Callable[[Summary], Values]
     effects: tuple[float, ...] = ()
     looked_at: int | None = None
+    planned: str = "yes"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``metric`` of one arm less that of another, seed by seed; empty until both were run."""
+
+    first: str
+    second: str
+    metric: str
+    round_: int = -1
+
+    def __call__(self, summary: Summary) -> Values:
+        if not {self.first, self.second} <= set(summary["arms"]):
+            return {}
+        sides = (at(summary, arm, self.metric, self.round_) for arm in (self.first, self.second))
+        return minus(*sides)
 
 
 TABLE1_GAINS = (0.68, 0.19)
@@ -145,10 +178,6 @@ def at(summary: Summary, arm: str, metric: str, round_: int = -1) -> Values:
     entry = summary["arms"][arm]
     value = entry["ensemble"] if metric == "ensemble" else entry["rounds"][round_][metric]
     return by_seed(entry["seeds"], value)
-
-
-def _arms(first: str, second: str, metric: str, round_: int = -1) -> Callable[[Summary], Values]:
-    return lambda s: minus(at(s, first, metric, round_), at(s, second, metric, round_))
 
 
 def _rounds(arm: str, metric: str, later: int = -1, earlier: int = 0) -> Callable[..., Values]:
@@ -236,7 +265,7 @@ def _alpha(alpha: float) -> Callable[[Summary], Values]:
 
     def of(s: Summary) -> Values:
         lines = dict.fromkeys(entry["line"] for entry in s["arms"].values())
-        gains = [_arms(f"psBN {alpha:g}, {x}", f"BN, {x}", "accuracy")(s) for x in lines]
+        gains = [Difference(f"psBN {alpha:g}, {x}", f"BN, {x}", "accuracy")(s) for x in lines]
         return {seed: 1 + statistics.fmean(g[seed] for g in gains) for seed in gains[0]}
 
     return of
@@ -244,19 +273,21 @@ def _alpha(alpha: float) -> Callable[[Summary], Values]:
 
 # ---------------------------------------------------------------- the claims
 
+_TRIED_WITH_ONE = "sizes set by a trial with one seed"
 
-def _fig3(results: str, where: str = "") -> list[Claim]:
+
+def _fig3(results: str, where: str = "", planned: str = "yes") -> list[Claim]:
     bn, psbn = (f"resnet20, {norm} + ReLU" for norm in ("BN", "psBN"))
     flops, points = "% of FLOPs", "points"
     return [
         Claim(results, "3.2, Fig. 3", f"BN: sparsity grows with the rounds{where}", "drawn", flops,
-              _rounds(bn, "sparsity")),
+              _rounds(bn, "sparsity"), planned=planned),
         Claim(results, "3.2, Fig. 3", f"BN: accuracy falls from the first round to the last{where}",
-              "drawn", points, _negative(_rounds(bn, "accuracy")), TABLE1_GAINS),
+              "drawn", points, _negative(_rounds(bn, "accuracy")), TABLE1_GAINS, planned=planned),
         Claim(results, "5.1, Fig. 3", f"psBN has less sparsity than BN{where}", "drawn", flops,
-              _arms(bn, psbn, "sparsity")),
+              Difference(bn, psbn, "sparsity"), planned=planned),
         Claim(results, "5.1, Fig. 3", f"psBN is more accurate than BN after the last round{where}",
-              "drawn", points, _arms(psbn, bn, "accuracy"), TABLE1_GAINS),
+              "drawn", points, Difference(psbn, bn, "accuracy"), TABLE1_GAINS, planned=planned),
     ]  # fmt: skip
 
 
@@ -266,50 +297,54 @@ def _table1() -> list[Claim]:
         psbn, bn = f"lr {lr}, psBN", f"lr {lr}, BN"
         claims += [
             Claim("table1", "5.2, Table 1", f"the ensemble of psBN is more accurate, lr {lr}",
-                  f"+{ensemble}", "points", _arms(psbn, bn, "ensemble"), (ensemble,)),
+                  f"+{ensemble}", "points", Difference(psbn, bn, "ensemble"), (ensemble,)),
             Claim("table1", "5.2, Table 1", f"psBN has less sparsity in snapshot 5, lr {lr}",
-                  f"{sparsity}", "% of FLOPs", _arms(bn, psbn, "sparsity"), (sparsity,)),
+                  f"{sparsity}", "% of FLOPs", Difference(bn, psbn, "sparsity"), (sparsity,)),
         ]  # fmt: skip
     return claims
 
 
-_DETECTION = "../../detection/results/transfer"
+_TRANSFER, _REVIVE, _ALPHA, _DETECTION_ROUNDS = (
+    f"../../detection/results/{name}" for name in ("transfer", "revive", "alpha", "rounds")
+)
 
 
-def _detection() -> list[Claim]:
-    pretraining = Claim(_DETECTION, "5.3", "a detector is better if its backbone was pretrained "
+def _table2() -> list[Claim]:
+    pretraining = Claim(_TRANSFER, "5.3", "a detector is better if its backbone was pretrained "
                         "with psBN", "no experiment", "AP",
-                        _arms("BN, 6 rounds of psBN", "BN, 6 rounds", "AP"),
+                        Difference("BN, 6 rounds of psBN", "BN, 6 rounds", "AP"),
                         looked_at=5)  # fmt: skip
     claims = [pretraining]
     for degree, start in (("1 round", "a healthy"), ("6 rounds", "a collapsed")):
         for method in ("preserve", "shift"):
             text = f"a detector is better finetuned as psBN by `{method}`, from {start} backbone"
-            of = _arms(f"psBN {method}, {degree}", f"BN, {degree}", "AP")
+            of = Difference(f"psBN {method}, {degree}", f"BN, {degree}", "AP")
             claims.append(
-                Claim(_DETECTION, "5.3, Table 2", text, "+0.6 to +0.7", "AP", of, (0.65,), 5)
+                Claim(_TRANSFER, "5.3, Table 2", text, "+0.6 to +0.7", "AP", of, (0.65,), 5)
             )
     return claims
 
 
-CLAIMS: tuple[Claim, ...] = (
-    *_fig3("fig3"),
+PAPERS: tuple[Claim, ...] = (
+    *_fig3("fig3", planned="afterwards"),
     Claim("fig3", "3.5, Fig. 3",
           "LeakyReLU leaves more than half of BN's sparsity (less half of BN's)",
           "“marginal effect”", "% of FLOPs",
-          _more_than_half("resnet20, BN + LeakyReLU", "resnet20, BN + ReLU")),
+          _more_than_half("resnet20, BN + LeakyReLU", "resnet20, BN + ReLU"),
+          planned="afterwards"),
     *_fig3("fig3-medium", " (all images)"),
     *_fig3("fig3-paper16", " (the paper's schedule, 16x16)"),
     Claim("fig1a", "3.4, Fig. 1a", "more filters near norm 0 with BN than without", "drawn",
-          "% of a layer", _near_zero),
+          "% of a layer", _near_zero, planned="afterwards"),
     Claim("fig1b", "1, Fig. 1b", "filters collapse in the second round", "drawn",
-          "% of filters", _rounds("BN + ReLU", "collapsed")),
+          "% of filters", _rounds("BN + ReLU", "collapsed"), planned="afterwards"),
     Claim("capacity", "3.3, Fig. 2b", "random labels: BN's sparsity grows with the rounds", "drawn",
-          "% of FLOPs", _rounds("BN + ReLU", "sparsity")),
+          "% of FLOPs", _rounds("BN + ReLU", "sparsity"), note=_TRIED_WITH_ONE),
     Claim("capacity", "3.3, Fig. 2a", "random labels: BN's fifth round fits worse than its first",
-          "drawn", "loss", _rounds("BN + ReLU", "train_loss", 4)),
+          "drawn", "loss", _rounds("BN + ReLU", "train_loss", 4), note=_TRIED_WITH_ONE),
     Claim("capacity", "abstract", "random labels: psBN fits better than BN in the fifth round",
-          "no experiment", "loss", _arms("BN + ReLU", "psBN 0.1 + ReLU", "train_loss", 4)),
+          "no experiment", "loss", Difference("BN + ReLU", "psBN 0.1 + ReLU", "train_loss", 4),
+          note=_TRIED_WITH_ONE),
     Claim("instance_norm", "3.4", "instance normalization: sparsity above the linear network's 1% "
           "(less 1)", "no number", "% of FLOPs",
           lambda s: minus(at(s, "IN + ReLU", "sparsity"), 1.0)),
@@ -325,28 +360,113 @@ CLAIMS: tuple[Claim, ...] = (
           _uniform_minus_others),
     Claim("strip", "3.7", "uniform ablation is more accurate than the collapsed network, stripped",
           "“no method performs better”", "points",
-          _arms("uniform, from scratch", "stripped", "accuracy")),
+          Difference("uniform, from scratch", "stripped", "accuracy"), planned="afterwards"),
     Claim("fig5a", "4.2, Fig. 5a", "the largest learning rate has more sparsity than the smallest",
-          "drawn", "% of FLOPs", _extremes(large=True)),
+          "drawn", "% of FLOPs", _extremes(large=True), planned="afterwards"),
     Claim("fig5b", "3.6, Fig. 5b", "the smallest initial gamma has more sparsity than the largest",
-          "drawn", "% of FLOPs", _extremes(large=False)),
+          "drawn", "% of FLOPs", _extremes(large=False), planned="afterwards"),
     *_table1(),
     Claim("recovery", "abstract", "collapsed filters come back under psBN, not under BN",
-          "no number", "% of them", _came_back, looked_at=3),
+          "no number", "% of them", _came_back, looked_at=3, planned="afterwards"),
     Claim("recovery", "abstract", "going on as psBN is more accurate than going on as BN",
-          "no number", "points", _arms("on as psBN, preserve", "on as BN", "accuracy"),
-          TABLE1_GAINS, 3),
+          "no number", "points", Difference("on as psBN, preserve", "on as BN", "accuracy"),
+          TABLE1_GAINS, 3, planned="afterwards"),
     Claim("finetune", "3.6", "a collapsed network is a worse start than random weights",
-          "no number", "points", _arms("fresh BN", "BN", "accuracy")),
+          "no number", "points", Difference("fresh BN", "BN", "accuracy")),
     Claim("finetune", "5.3", "finetuned as psBN it is more accurate than as BN", "no number",
-          "points", _arms("psBN, preserve", "BN", "accuracy"), TABLE1_GAINS),
+          "points", Difference("psBN, preserve", "BN", "accuracy"), TABLE1_GAINS),
     Claim("finetune", "5.3", "finetuned as psBN by `shift` it is more accurate than as BN",
-          "no number", "points", _arms("psBN, shift", "BN", "accuracy"), TABLE1_GAINS),
-    *_detection(),
+          "no number", "points", Difference("psBN, shift", "BN", "accuracy"), TABLE1_GAINS,
+          planned="afterwards", note="the other of two routes"),
+    *_table2(),
     Claim("alpha", "5",
           "psBN with alpha 0.1 loses less than one point against BN (1 less the loss)",
           "“works stably”", "points", _alpha(0.1)),
 )  # fmt: skip
+"""What the paper says."""
+
+
+def _revival() -> list[Claim]:
+    """Of the detection study's ``revive``: methods against BN, and against each other."""
+    healthy, collapsed, plain = "1 round", "6 rounds", "BN without norm decay"
+    bn, again = f"BN, {collapsed}", f"{collapsed}, revived"
+    pilot = "after a pilot by hand with seeds 0 to 2; neck and head fresh since a first try"
+    peers = ("ReDo", "shrink and perturb", "L2 Init")
+    rows: list[tuple[str, str, str, str, str]] = [
+        ("a collapsed backbone (60%) costs a detector AP: healthy less collapsed",
+         f"BN, {healthy}", bn, "yes", ""),
+        ("collapsed: revived, then BN", f"BN, {again}", bn, "yes", pilot),
+        ("collapsed: revived, then BN without norm decay", f"{plain}, {again}", bn, "yes", pilot),
+        ("collapsed: revived, then psBN by `shift`", f"psBN shift, {again}", bn, "yes", pilot),
+        ("collapsed: revived, then AnchoredBiasDecay", f"AnchoredBiasDecay, {again}", bn, "yes",
+         pilot),
+        ("collapsed: BN without norm decay alone", f"{plain}, {collapsed}", bn, "yes", pilot),
+        ("revived: BN without norm decay less BN", f"{plain}, {again}", f"BN, {again}", "yes", ""),
+        ("revived: psBN by `shift` less BN", f"psBN shift, {again}", f"BN, {again}", "yes", ""),
+        ("collapsed and revived less healthy", f"BN, {again}", f"BN, {healthy}", "yes", ""),
+        ("healthy: revived less as it is", f"BN, {healthy}, revived", f"BN, {healthy}", "yes", ""),
+        ("25% collapsed: revived, then BN", "BN, 2 rounds, revived", "BN, 2 rounds", "yes", ""),
+        ("46% collapsed: revived, then BN", "BN, 3 rounds, revived", "BN, 3 rounds", "yes", ""),
+    ]  # fmt: skip
+    rows += [(f"collapsed: {p} less BN", f"{bn}, {p}", bn, "yes", "") for p in peers]
+    rows += [
+        (f"collapsed: {p} less revived", f"{bn}, {p}", f"BN, {again}", "yes", "") for p in peers
+    ]
+    control = "a control, added after two seeds of shrink and perturb"
+    for degree, start in ((healthy, "healthy"), (collapsed, "collapsed")):
+        for p in ("shrink and perturb", "gamma alone shrunk and perturbed"):
+            if (degree, p) != (collapsed, "shrink and perturb"):
+                first, second = f"BN, {degree}, {p}", f"BN, {degree}"
+                rows.append((f"{start}: {p} less BN", first, second, "no", control))
+    first, second = (f"BN, {d}, shrink and perturb" for d in (healthy, collapsed))
+    rows.append(("after shrink and perturb: healthy less collapsed", first, second, "no", control))
+    return [
+        Claim(_REVIVE, "", text, "", "AP", Difference(first, second, "AP"), planned=planned,
+              note=note)
+        for text, first, second, planned, note in rows
+    ]  # fmt: skip
+
+
+def _pretrained(s: Summary) -> Values:
+    """Accuracy of a backbone pretrained with psBN less that of its twin with BN, last round."""
+    psbn, bn = (s["backbones"][norm][-1] for norm in ("psBN", "BN"))
+    return minus(*(by_seed(row["seeds"], row["accuracy"]) for row in (psbn, bn)))
+
+
+_LIMITED = "AnchoredBiasDecay, max_ratio 1"
+_CHOSEN = "max_ratio was chosen with seed 0 on these test images"
+
+BEYOND: tuple[Claim, ...] = (
+    *_revival(),
+    *(
+        Claim(_TRANSFER, "", f"{share} of a backbone collapsed cost AP: healthy less collapsed", "",
+              "AP", Difference("BN, 1 round", f"BN, {degree}", "AP"), looked_at=look)
+        for share, degree, look in (("25%", "2 rounds", None), ("46%", "3 rounds", 5))
+    ),
+    Claim(_TRANSFER, "", "a backbone pretrained with psBN is more accurate at its own task", "",
+          "points", _pretrained, planned="no"),
+    *(
+        Claim(_ALPHA, "", f"alpha {alpha:g} costs a healthy backbone AP: BN less psBN", "", "AP",
+              Difference("BN, 1 round", f"psBN, alpha {alpha:g}, 1 round", "AP"), looked_at=3)
+        for alpha in (0.03, 0.1, 0.3)
+    ),
+    Claim(_DETECTION_ROUNDS, "", "rounds with much decay: alpha 0.1 costs AP: BN less psBN", "",
+          "AP", Difference("BN", "psBN, alpha 0.1", "AP")),
+    Claim(_DETECTION_ROUNDS, "", "rounds with much decay: `max_ratio=1` less AnchoredBiasDecay "
+          "without", "", "AP", Difference(_LIMITED, "AnchoredBiasDecay", "AP"), note=_CHOSEN),
+    *(
+        Claim(results, "", f"{where}: {arm} less BN", "", "points",
+              Difference(start + arm, start + "BN", "accuracy"))
+        for results, where, start in (
+            ("recovery", "CIFAR-10, going on", "on as "),
+            ("finetune", "CIFAR-10, finetuned on more data", ""),
+        )
+        for arm in ("BN, revived", "BN, no norm decay", "BN, revived, no norm decay")
+    ),
+)  # fmt: skip
+"""What the studies ask beyond the paper."""
+
+CLAIMS = PAPERS + BEYOND
 
 
 # ---------------------------------------------------------------- judging
@@ -366,6 +486,8 @@ def judge(claim: Claim, summary: Summary | None) -> dict[str, Any]:
         "paper": claim.paper,
         "paper_effects": list(claim.effects),
         "unit": claim.unit,
+        "planned": claim.planned,
+        "note": claim.note,
     }
     values = claim.of(summary) if summary else {}
     if not values:
@@ -405,33 +527,51 @@ def verdicts(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]], link: str = "") -> str:
-    """The rows as a table.
+    """The rows as two tables: the paper's claims, and what is asked beyond it.
 
     Args:
         rows: Of :func:`verdicts`.
         link: What stands before ``NAME.md`` in the links.
     """
+    papers = [row for row in rows if row["section"]]
+    beyond = [row for row in rows if not row["section"]]
+    ours = "ours, mean (95% interval), seeds"
     lines = [
-        "| the paper claims | it prints | ours, mean (95% interval), seeds | verdict |",
-        "|---|---|---|---|",
+        f"| the paper claims | it prints | {ours} | planned | verdict |",
+        "|---|---|---|---|---|",
     ]
-    for row in rows:
-        name = f"`{Path(row['results']).name}`"
-        ours, verdict = "-", f"**{row['verdict']}**"
-        if row["verdict"] != "not run":
-            name = f"[{name}]({link}{row['results']}.md)"
-            shown = with_interval(row["mean"], row["interval"])
-            ours = f"{shown} {row['unit']}, {row['seeds']}"
-            if row["looked_at"]:
-                more = row["seeds"] - row["looked_at"]
-                ours += f" ({more} of them after a look at {row['looked_at']})"
-        for effect, needed in zip(row["paper_effects"], row.get("seeds_needed", ())):
-            count, low, high = map(_count, needed)
-            verdict += f"; {count} ({low} to {high}) seeds would show {effect:g}"
+    for row in papers:
+        name, *cells = _cells(row, link)
         lines.append(
-            f"| {row['claim']} ({row['section']}; {name}) | {row['paper']} | {ours} | {verdict} |"
+            f"| {row['claim']} ({row['section']}; {name}) | {row['paper']} | "
+            + " | ".join(cells)
+            + " |"
         )
+    if beyond:
+        lines += ["", "Beyond the paper:", ""]
+        lines += [f"| what is asked | {ours} | planned | verdict |", "|---|---|---|---|"]
+        for row in beyond:
+            name, *cells = _cells(row, link)
+            lines.append(f"| {row['claim']} ({name}) | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any], link: str) -> tuple[str, str, str, str]:
+    """Name of the experiment, the number, how it was planned, the verdict."""
+    name = f"`{Path(row['results']).name}`"
+    ours, verdict, planned = "-", f"**{row['verdict']}**", row["planned"]
+    if row["verdict"] != "not run":
+        name = f"[{name}]({link}{row['results']}.md)"
+        ours = f"{with_interval(row['mean'], row['interval'])} {row['unit']}, {row['seeds']}"
+        if row["looked_at"]:
+            more = row["seeds"] - row["looked_at"]
+            planned += f"; {more} of the seeds after a look at {row['looked_at']}"
+    if row["note"]:
+        planned += f"; {row['note']}"
+    for effect, needed in zip(row["paper_effects"], row.get("seeds_needed", ())):
+        count, low, high = map(_count, needed)
+        verdict += f"; {count} ({low} to {high}) seeds would show {effect:g}"
+    return name, ours, planned, verdict
 
 
 def _count(seeds: int | None) -> str:
@@ -465,7 +605,7 @@ def write(folder: Path = RESULTS, readme: Path | None = README) -> list[Path]:
     rows = verdicts(folder)
     manual = in_readme(readme.read_text(), markdown(rows, "results/")) if readme else ""
     write_json(folder / "verdicts.json", rows)
-    heading = "# The paper's claims, judged\n\n`python -m studies.cifar verdicts`\n\n"
+    heading = "# Claims, judged\n\n`python -m studies.cifar verdicts`\n\n"
     (folder / "verdicts.md").write_text(heading + markdown(rows))
     if readme:
         readme.write_text(manual)

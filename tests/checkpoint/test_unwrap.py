@@ -54,6 +54,24 @@ def test_what_could_mean_several_things_is_refused_in_one_line(checkpoint, messa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("beside", [{}, {"ema": {"a.weight": torch.zeros(2)}}])
+@pytest.mark.parametrize("name", ["network", "net_state_dict", "detector"])
+def test_one_container_under_an_unknown_name_is_taken(name, beside):
+    optimizer = {
+        "state": {"a.weight": {"exp_avg": torch.zeros(2)}},
+        "by_number": {0: torch.ones(2)},
+    }
+    found = state_dict_of({"epoch": 3, "optimizer": optimizer, name: A, **beside})
+    assert found.keys() == A.keys()
+    assert torch.equal(found["a.weight"], A["a.weight"])
+    assert state_dict_of({"saved": {name: A, **beside}}).keys() == A.keys()
+
+
+def test_tensors_without_a_module_in_their_name_are_no_model():
+    with pytest.raises(CheckpointError, match="there are tensors under pixels: save one of them"):
+        state_dict_of({"pixels": {"mean": torch.zeros(3)}})
+
+
 def test_a_name_that_only_begins_like_a_prefix_stays():
     names = ["module_list.0.weight", "modules.a", "my_orig_mod.weight"]
     assert list(state_dict_of({name: torch.ones(1) for name in names})) == names

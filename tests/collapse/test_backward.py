@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from psbn_mmdet import norm
 from psbn_mmdet.collapse import backward, does, measure, norm_modules
@@ -13,6 +14,7 @@ from psbn_mmdet.collapse.criteria import CARRYING, IDLE, ROUNDING, STUCK
 from psbn_mmdet.collapse.wiring import tensors_in
 from tests.helpers.collapsed_net import VARIANTS, Net, collapse_by_hand
 from tests.helpers.published import PUBLISHED, load
+from tests.helpers.strippable import detector
 
 
 def decayed(net, seed):
@@ -34,24 +36,27 @@ def decayed(net, seed):
                 module.running_var.uniform_(0.5, 1.5, generator=g)
                 module.weight.normal_(0, 1, generator=g).mul_(magnitude(n))
                 module.bias.normal_(0, 0.5, generator=g).mul_(magnitude(n))
-                conv.weight.mul_(magnitude(n)[:, None, None, None])
+                if len(conv.weight) == n:  # else another one is in front
+                    conv.weight.mul_(magnitude(n)[:, None, None, None])
     return net
 
 
+def plainly(net, x):
+    return net(x)
+
+
 @torch.no_grad()
-def ablated(net, x, every=1):
+def ablated(net, x, every=1, call=plainly):
     """Largest change of the outputs in float64 when a filter is set to its mean.
 
-    By layer, then by filter: each, or of many some, more of the collapsed.
+    By layer, then by filter: each ``every``-th, and twice as many of the collapsed.
     """
     net, x = copy.deepcopy(net).double().eval(), x.double()
-    before = tensors_in(net(x))
+    before = tensors_in(call(net, x))
     changes = {}
-    for name, module in net.named_modules():
-        if not isinstance(module, nn.BatchNorm2d):
-            continue
+    for name, module in norm_modules(net).items():
         for i in range(module.num_features):
-            if i % every and (abs(module.weight[i]) >= 1e-3 or i % 8):
+            if i % (every if abs(module.weight[i]) >= 1e-3 else -(-every // 2)):
                 continue
 
             def to_mean(_, __, y, i=i):
@@ -60,7 +65,7 @@ def ablated(net, x, every=1):
                 return y
 
             handle = module.register_forward_hook(to_mean)
-            after = tensors_in(net(x))
+            after = tensors_in(call(net, x))
             change = max(
                 (a - b).abs().max() / b.square().mean().sqrt()
                 for a, b in zip(after, before, strict=True)
@@ -70,28 +75,75 @@ def ablated(net, x, every=1):
     return changes
 
 
-def gradients(net, x):
+def gradients(net, x, call=plainly):
     """Independently: whether a gradient arrives at gamma or bias, by layer."""
-    net = copy.deepcopy(net).double().eval()
-    outputs, g = tensors_in(net(x.double())), torch.Generator().manual_seed(5)
+    net = copy.deepcopy(net).double().eval().requires_grad_(True)
+    outputs, g = tensors_in(call(net, x.double())), torch.Generator().manual_seed(5)
     torch.autograd.backward(
         outputs,
         [torch.randn(y.shape, generator=g).to(y) / y.square().mean().sqrt() for y in outputs],
     )
     return {
         name: torch.maximum(m.weight.grad.abs(), m.bias.grad.abs())
-        for name, m in net.named_modules()
-        if isinstance(m, nn.BatchNorm2d)
+        for name, m in norm_modules(net).items()
     }
 
 
-def agrees(net, x, every=1):
+class CutReLUs(TorchFunctionMode):
+    """Within it no gradient passes a ReLU; what comes in is kept, as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in (F.relu, torch.relu):
+            return func(*args, **(kwargs or {}))
+        self.met.append(args[0])
+        return args[0].detach().relu()
+
+
+def fires(net, x, call=plainly):
+    """Independently: the share of positions at which the ReLU right behind, or behind a sum, fires.
+
+    A number for each channel of what comes into a ReLU is pulled back to the norm layers, as far as
+    the next ReLU or convolution. Data movement and sums bring it back as it is.
+    """
+    net, outputs = copy.deepcopy(net).eval(), {}
+    norms = norm_modules(net)
+    for name, module in net.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_pre_hook(lambda m, args: (args[0].detach(),))
+        elif name in norms:
+            module.register_forward_hook(lambda m, a, y, name=name: outputs.update({name: y}))
+    with CutReLUs() as cut:
+        call(net, x)
+    found = {name: torch.full(y.shape[1:2], torch.nan) for name, y in outputs.items()}
+    for met in cut.met:
+        if not met.requires_grad:
+            continue
+        share = (met > 0).float().mean((0, *range(2, met.dim())))
+        numbers = torch.arange(1.0, len(share) + 1).view(-1, *[1] * (met.dim() - 2))
+        parts = torch.autograd.grad(
+            met, list(outputs.values()), numbers.expand_as(met), True, allow_unused=True
+        )
+        for name, part in zip(outputs, parts, strict=True):
+            if part is not None:
+                at = part.flatten(2).amax((0, 2)).long()
+                found[name] = torch.fmax(found[name], torch.where(at > 0, share[at - 1], torch.nan))
+    return found
+
+
+def agrees(net, x, every=1, call=plainly):
     """Hold a measure against the truth; how many filters are what."""
     report = measure(net, x)
-    changes, arrived = ablated(net, x, every), gradients(net, x)
+    changes, arrived = ablated(net, x, every, call), gradients(net, x, call)
+    firing = fires(net, x, call)
     largest = max(float(g.max()) for g in arrived.values())
     counts = {STUCK: 0, IDLE: 0, CARRYING: 0}
     for layer in report.layers:
+        close = dict(rtol=0, atol=2 / x[:, 0].numel(), equal_nan=True)
+        torch.testing.assert_close(layer.firing, firing[layer.name], msg=layer.name, **close)
         for i, what in enumerate(layer.does.tolist()):
             gradient = float(arrived[layer.name][i]) / largest
             change = changes[layer.name].get(i)
@@ -105,7 +157,7 @@ def agrees(net, x, every=1):
     return counts
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [*range(6), 8, 32])
 def test_a_decayed_network_filter_by_filter(seed):
     counts = agrees(decayed(Net(), seed), torch.randn(4, 3, 10, 10))
     assert sum(counts.values()) == 28
@@ -288,17 +340,37 @@ def test_published_networks_filter_by_filter(name, shared_data):
     assert sum(counts.values()) == sum(m.weight.numel() for m in norm_modules(net).values())
 
 
+class Maps(nn.Module):
+    """The levels of a backbone, which itself is in training mode whatever it is told."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        from mmdet.models.backbones import ResNet
+
+        self.backbone = ResNet(norm_eval=False, **settings)
+
+    def forward(self, x):
+        return list(self.backbone(x))
+
+
 @pytest.mark.slow
-def test_mmdets_resnet18_with_what_decay_leaves():
-    from mmdet.models.backbones import ResNet
+@pytest.mark.parametrize(("depth", "width"), [(18, 8), (50, 64)])
+def test_mmdets_resnets_with_what_decay_leaves(depth, width):
+    net = decayed(Maps(depth=depth, base_channels=width), 1)
+    counts = agrees(net, torch.randn(2, 3, 64, 64), every=8 if depth == 18 else 512)
+    assert min(counts.values()) > 10
 
-    class Maps(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone = ResNet(18, base_channels=8, norm_eval=False)
 
-        def forward(self, x):
-            return torch.cat([y.flatten() for y in self.backbone(x)])
-
-    counts = agrees(decayed(Maps(), 1), torch.randn(2, 3, 64, 64))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        "retinanet/retinanet_r50_fpn_1x_coco.py",
+        "fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py",
+        "rtmdet/rtmdet_tiny_8xb32-300e_coco.py",
+    ],
+)
+def test_mmdets_detectors_with_what_decay_leaves(config):
+    net = decayed(detector(config), 1)
+    counts = agrees(net, torch.randn(1, 3, 64, 64), 512, lambda m, x: m(x, mode="tensor"))
     assert min(counts.values()) > 10

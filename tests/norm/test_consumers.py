@@ -158,6 +158,30 @@ def test_torchscript(norm, how, x):
     assert_close(torch.jit.load(buffer)(x), model(x))
 
 
+class AddsBias(torch.nn.Module):
+    """Reads the bias of its layer, as code that fuses or regularises does."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = randomize(psBN2d(3, alpha=0.3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.norm.bias.sum()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_bias_is_beta_plus_alpha_wherever_it_is_read():
+    model, x = AddsBias(), torch.zeros(2)
+    want = (model.norm.beta + 0.3).sum().expand(2)
+    assert_close(model(x), want)
+    assert_close(torch.jit.script(model)(x), want)
+    assert_close(torch.jit.trace(model, x)(x), want)
+    with torch.inference_mode():
+        assert_close(model(x), want)
+        made = psBN2d(3, alpha=0.3)  # its beta, 0, is an inference tensor
+        assert_close(made.bias.clone(), torch.full((3,), 0.3))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript_in_training(psbn, x):
     scripted = torch.jit.script(copy.deepcopy(psbn).train())

@@ -80,7 +80,8 @@ class TestModules:
 
         with pytest.raises(TypeError, match="1 is a Foreign"):
             to_psbn(nn.Sequential(nn.BatchNorm2d(4), Foreign()))
-        model = to_psbn(nn.Sequential(nn.BatchNorm2d(4), FrozenBatchNorm2d(4)))
+        with pytest.warns(UserWarning, match="no rectifier follows any of the 1 layers"):
+            model = to_psbn(nn.Sequential(nn.BatchNorm2d(4), FrozenBatchNorm2d(4)))
         assert [type(m) for m in model] == [psBN2d, FrozenBatchNorm2d]
 
 

@@ -40,6 +40,40 @@ def test_every_claim_is_of_an_experiment_that_there_is():
             assert build(name, preset or "reduced").name == name
 
 
+def test_differences_are_of_arms_that_are_planned():
+    from studies.cifar.experiments import build
+    from studies.detection import experiments as detection
+
+    planned = {}
+    for row in verdicts.CLAIMS:
+        assert row.planned in verdicts.PLANNED
+        if not isinstance(row.of, verdicts.Difference):
+            continue
+        if row.results not in planned:
+            name, _, preset = row.results.rpartition("/")[2].partition("-")
+            of_detection = "detection" in row.results
+            built = detection.build(name) if of_detection else build(name, preset or "reduced")
+            planned[row.results] = {run.arm for run in built.runs}
+        assert {row.of.first, row.of.second} <= planned[row.results]
+
+
+def test_difference_of_an_arm_that_was_not_run_is_no_number():
+    arms = {"a": {"seeds": [0, 1], "rounds": [{"AP": {"values": [3.0, 5.0]}}]}}
+    missing = Claim("x", "", "a over b", "", "AP", verdicts.Difference("a", "b", "AP"))
+    assert judge(missing, {"arms": arms})["verdict"] == "not run"
+    arms["b"] = {"seeds": [1, 2], "rounds": [{"AP": {"values": [4.0, 9.0]}}]}
+    assert judge(missing, {"arms": arms})["values"] == {"1": 1.0}
+
+
+def test_table_says_how_each_number_was_planned():
+    looked = Claim("x", "1", "it holds", "+1", "points", lambda s: DIFFERENCES, (), 2, "no", "why")
+    ours = Claim("x", "", "ours holds", "", "points", lambda s: DIFFERENCES)
+    text = verdicts.markdown([judge(c, {"any": 1}) for c in (looked, ours)])
+    papers, beyond = text.split("Beyond the paper:")
+    assert "| no; 1 of the seeds after a look at 2; why |" in papers
+    assert "| ours holds ([`x`](x.md)) | +2.67" in beyond and "| yes |" in beyond
+
+
 def test_interval_is_students():
     expected = stats.t.interval(0.95, 2, np.mean([1, 4.4, 2.6]), stats.sem([1, 4.4, 2.6]))
     assert interval(DIFFERENCES.values()) == pytest.approx(expected)
