@@ -142,6 +142,8 @@ def run(args: argparse.Namespace) -> int:
     check_thresholds(args.threshold, args.inactive_below)
     if args.fail_above is not None and not 0 <= args.fail_above <= 100:
         raise PsbnError(f"--fail-above is a percentage from 0 to 100, got {args.fail_above}")
+    if args.layers < 0:
+        raise PsbnError(f"--layers {args.layers}: wanted 0 or more")
     if args.config and not args.data:
         raise PsbnError("--config is for measuring with images; add --data FOLDER")
     if args.data:

@@ -102,7 +102,7 @@ def load_config(
     if "::" in source and not is_installed(package):
         raise UsageError(f"{source}: the package {package} is not installed")
     if "::" not in source and not Path(source).is_file():
-        raise UsageError(f"{source}: no such config; those of this project are in configs/")
+        raise UsageError(f"{source}: no such config file")
     try:
         cfg = get_config(source) if "::" in source else Config.fromfile(source)
         old_root = cfg.get("data_root")

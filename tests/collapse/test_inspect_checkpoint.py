@@ -294,6 +294,7 @@ class TestInspectBadInput:
         assert "must not be negative" in message
         message = inspect.refuses(tmp_path / "a.pth", "--fail-above", "101")
         assert "percentage from 0 to 100" in message
+        assert "wanted 0 or more" in inspect.refuses(tmp_path / "a.pth", "--layers", "-3")
 
     @pytest.mark.parametrize("option", ["--json", "--html"])
     def test_nothing_is_overwritten(self, net, option, tmp_path, inspect):

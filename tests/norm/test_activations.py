@@ -355,7 +355,7 @@ class TestDetectors:
     @pytest.mark.parametrize(
         "config", ["yolox/yolox_tiny_8xb8-300e_coco.py", "rtmdet/rtmdet_tiny_8xb32-300e_coco.py"]
     )
-    @pytest.mark.filterwarnings("ignore:no rectifier follows")
+    @pytest.mark.filterwarnings("ignore:no ReLU follows")
     def test_swish_detectors_have_no_rectifier(self, config, convert):
         """YOLOX: each BN is a ConvModule's, with a Swish of mmcv's own; RTMDet: with SiLU."""
         model = convert(self.build(config))

@@ -91,7 +91,7 @@ def train_step(model, cfg):
     return {id(p) for group in wrapper.optimizer.param_groups for p in group["params"]}
 
 
-@pytest.mark.filterwarnings("ignore:no rectifier follows")
+@pytest.mark.filterwarnings("ignore:no ReLU follows")
 @pytest.mark.parametrize("name", DETECTORS)
 def test_every_batch_norm_and_nothing_else_is_converted_and_trained(name):
     path, changes = DETECTORS[name]

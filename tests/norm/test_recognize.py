@@ -80,7 +80,7 @@ class TestModules:
 
         with pytest.raises(TypeError, match="1 is a Foreign"):
             to_psbn(nn.Sequential(nn.BatchNorm2d(4), Foreign()))
-        with pytest.warns(UserWarning, match="no rectifier follows any of the 1 layers"):
+        with pytest.warns(UserWarning, match="no ReLU follows any of the 1 layers"):
             model = to_psbn(nn.Sequential(nn.BatchNorm2d(4), FrozenBatchNorm2d(4)))
         assert [type(m) for m in model] == [psBN2d, FrozenBatchNorm2d]
 
