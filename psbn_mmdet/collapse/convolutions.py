@@ -1,8 +1,8 @@
-"""Which convolution stands in front of which normalization layer.
+"""Which convolution stands in front of which normalization layer, by names and shapes.
 
-Of a model the order of definition is known (:func:`pair_in_order`). A state dict
-has names and shapes alone, as its order means nothing: safetensors sorts the keys
-(:func:`pair_by_name`). Both rather leave a layer without a convolution than guess.
+With images it is known by running the model (:mod:`.wiring`). A state dict, and a model that is not
+run, have names and shapes alone; the order of the keys means nothing, as safetensors sorts them. A
+layer is rather left without a convolution than given a wrong one.
 """
 
 from __future__ import annotations
@@ -33,48 +33,6 @@ def natural_order(name: str) -> list[tuple[bool, list[str | int]]]:
         (i < len(parts), [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", part)])
         for i, part in enumerate(parts, 1)
     ]
-
-
-def pair_in_order(order: Iterable[tuple[str, bool, int]]) -> dict[str, str]:
-    """Pairs by order of definition.
-
-    A layer is paired with the convolution that its name names (``bn1`` - ``conv1``, or the last
-    one in a block ``conv1``), that it lies in (``conv1.norm``), or that is the last thing defined
-    before it among its siblings; always only with one of as many channels.
-
-    Args:
-        order: All of them in order of definition: name, whether it is a convolution (or linear
-            layer), output channels.
-
-    Returns:
-        Normalization -> convolution, where one was found. Each convolution is given away once.
-    """
-    channels_of: dict[str, int] = {}
-    last_child: dict[str, str] = {}
-    pairs: dict[str, str] = {}
-    taken: set[str] = set()
-    for name, is_conv, channels in order:
-        parent, leaf = _split(name)
-        if is_conv:
-            channels_of[name] = channels
-        else:
-            candidates: list[str | None] = []
-            for twin in _twin_names(leaf):
-                twin = _join(parent, twin)
-                candidates += [twin, _last_inside(channels_of, twin)]
-            for candidate in [*candidates, parent, last_child.get(parent)]:
-                if candidate in taken or candidate is None:
-                    continue
-                if channels_of.get(candidate) == channels:
-                    pairs[name] = candidate
-                    taken.add(candidate)
-                    break
-        child = name
-        while child:
-            parent, _ = _split(child)
-            last_child[parent] = child
-            child = parent
-    return pairs
 
 
 def pair_by_name(
@@ -235,11 +193,6 @@ def _before(name: str, siblings: Iterable[str]) -> str | None:
     number = int(_split(name)[1])
     lower = [s for s in siblings if (leaf := _split(s)[1]).isdigit() and int(leaf) < number]
     return max(lower, key=natural_order, default=None)
-
-
-def _last_inside(names: dict[str, int], block: str) -> str | None:
-    """The last name within a block, as conv1.6 in a ResNet's deep stem conv1."""
-    return next((n for n in reversed(names) if n.startswith(block + ".")), None)
 
 
 def _number(name: str) -> int:

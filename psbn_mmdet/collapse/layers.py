@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..norm import added_bias, alpha_of, followed_by, norm_layers
-from .convolutions import natural_order, pair_by_name, pair_in_order
+from .convolutions import natural_order, pair_by_name
 from .criteria import MeasureError, collapsed, filter_l1, not_started
 from .flops import filters_of
 from .wiring import Wiring
@@ -155,17 +155,11 @@ def live_filters(model: nn.Module, threshold: float) -> dict[nn.Module, Tensor]:
 def layers_of_model(model: nn.Module) -> list[Layer]:
     """The layers of a model as :func:`measure` reads them, in order of definition."""
     norms: dict[str, Any] = norm_modules(model)
-    convs: dict[str | None, Any] = {}
-    order, ids = [], {id(m) for m in norms.values()}
-    module: Any
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in ids:
-            order.append((name, False, module.weight.numel()))
-        elif channels := filters_of(module):
-            convs[name] = module
-            order.append((name, True, channels))
-    pairs = pair_in_order(order)
-    gamma, bias, norm = read_filters(norms.values(), [convs.get(pairs.get(name)) for name in norms])
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    shapes = {name: _shape(module) for name, module in modules.items() if filters_of(module)}
+    pairs = pair_by_name({n: m.weight.numel() for n, m in norms.items()}, shapes, modules)
+    convs = [modules[pairs[name]] if name in pairs else None for name in norms]
+    gamma, bias, norm = read_filters(norms.values(), convs)
     sizes = [module.weight.numel() for module in norms.values()]
     followers = followed_by(model, through_sums=False)
     return [
@@ -182,6 +176,12 @@ def layers_of_model(model: nn.Module) -> list[Layer]:
             norms.items(), *(v.split(sizes) for v in (gamma, bias, norm)), strict=True
         )
     ]
+
+
+def _shape(conv: Any) -> tuple[int, ...]:
+    """Of the weight, filters first."""
+    inputs = conv.weight.shape[0] // conv.groups if getattr(conv, "transposed", False) else None
+    return filters_of(conv), inputs or conv.weight.shape[1], *conv.weight.shape[2:]
 
 
 _FOLLOWED_BY = {"leaky": "leaky", "smooth": "other", "sum": "sum", "none": "none", "relu": "relu"}

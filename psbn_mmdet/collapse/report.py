@@ -352,12 +352,11 @@ def measure(
     GroupNorm or LayerNorm there and is not counted.
 
     The convolution in front of a layer is known by running the model with images
-    (:mod:`.wiring`); without, in a model by name (``bn1`` - ``conv1``) or as the
-    last one defined before it among its siblings, in a state dict by what names and
-    shapes prove, whatever the order of the keys
-    (:mod:`.convolutions`). Where none is known (a layer behind an addition or a
-    concatenation, a filter that is parametrised, names that say nothing), the row
-    says so. A state dict does not tell a transposed convolution from a plain one,
+    (:mod:`.wiring`); without, by what names and shapes prove, whatever the order of
+    definition or of the keys (:mod:`.convolutions`). Where none is known (a layer
+    behind an addition or a concatenation, a filter that is parametrised, names that
+    say nothing), the row says so. A state dict does not tell a transposed convolution
+    from a plain one,
     so that its L1 norms are those of its input channels there.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which convolution stands in front of which layer: in models by order, in state dicts by name."""
+"""Which convolution stands in front of which layer, by names and shapes."""
 
 import random
 from collections import OrderedDict
@@ -15,9 +15,9 @@ def test_a_layer_behind_no_convolution_says_so():
         def __init__(self):
             super().__init__()
             self.bn1 = nn.BatchNorm2d(4)
-            self.conv1 = nn.Conv2d(4, 4, 3)
-            self.bn2 = nn.BatchNorm2d(4)
-            self.conv2 = nn.Conv2d(4, 4, 3)
+            self.conv1 = nn.Conv2d(4, 6, 3)
+            self.bn2 = nn.BatchNorm2d(6)
+            self.conv2 = nn.Conv2d(6, 4, 3)
 
     report = measure(nn.Sequential(PreActivation(), PreActivation()))
     want = {"0.bn1": None, "0.bn2": "0.conv1", "1.bn1": None, "1.bn2": "1.conv1"}
@@ -166,6 +166,21 @@ NETWORKS = {
 }
 
 
+def in_front(model):
+    """Independently: the convolution whose output a layer was called on, or None."""
+    names, made, found = {m: name for name, m in model.named_modules()}, {}, {}
+    for module in names:
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda m, args, y: made.update({y: names[m]}))
+        elif isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(
+                lambda m, args: found.update({names[m]: made.get(args[0])})
+            )
+    model.eval()
+    model(torch.randn(1, 3, 64, 64))
+    return found
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_order_of_the_keys_changes_nothing_and_every_pair_is_that_of_the_model(network):
     model = NETWORKS[network]()
@@ -178,8 +193,12 @@ def test_the_order_of_the_keys_changes_nothing_and_every_pair_is_that_of_the_mod
     assert measure(dict(sorted(state_dict.items()))).to_json() == report.to_json()
 
     by_name = {layer.name: layer.conv for layer in report.layers}
-    # Of these networks the order of definition is that of the calls.
     assert by_name == {layer.name: layer.conv for layer in measure(model).layers}
+    if not isinstance(model, nn.ModuleDict):  # which only holds what has the names of a network
+        want = in_front(model)
+        known = [name for name in want if by_name[name] is not None]
+        assert {name: by_name[name] for name in known} == {name: want[name] for name in known}
+        assert len(known) > 0.4 * len(want)  # of a Res2Net many fit both ways
 
 
 def test_dense_layers_normalize_first():

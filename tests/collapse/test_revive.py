@@ -400,7 +400,7 @@ COLLAPSED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", PUBLISHED)
+@pytest.mark.parametrize("file", COLLAPSED)
 def test_published_networks(file, checkpoints):
     kind, size = PUBLISHED[file]
     model = load(kind(), checkpoints / file)

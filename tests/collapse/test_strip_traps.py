@@ -281,7 +281,7 @@ COUNTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", PUBLISHED)
+@pytest.mark.parametrize("file", COUNTS)
 def test_published_networks(file, checkpoints):
     kind, size = PUBLISHED[file]
     model = load(kind(), checkpoints / file)
