@@ -966,7 +966,8 @@ class _Silent:
             for each in self._wiring.readers.values():
                 index, node = each.slots.T
                 out = found[each.start : each.start + each.filters].reshape(each.groups, -1)
-                found[node] |= out.any(1)[index * each.groups // each.inputs]
+                leads: np.ndarray = np.any(out, axis=1)
+                found[node] |= leads[index * each.groups // each.inputs]
             if int(found.sum()) == count:
                 return found
 
