@@ -74,7 +74,7 @@ def revive(
         images: (N, C, H, W), as the network gets them (normalized), for ``model(images)`` or a
             detector of mmdet; or a function that calls the model it is given and returns outputs.
             Running statistics of the revived filters come from them: a training batch.
-        threshold: Of ``|gamma|``.
+        threshold: Of |gamma|.
         tolerance: Of the largest change of an output channel relative to the largest value there,
             for what filters below the threshold still carried. Where that is more, those of larger
             gamma are left.
@@ -966,8 +966,8 @@ class _Silent:
             for each in self._wiring.readers.values():
                 index, node = each.slots.T
                 out = found[each.start : each.start + each.filters].reshape(each.groups, -1)
-                read = np.logical_or.reduce(out, axis=1)
-                found[node] |= read[index * each.groups // each.inputs]
+                leads: np.ndarray = np.any(out, axis=1)
+                found[node] |= leads[index * each.groups // each.inputs]
             if int(found.sum()) == count:
                 return found
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from psbn_mmdet.collapse import StripError, strip
 from psbn_mmdet.collapse.stripping import compare
@@ -317,3 +318,89 @@ def test_the_residual_stream_of_option_a():
     assert stripped.record["filters"]["kept"] == 0
     assert stripped.model.linear.in_features == 62
     assert_equal_everywhere(model, stripped, [(2, 3, 32, 32)])
+
+
+def c2f(m, x):
+    """As ultralytics' C2f: pieces of a fixed width, each fed to the next, and all joined."""
+    parts = list(m.a(x).split((4, 4), 1))
+    parts.append(m.b(parts[-1]))
+    return m.head(m.c(torch.cat(parts, 1)))
+
+
+def ibn(m, x):
+    """As IBN-Net: half of the channels by InstanceNorm, the others by BatchNorm."""
+    one, other = torch.split(m.conv(x), 4, 1)
+    return m.head(m.c(F.relu(torch.cat([m.inorm(one), m.bnorm(other)], 1))))
+
+
+def shufflenet_v2(m, x):
+    """As torchvision's: half of the channels pass by, then both halves are shuffled."""
+    x = m.a(x)
+    for branch in (m.one, m.two):
+        left, right = x.chunk(2, 1)
+        n, c, h, w = left.shape
+        x = torch.cat([left, branch(right)], 1).view(n, 2, c, h, w).transpose(1, 2).flatten(1, 2)
+    return m.head(x)
+
+
+def shuffle_branch():
+    return nn.Sequential(conv_bn(4, 4, 1), conv_bn(4, 4, act=None, groups=4), conv_bn(4, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("forward", "layers", "killed", "gone"),
+    [
+        (
+            c2f,
+            {"a": conv_bn(3, 8), "b": conv_bn(4, 4), "c": conv_bn(12, 8), "head": head(8)},
+            {"a.1": [1, 5], "b.1": [2], "c.1": [3]},
+            {"b.1": [2], "c.1": [3]},
+        ),
+        (
+            ibn,
+            {
+                "conv": nn.Conv2d(3, 8, 3, padding=1),
+                "inorm": nn.InstanceNorm2d(4, affine=True),
+                "bnorm": nn.BatchNorm2d(4),
+                "c": conv_bn(8, 8),
+                "head": head(8),
+            },
+            {"inorm": [1], "bnorm": [0], "c.1": [3]},
+            {"c.1": [3]},
+        ),
+        (
+            shufflenet_v2,
+            {
+                "a": conv_bn(3, 8),
+                "one": shuffle_branch(),
+                "two": shuffle_branch(),
+                "head": head(8),
+            },
+            {"one.0.1": [1], "two.0.1": [2, 3], "one.2.1": [0]},
+            {"one.0.1": [1], "two.0.1": [2, 3]},
+        ),
+    ],
+)
+def test_blocks_by_name(forward, layers, killed, gone):
+    """What could go goes, at least; the rest is exact and named, and nothing is refused."""
+    model = make(forward, **layers)
+    for name, filters in killed.items():
+        kill(model.get_submodule(name), filters)
+    stripped = strip(model, SIZE)
+    found = removed(stripped)
+    for name, filters in gone.items():
+        assert found[name] == filters
+    assert_equal_everywhere(model, stripped)
+
+
+def test_a_pruned_model_is_refused_in_one_line_until_that_is_made_permanent():
+    model = with_statistics(chain())
+    prune.l1_unstructured(model[1][0], "weight", 0.3)
+    killed = kill_at_random(model, 0.5)
+    with pytest.raises(StripError, match="remove functions") as error:
+        strip(model, SIZE)
+    assert "\n" not in str(error.value)
+    prune.remove(model[1][0], "weight")
+    stripped = strip(model, SIZE)
+    assert removed(stripped) == killed
+    assert_equal_everywhere(model, stripped)
