@@ -45,7 +45,8 @@ def write_figures(
     """Draw ``collapse.png``, ``layers.png``, ``norms.png`` and ``paths.png``.
 
     The last two are of the layer with the largest share of filters that do nothing.
-    ``norms.png`` is left out where no convolution is known in front of any layer.
+    ``collapse.png`` is left out of a single moment, ``norms.png`` where no convolution is known in
+    front of any layer.
 
     Args:
         trace: A run, its trace file or its work dir.
@@ -78,6 +79,8 @@ def write_figures(
 
 
 def _draw_course(figure: Any, trace: Trace) -> bool:
+    if len(trace.iterations) < 2:
+        return False
     axes = figure.add_subplot()
     shares = percent(*counted(trace))
     for label, share in zip(MEASURES, shares, strict=True):
@@ -90,16 +93,9 @@ def _draw_course(figure: Any, trace: Trace) -> bool:
         )
     axes.set(ylabel="% of the filters", title=trace.report().summary().splitlines()[0])
     axes.set_ylim(bottom=0)
-    _label_time(axes, trace)
+    axes.set_xlabel("iteration")
     axes.legend(frameon=False)
     return True
-
-
-def _label_time(axes: Any, trace: Trace) -> None:
-    if trace.labels is None:
-        axes.set_xlabel("iteration")
-    else:
-        axes.set_xticks(trace.iterations, trace.labels, rotation=20, ha="right")
 
 
 def _draw_heat_map(figure: Any, trace: Trace) -> bool:
@@ -121,7 +117,7 @@ def _draw_heat_map(figure: Any, trace: Trace) -> bool:
     step = -(-len(sizes) // 90)
     names = [layer.name for layer in trace.layers]
     axes.set_yticks(np.arange(0, len(names), step) + 0.5, names[::step], fontsize=6)
-    _label_time(axes, trace)
+    axes.set_xlabel("iteration")
     axes.set_title("Collapsed filters of each layer")
     figure.colorbar(image, label="% collapsed", extend="max" if share.max() > top else "neither")
     return True

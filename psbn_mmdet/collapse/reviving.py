@@ -434,10 +434,7 @@ def _behind_a_relu(wiring: Wiring, name: str) -> Tensor | None:
     ends, _ = wiring._read_by
     nodes = np.arange(layer.start, layer.start + layer.channels)
     other |= ends[nodes + 1] > ends[nodes]
-    held = np.zeros(wiring.size, dtype=bool)
-    for each in wiring.held:
-        held[each.nodes] = True
-    return torch.from_numpy(silent & ~other & ~held[nodes])
+    return torch.from_numpy(silent & ~other & ~wiring.seen[nodes])
 
 
 # What is done to each --------------------------------------------------------------------
@@ -475,31 +472,15 @@ class _Plan:
         chosen: dict[str, np.ndarray],
     ) -> None:
         self._wiring, self._norms = wiring, norms
-        nothing = np.empty((0, 2), dtype=np.int64)
-        made = np.concatenate(
-            [nothing]
-            + [
-                np.stack([block.inputs[:, i], np.arange(block.start, block.start + block.size)], 1)
-                for block in wiring.blocks
-                if block.kind in ("pointwise", "pool")
-                for i in range(block.inputs.shape[1])
-            ]
-        )
-        made = made[made[:, 0] >= 0]
-        self._normed = np.concatenate(
-            [each.slots[:, ::-1] + np.array([0, each.start]) for each in wiring.norms.values()]
-        )
-        self._held = np.zeros(wiring.size, dtype=bool)
-        for held in wiring.held:
-            self._held[held.nodes] = True
+        self._normed, self._held = wiring.normed, wiring.seen
         self._read = np.zeros(wiring.size, dtype=bool)
         for each in wiring.readers.values():
             self._read[each.slots[:, 1]] = True
         # What nobody uses, as the indices of a max-pooling, is nothing to look after.
         matters = self._held | self._read
         matters[self._normed[:, 0]] = True
-        _spread(matters, made[:, ::-1])
-        self._made = made[matters[made[:, 1]]]
+        _spread(matters, wiring.made[:, ::-1])
+        self._made = wiring.made[matters[wiring.made[:, 1]]]
 
         source = np.zeros(wiring.size, dtype=bool)
         able = np.zeros(wiring.size, dtype=bool)
@@ -963,6 +944,51 @@ def _first_gradients(
     return arrived
 
 
+class _Silent:
+    """Why no gradient arrives at a filter, by the wiring of the network as it is now."""
+
+    def __init__(self, wiring: Wiring) -> None:
+        self._wiring = wiring
+        edges = np.concatenate([wiring.made, wiring.normed])
+        shut = np.zeros(wiring.size, dtype=bool)
+        for block in wiring.blocks:
+            if block.firing is not None:
+                shut[block.start : block.start + block.size] = block.firing == 0
+        self._reaches = self._back(edges)
+        self._open = self._back(edges[~shut[edges[:, 1]]])
+
+    def _back(self, edges: np.ndarray) -> np.ndarray:
+        """(nodes,) bool, from where edges and layers lead to what is held."""
+        found = self._wiring.seen.copy()
+        while True:
+            count = int(found.sum())
+            _spread(found, edges[:, ::-1])
+            for each in self._wiring.readers.values():
+                index, node = each.slots.T
+                out = found[each.start : each.start + each.filters].reshape(each.groups, -1)
+                found[node] |= out.any(1)[index * each.groups // each.inputs]
+            if int(found.sum()) == count:
+                return found
+
+    def reason(self, norm: str, channel: int) -> str:
+        start = self._wiring.norms[norm].start + channel
+        if not self._reaches[start]:
+            return "nothing that the model returns depends on it"
+        if self._open[start]:
+            return f"no gradient arrived in {PASSES} backward passes"
+        behind = self._wiring.channel(norm, channel)
+        shut = [each for each in behind.rectifiers if each.firing == 0]
+        if not shut:
+            return "what reads it carries nothing either"
+        if behind.held:
+            why = behind.held[0]
+        elif any(each.after_sum for each in shut):
+            return "the rectifier behind the sum that it is added to never fires"
+        else:
+            why = "what meets it in a sum cannot take out what would come through"
+        return f"the rectifier behind it never fires and must stay shut: {why}"
+
+
 def _revive(
     model: nn.Module, calls: _Calls, threshold: float, tolerance: float, seed: int
 ) -> dict[str, Any]:
@@ -997,6 +1023,10 @@ def _revive(
             "their channel, so nothing is changed"
         )
     arrived = _first_gradients(model, calls.all, norms, plan, zeros, wiring.readers)
+    tried = {name: plan.zeroed[name] | plan.gamma_zero[name] for name in plan.zeroed}
+    why_silent = None
+    if any((tried[name] & (arrived[name] == 0)).any() for name in tried):
+        why_silent = _Silent(calls.trace(model))
 
     passes: Counter[int] = Counter()
     revived: dict[str, dict[str, list[int]]] = {}
@@ -1014,11 +1044,9 @@ def _revive(
             left.add(
                 "all that it reads is constant", name, np.flatnonzero(channels & same & wanted)
             )
-            left.add(
-                "no gradient arrives: the rectifiers behind it never fired",
-                name,
-                np.flatnonzero(channels & ~same & (arrived[name] == 0) & wanted),
-            )
+            for i in np.flatnonzero(channels & ~same & (arrived[name] == 0) & wanted).tolist():
+                assert why_silent is not None
+                left.add(why_silent.reason(name, i), name, [i])
     for name, mask in chosen.items():
         done = plan.zeroed.get(name, np.zeros_like(mask)) | plan.gamma_zero.get(
             name, np.zeros_like(mask)

@@ -134,10 +134,12 @@ class Held:
     Args:
         nodes: All of them, as the operation got them (compacted), for a comparison of two runs.
         why: As "GroupNorm neck.gn reads it".
+        read: Whether what they carry goes on from there; else only their number is fixed.
     """
 
     nodes: np.ndarray
     why: str
+    read: bool = True
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -329,12 +331,12 @@ class Tracer(TorchDispatchMode):
         if shadows:
             self.held.append(Held(np.concatenate([_nodes(ids) for ids in shadows]), why))
 
-    def _hold_some(self, nodes: np.ndarray, why: str) -> bool:
+    def _hold_some(self, nodes: np.ndarray, why: str, read: bool = True) -> bool:
         """The same of those nodes that depend on the input; whether there are any."""
         nodes = np.unique(nodes)
         nodes = nodes[~self.free[nodes]]
         if len(nodes):
-            self.held.append(Held(nodes, why))
+            self.held.append(Held(nodes, why, read))
         return len(nodes) > 0
 
     def _here(self) -> str:
@@ -606,7 +608,7 @@ class Tracer(TorchDispatchMode):
             if padding.any() and not padding.all():
                 others = np.setdiff1d(rows[padding], rows[~padding])
                 why = f"{self._here()} adds it to padding, of which the code fixes the width"
-                self._hold_some(others, why)
+                self._hold_some(others, why, read=False)
         self.write(out, torch.from_numpy(inverse.astype(np.int32) + start).view(shape))
         return out
 

@@ -146,6 +146,33 @@ class Wiring:
         return np.repeat([b.kind for b in self.blocks], [b.size for b in self.blocks])
 
     @cached_property
+    def seen(self) -> np.ndarray:
+        """(nodes,) bool, what is returned, or read by an operation that is not understood."""
+        seen = np.zeros(self.size, dtype=bool)
+        for held in self.held:
+            if held.read:
+                seen[held.nodes] = True
+        return seen
+
+    @cached_property
+    def made(self) -> np.ndarray:
+        """(E, 2), (node, node that a pointwise operation or pooling makes of it)."""
+        pairs = [
+            np.stack([block.inputs[:, i], np.arange(block.start, block.start + block.size)], 1)
+            for block in self.blocks
+            if block.kind in ("pointwise", "pool")
+            for i in range(block.inputs.shape[1])
+        ]
+        joined = np.concatenate([np.empty((0, 2), dtype=np.int64), *pairs])
+        return joined[joined[:, 0] >= 0]
+
+    @cached_property
+    def normed(self) -> np.ndarray:
+        """(E, 2), (node, node that a normalization layer makes of it)."""
+        pairs = [each.slots[:, ::-1] + np.array([0, each.start]) for each in self.norms.values()]
+        return np.concatenate([np.empty((0, 2), dtype=np.int64), *pairs])
+
+    @cached_property
     def frozen(self) -> np.ndarray:
         """(nodes,) bool, whether a node is one number whatever the inputs are.
 
@@ -271,13 +298,7 @@ class Wiring:
     @cached_property
     def _consumers(self) -> tuple[np.ndarray, np.ndarray]:
         """Node -> nodes made of it by pointwise operations and pooling, as CSR."""
-        pairs = [
-            np.stack([block.inputs[:, i], np.arange(block.start, block.start + block.size)], 1)
-            for block in self.blocks
-            if block.kind in ("pointwise", "pool")
-            for i in range(block.inputs.shape[1])
-        ]
-        return self._csr(pairs)
+        return self._csr([self.made])
 
     @cached_property
     def _read_by(self) -> tuple[np.ndarray, np.ndarray]:

@@ -253,6 +253,25 @@ def test_a_residual_channel(dead, zeroed, gamma_0):
         assert set(record["proof"]["passes"]) == {"1"}
 
 
+def test_padding_with_channels_fixes_their_number_and_not_what_they_are():
+    """The shortcut of option A: a channel of the block that meets zeros gets zeroed readers."""
+
+    def forward(m, x):
+        x = m.stem(x)
+        return m.out(F.relu(F.pad(x, (0, 0, 0, 0, 2, 2)) + m.block(x)))
+
+    model = net(
+        stem=conv_bn(3, 4), block=conv_bn(4, 8, act=None), out=nn.Conv2d(8, 4, 3, padding=1)
+    )(forward)
+    settled(model).double()
+    kill(model.block[1], [0, 3], bias=-0.3)  # 0 meets zeros, 3 a living channel
+    original = copy.deepcopy(model)
+    record = revive(model, images(8))
+    assert record["revived"] == {"zeroed readers": {"block.1": [0]}, "gamma 0": {"block.1": [3]}}
+    assert not model.out.weight[:, 0].any()
+    assert apart(original, model) < 1e-10
+
+
 def test_a_shut_rectifier_before_a_sum_is_opened_and_the_living_layer_evens_it_out():
     model = settled(residual()).double()
     kill(model.stem[1], [3], bias=-0.3)
@@ -265,8 +284,12 @@ def test_a_shut_rectifier_before_a_sum_is_opened_and_the_living_layer_evens_it_o
     assert torch.equal(model.two[0].weight[:, 3], before.two[0].weight[:, 3])
 
 
+SHUT = "the rectifier behind it never fires and must stay shut: "
+
+
 def test_what_is_left_is_named():
     def forward(m, x):
+        m.lost(x)
         return m.seen(m.a(x)), m.group(m.b(x)), m.out(m.frozen(x) + m.started(x))
 
     model = net(
@@ -278,22 +301,26 @@ def test_what_is_left_is_named():
         started=conv_bn(3, 4, act=None),
         out=nn.Conv2d(4, 2, 1),
         idle=conv_bn(3, 4),
+        lost=conv_bn(3, 4),
     )(forward)
     settled(model).double()
     for name in ("a", "b", "frozen", "idle"):
         kill(model.get_submodule(name)[1], [1])
     kill(model.started[1], [0, 1, 2, 3], bias=0.0)
+    kill(model.lost[1], [2])
     model.frozen[1].requires_grad_(False)
     original = copy.deepcopy(model)
     record = revive(model, images())
     assert record["left"] == {
         "its gamma and bias are not trained": {"frozen.1": [1]},
         "its layer did not run": {"idle.1": [1]},
-        "no gradient arrives: the rectifiers behind it never fired": {"a.1": [1], "b.1": [1]},
+        SHUT + "the model returns it": {"a.1": [1]},
+        SHUT + "GroupNorm group reads it (native_group_norm)": {"b.1": [1]},
+        "nothing that the model returns depends on it": {"lost.1": [2]},
     }
-    assert record["filters"] == {"collapsed": 4, "revived": 0, "left": 4, "behind_them": 0}
+    assert record["filters"] == {"collapsed": 5, "revived": 0, "left": 5, "behind_them": 0}
     assert apart(original, model) < 1e-10
-    assert "4 left" not in summary(record) and "2 left: no gradient" in summary(record)
+    assert "1 left: nothing that" in summary(record)
 
 
 def test_below_the_threshold_but_carrying():

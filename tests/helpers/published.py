@@ -377,8 +377,9 @@ class _Branches(nn.Module):
 
     Args:
         first: Of the convolution in front: inputs, filters, kernel, stride.
-        branches: Name -> module.
-        bn: Whether norm and activation stand here by themselves.
+        branches: Name -> module with a ``conv``.
+        channels: Of the branches together.
+        own_norm: Whether norm and activation stand here by themselves.
         sums: Whether each branch from the second on is added to the next one.
     """
 

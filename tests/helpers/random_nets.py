@@ -16,17 +16,31 @@ ACTIVATIONS = [
     nn.Hardswish,
     nn.SiLU,
     nn.LeakyReLU,
+    nn.PReLU,
     lambda: nn.Threshold(0.7, 0.0),
     lambda: nn.Threshold(-0.5, 0.2),
     nn.Identity,
 ]
 
 
+class _Streams(list):
+    """Streams of a run that note which of them are read."""
+
+    def __init__(self, streams):
+        super().__init__(streams)
+        self.read = set()
+
+    def __getitem__(self, i):
+        self.read.add(i)
+        return super().__getitem__(i)
+
+
 class RandomNet(nn.Module):
     """Steps, each a function of earlier streams: what ``seed`` draws.
 
-    ``steps`` tells them in words. Some networks have a second input, several outputs, a layer that
-    is called several times, or a head that runs only while training.
+    ``steps`` tells them in words. Each stream reaches an output. Some networks have a second
+    input, several outputs, a layer that is called several times, or a head that runs only while
+    training.
     """
 
     def __init__(self, seed: int):
@@ -55,7 +69,8 @@ class RandomNet(nn.Module):
             "_grouped", "_shuffle", "_split", "_pad", "_option_a", "_shared", "_pool", "_gate",
             "_repvgg", "_preact", "_upsample", "_focus", "_c2f", "_spatial_gate", "_group_norm",
             "_attention", "_transposed", "_shufflenet", "_instance", "_shift", "_fixed", "_mean",
-            "_slices", "_padded_in_forward", "_relu_minus",
+            "_slices", "_padded_in_forward", "_relu_minus", "_ibn", "_softmax", "_bilinear",
+            "_max_over_channels", "_prelu",
         ]  # fmt: skip
 
     # Building ------------------------------------------------------------------------
@@ -434,6 +449,55 @@ class RandomNet(nn.Module):
             f"{len(self.widths)} = relu({x}-1)",
         )  # fmt: skip
 
+    def _ibn(self, x):
+        """Half of the channels by InstanceNorm, the others by BatchNorm, as in IBN-Net."""
+        n = self._layer(nn.Conv2d(self.widths[x], 8, 3, padding=1))
+        norms = [
+            self._layer(norm) for norm in (nn.InstanceNorm2d(4, affine=True), nn.BatchNorm2d(4))
+        ]
+
+        def run(m, s):
+            parts = torch.split(m.layers[n](s[x]), 4, 1)
+            found = [m.layers[i](part) for i, part in zip(norms, parts, strict=True)]
+            return F.relu(torch.cat(found, 1))
+
+        return self._step(run, 8, self.scales[x], f"{len(self.widths)} = ibn({x})")
+
+    def _softmax(self, x):
+        return self._step(
+            lambda m, s: s[x].softmax(1), self.widths[x], self.scales[x],
+            f"{len(self.widths)} = softmax({x})",
+        )  # fmt: skip
+
+    def _bilinear(self, x):
+        """Each position times the products of all pairs of channels."""
+
+        def run(m, s):
+            y = s[x].flatten(2)
+            pooled = y @ y.transpose(1, 2) / y.shape[2]
+            return (pooled @ y).reshape(s[x].shape)
+
+        return self._step(
+            run, self.widths[x], self.scales[x], f"{len(self.widths)} = bilinear({x})"
+        )
+
+    def _max_over_channels(self, x):
+        c = self.widths[x]
+        if c < 8:
+            return x
+        pool = self._layer(nn.MaxPool3d((2, 1, 1)))
+        return self._step(
+            lambda m, s: m.layers[pool](s[x].unsqueeze(1)).squeeze(1), c // 2, self.scales[x],
+            f"{len(self.widths)} = max_over_channels({x})",
+        )  # fmt: skip
+
+    def _prelu(self, x):
+        n = self._layer(nn.PReLU(self.widths[x]))
+        return self._step(
+            lambda m, s: m.layers[n](s[x]), self.widths[x], self.scales[x],
+            f"{len(self.widths)} = prelu({x})",
+        )  # fmt: skip
+
     def _finish(self):
         self.outputs = []
         for _ in range(self.rng.choice([1, 1, 2, 3])):
@@ -452,11 +516,20 @@ class RandomNet(nn.Module):
             x = self._any()
             head = nn.Sequential(self._conv_layer(self.widths[x], 4), nn.Conv2d(4, 2, 1))
             self.training_head = x, self._layer(head)
+        with torch.no_grad():
+            read = self.eval()._run((torch.zeros(1, 3, 16, 16),))[1]
+        for x in sorted(set(range(len(self.widths))) - read):
+            self.outputs.append(("conv", x, self._layer(nn.Conv2d(self.widths[x], 3, 1))))
 
     def forward(self, *inputs):
+        found, _ = self._run(inputs)
+        return found if len(found) > 1 else found[0]
+
+    def _run(self, inputs):
+        """Outputs, and the indices of the streams that were read."""
         if len(inputs) == 1 and self.two:
             inputs = (inputs[0], inputs[0][:, :2] * 0.5)
-        streams = list(inputs)
+        streams = _Streams(inputs)
         for step in self.program:
             streams.append(step(self, streams))
         found = []
@@ -471,7 +544,7 @@ class RandomNet(nn.Module):
         if self.training and self.training_head is not None:
             x, layer = self.training_head
             found.append(self.layers[layer](streams[x]))
-        return found if len(found) > 1 else found[0]
+        return found, streams.read
 
     # Killing -------------------------------------------------------------------------
 
