@@ -224,7 +224,7 @@ def configured(shapes, tmp_path, **options):
     [
         (("configs/none.py",), r"configs/none.py: no such config"),
         (("nopackage::a/b.py",), r"package nopackage is not installed"),
-        (("README.md",), r"README.md: does not load"),
+        (("README.md",), r"README.md: cannot be loaded"),
         (("configs/demo/demo_bn.py", {"a": 1}, None), None),
     ],
 )
