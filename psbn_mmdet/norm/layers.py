@@ -259,7 +259,7 @@ class PostShift(nn.Module):
             if _comparable(bias, beta) and not (same := agree(bias, beta, old)).all():
                 warnings.warn(
                     f"{name}: in {int((~same).sum())} of {same.numel()} channels of the "
-                    "checkpoint, bias is not beta + alpha; bias is used, as any BN would",
+                    "checkpoint bias is not beta + alpha; bias is used, as any BN would",
                     stacklevel=2,
                 )
                 kept = torch.where(same, kept, based(bias, 0))

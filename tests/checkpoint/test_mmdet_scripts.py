@@ -142,6 +142,7 @@ def test_a_run_is_resumed_by_mmdets_script_where_the_config_asks_for_it(tmp_path
 def test_testing_half_a_checkpoint_is_refused_where_the_config_asks_for_it(tmp_path, monkeypatch):
     torch.save({"conv.weight": torch.ones(4, 3, 1, 1)}, tmp_path / "a.pth")
     with pytest.raises(
-        CheckpointError, match=r"a.pth: 5 tensors are missing from the checkpoint (e.g. conv.bias)"
+        CheckpointError,
+        match=r"a.pth: 5 tensors are missing .*\(e.g. conv.bias\)",
     ):
         script("test", "BN", tmp_path, monkeypatch, str(tmp_path / "a.pth"), *ASKED)

@@ -39,11 +39,11 @@ A = {"a.weight": torch.ones(2)}
     [
         ({"model": A, "net": A}, r"holds several state dicts \(model, net\)"),
         ({"generator": A, "critic": A}, "there are tensors under generator, critic"),
-        ({"model": A, "b.weight": torch.ones(2)}, "in model and beside it (e.g. b.weight)"),
-        ({**A, "head": {"weight": torch.ones(2)}}, "tensors under head stand in a container"),
-        ({**A, "parts": [torch.ones(2)]}, "tensors under parts stand in a container"),
+        ({"model": A, "b.weight": torch.ones(2)}, "in model and beside it \\(e.g. b.weight"),
+        ({**A, "head": {"weight": torch.ones(2)}}, "tensors in head are in a container"),
+        ({**A, "parts": [torch.ones(2)]}, "tensors in parts are in a container"),
         ({"model": {"a": A, "b": A}}, "there are tensors under a, b"),
-        ({0: torch.ones(2)}, "a tensor has 0 for a name"),
+        ({0: torch.ones(2)}, "a tensor is named 0"),
         ({**A, "module.a.weight": torch.ones(2), "a._orig_mod.weight": torch.ones(2)}, "twice"),
     ],
 )

@@ -103,7 +103,7 @@ def test_the_reason_says_what_would_go_wrong():
         assert mismatch(bn, psbn.state_dict(), strict) is None
         old = {k: v for k, v in psbn.state_dict().items() if k not in ("0.1.bias", "2.bias")}
         reason = mismatch(bn, old, strict)
-        assert "psBN checkpoint of an older version, and the model's 0.1 is none" in reason
+        assert "psBN checkpoint, and the model's 0.1 is not psBN" in reason
     fewer = {k: v for k, v in bn.state_dict().items() if not k.startswith("2.")}
     assert mismatch(psbn, fewer, strict=False) is None
     assert mismatch(bn, fewer, strict=True).startswith(

@@ -293,7 +293,7 @@ def test_where_nothing_can_go_the_record_says_why(original, tmp_path, tool):
     out = tmp_path / "out"
     done = tool(original / "config.py", tmp_path / "healthy.pth", out, "--size", 64, 64)
     assert done.returncode in (0, None), done.stderr
-    assert "nothing can go" in done.stdout
+    assert "nothing to remove" in done.stdout
     assert [p.name for p in out.iterdir()] == ["record.json"]
     [kept] = json.loads((out / "record.json").read_text())["kept"]
     assert (kept["layer"], kept["filters"]) == ("backbone.layer1.0.bn2", [3])

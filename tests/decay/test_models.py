@@ -285,7 +285,7 @@ class TestBadInput:
 
     def test_biases_of_another_optimizer(self):
         self.refuses(
-            ValueError, "none of the 2 biases of norm layers is in this", lambda m: sgd(small_net())
+            ValueError, "none of the 2 norm-layer biases is in this", lambda m: sgd(small_net())
         )
 
     @pytest.mark.parametrize(
@@ -298,8 +298,8 @@ class TestBadInput:
             (lambda m: torch.optim.LBFGS(m.parameters()), "LBFGS has no weight decay"),
             (lambda m: torch.optim.Rprop(m.parameters()), "Rprop has no weight decay"),
             (lambda m: sgd(m, differentiable=True), "differentiable=True"),
-            (lambda m: OwnSGD(m.parameters(), 0.1, weight_decay=0.1), "OwnSGD is not known here"),
-            (lambda m: nn.Identity(), "Identity is no torch.optim.Optimizer"),
+            (lambda m: OwnSGD(m.parameters(), 0.1, weight_decay=0.1), "OwnSGD is unknown"),
+            (lambda m: nn.Identity(), "Identity is not a torch.optim.Optimizer"),
         ],
     )
     def test_optimizers_it_cannot_anchor(self, make, match):
@@ -327,7 +327,7 @@ class TestBadInput:
         optimizer = Plain(bn.parameters())
         anchor_bias_decay(bn, optimizer, ALPHA, log=None)
         assert train(bn, optimizer)[0] == train(psbn, OPTIMIZERS["SGD"](psbn.parameters()))[0]
-        self.refuses(TypeError, "Changed is not known here", lambda m: Changed(m.parameters()))
+        self.refuses(TypeError, "Changed is unknown", lambda m: Changed(m.parameters()))
         # and the other way round: the base after its subclass
         anchor_bias_decay(model := small_net(), sgd(model), log=None)
 

@@ -200,4 +200,4 @@ def test_a_missing_file_of_any_kind_of_data_set_is_named_in_a_line(tmp_path):
     (ended,) = train(config, tmp_path / "w")
     assert ended.status == 2 and "Traceback" not in ended.text
     line = ended.text.strip().splitlines()[-1]
-    assert line.startswith("train.py: no/such/list.txt: no such file, and a data set")
+    assert line.startswith("train.py: no/such/list.txt: no such file, but a data set")

@@ -74,7 +74,7 @@ def test_shift_lifts_once_at_the_start_and_not_after_a_resume(caplog):
         ),
         (
             lambda m: torch.optim.SGD(m.parameters(), 0.1),
-            "beta of 2 layers (e.g. 0.beta) has none: set optim_wrapper.optimizer.weight_decay",
+            "psBN does nothing without it: set optim_wrapper.optimizer.weight_decay",
         ),
     ],
 )
@@ -95,4 +95,4 @@ def test_where_no_rectifier_follows_no_decay_is_asked_for():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # to_psbn says it, too
         assert "no ReLU follows any of the 2 psBN layers" in warned(nn.SiLU(), nn.SiLU())
-    assert "beta of 1 layers (e.g. 2.beta) has none" in warned(nn.SiLU(), nn.ReLU())
+    assert "beta of 1 psBN layers (e.g. 2.beta) has no weight decay" in warned(nn.SiLU(), nn.ReLU())

@@ -143,7 +143,7 @@ def test_bias_cannot_be_assigned():
         ({"affine": False}, ValueError, "needs affine=True"),
         ({"bias": False}, ValueError, "needs affine=True and a bias"),
         ({"load_bn": "shift"}, TypeError, r"to_psbn\(model, shift=True\)"),
-        ({"num_groups": 2}, TypeError, "not of a GroupNorm"),
+        ({"num_groups": 2}, TypeError, "not a GroupNorm"),
     ],
 )
 def test_bad_arguments(layer, kwargs, error, message):

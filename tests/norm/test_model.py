@@ -183,7 +183,7 @@ class TestPsbnInThePlaceOfAnotherNorm:
     def test_of_a_group_norm(self):
         cfg = config("gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py")
         cfg.model.backbone.norm_cfg.type = "psbn_mmdet.psBN"
-        with pytest.raises(TypeError, match="psBN2d does not take num_groups: it takes the place"):
+        with pytest.raises(TypeError, match="psBN2d does not take num_groups: it replaces"):
             MODELS.build(cfg.model)
 
     def test_of_a_layer_norm(self):
@@ -191,7 +191,7 @@ class TestPsbnInThePlaceOfAnotherNorm:
         cfg = config(path, model=changes)
         cfg.merge_from_dict({"model.backbone.norm_cfg": {"type": "psbn_mmdet.psBN"}})
         model = MODELS.build(cfg.model)
-        with pytest.raises(ValueError, match=r"got 3D input.*not of a LayerNorm.*ToPsBN") as raised:
+        with pytest.raises(ValueError, match=r"got 3D input.*not a LayerNorm.*ToPsBN") as raised:
             model.extract_feat(torch.randn(1, 3, 64, 64))
         assert "\n" not in str(raised.value)
 
