@@ -418,6 +418,13 @@ def _revival() -> list[Claim]:
             if (degree, p) != (collapsed, "shrink and perturb"):
                 first, second = f"BN, {degree}, {p}", f"BN, {degree}"
                 rows.append((f"{start}: {p} less BN", first, second, "no", control))
+    lifted = f"{bn}, gamma of the collapsed set to 0.1"
+    again_control = "a control, added after two seeds of gamma alone"
+    rows += [
+        ("collapsed: gamma of the collapsed set to 0.1 less BN", lifted, bn, "no", again_control),
+        ("collapsed: gamma of the collapsed set to 0.1 less revived", lifted, f"BN, {again}", "no",
+         again_control),
+    ]  # fmt: skip
     first, second = (f"BN, {d}, shrink and perturb" for d in (healthy, collapsed))
     rows.append(("after shrink and perturb: healthy less collapsed", first, second, "no", control))
     return [

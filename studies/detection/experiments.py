@@ -10,7 +10,7 @@ from studies.cifar.networks import MMDET_RESNET18
 from studies.cifar.settings import Settings as CifarSettings
 from studies.runs import RunError
 
-from .peers import GAMMA_ALONE, PEERS, SHRINK
+from .peers import GAMMA_ALONE, GAMMA_LIFTED, PEERS, SHRINK
 from .settings import ANCHORED, BN, METHODS, NO_NORM_DECAY, PRESERVE, SHIFT, Settings
 
 PRETRAINING = CifarSettings(
@@ -238,7 +238,7 @@ def _revive(base: Settings, seeds: int) -> Experiment:
             "ReDo, shrink and perturb, L2 Init: what others do; studies/detection/peers.py has the "
             "settings, which were fixed before the first run.",
             "Controls, added after two seeds of shrink and perturb: the same from the healthy "
-            f"backbone, and {GAMMA_ALONE}, from both.",
+            f"backbone, and {GAMMA_ALONE}, from both; after two seeds of that: {GAMMA_LIFTED}.",
             "preserve: beta = bias - alpha, the pretrained function stays; shift: beta = bias.",
             "All parameters are trained, all norm layers use batch statistics.",
         ),

@@ -86,24 +86,42 @@ def _draw_transfer(figure: Figure, summary: dict[str, Any]) -> None:
 
 
 def _draw_revive(figure: Figure, summary: dict[str, Any]) -> None:
-    """AP and what is collapsed after finetuning: a column for each method, a color for a start."""
-    figure.set_size_inches(14, 4.8)
-    starts = list(dict.fromkeys(e["x"] for e in summary["arms"].values()))
+    """AP and what is collapsed after finetuning: a row for each start, a color for a method."""
+    arms = summary["arms"].values()
+    starts = sorted(dict.fromkeys(e["x"] for e in arms), key=lambda x: x.partition(",")[0])
     methods = list(_lines(summary))
-    ap, collapsed = figure.subplots(1, 2)
-    for i, (color, start) in enumerate(zip(COLORS, starts)):
-        entries = [e for e in summary["arms"].values() if e["x"] == start]
-        x = [methods.index(e["line"]) + 0.12 * (i - (len(starts) - 1) / 2) for e in entries]
-        label = f"backbone: {start}"
+    figure.set_size_inches(13, 1.6 + 0.42 * len(starts))
+    ap, collapsed = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for i, (color, method) in enumerate(zip(COLORS, methods, strict=False)):
+        entries = [e for e in arms if e["line"] == method]
+        y = [starts.index(e["x"]) + 0.15 * (i - (len(methods) - 1) / 2) for e in entries]
         for axes, key in ((ap, "AP"), (collapsed, "collapsed")):
-            _points(axes, x, [e["rounds"][-1][key] for e in entries], label, color, ls="")
+            _rows(
+                axes, y, [e["rounds"][-1][key] for e in entries], f"finetuned with {method}", color
+            )
+    before = {e["x"]: e["start"]["collapsed"]["mean"] for e in arms}
+    ap.set_yticks(range(len(starts)), [f"{x} ({before[x]:.0f}% collapsed)" for x in starts])
+    ap.set_ylim(len(starts) - 0.5, -0.5)
     for axes in (ap, collapsed):
-        axes.set_xticks(range(len(methods)), [m.replace(" ", "\n", 1) for m in methods])
-        axes.set_xlabel("finetuned with")
-    ap.set_ylabel("AP after finetuning (points)")
-    collapsed.set_ylabel("collapsed filters after finetuning (%)")
-    collapsed.set_ylim(bottom=0)
-    collapsed.legend(fontsize=8, loc="center left")
+        for i in range(0, len(starts), 2):
+            axes.axhspan(i - 0.5, i + 0.5, color="0.95", lw=0, zorder=0)
+        axes.grid(axis="y", visible=False)
+    ap.set_ylabel("backbone at the start")
+    ap.set_xlabel("AP after finetuning (points)")
+    collapsed.set_xlabel("collapsed filters after finetuning (%)")
+    collapsed.set_xlim(left=-1)
+    figure.legend(*ap.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+
+
+def _rows(axes: Axes, y: list[float], values: list[dict[str, Any]], label: str, color: str) -> None:
+    """As :func:`_points`, lying on their side and not joined."""
+    mean = np.array([v["mean"] for v in values])
+    spread = [(v["low"], v["high"]) if "low" in v else _deviation(v) for v in values]
+    low, high = np.array(spread).T
+    error = np.maximum([mean - low, high - mean], 0)
+    axes.errorbar(
+        mean, y, xerr=error, color=color, label=label, marker="o", ms=4, lw=1.2, capsize=2, ls=""
+    )
 
 
 def _draw_rounds(figure: Figure, summary: dict[str, Any]) -> None:

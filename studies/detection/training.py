@@ -41,7 +41,17 @@ from studies.cifar.rounds import (
 from studies.runs import RunError, check_settings, write_json
 
 from .data import Batches, Images, samples
-from .peers import GAMMA_ALONE, L2_INIT, REDO, SHRINK, decay_toward, redo, shrink_and_perturb
+from .peers import (
+    GAMMA_ALONE,
+    GAMMA_LIFTED,
+    L2_INIT,
+    REDO,
+    SHRINK,
+    decay_toward,
+    lift_collapsed,
+    redo,
+    shrink_and_perturb,
+)
 from .settings import ANCHORED, BN, NO_NORM_DECAY, SHIFT, Settings, learning_rate, model_config
 
 TEST_BATCH = 16
@@ -70,15 +80,17 @@ def build_model(
         model.backbone.load_state_dict(_revived(settings, classes, pretrained, images))
     elif pretrained:
         load_backbone(model.backbone, pretrained)
-        if settings.peer in (REDO, SHRINK, GAMMA_ALONE):
+        if settings.peer == GAMMA_LIFTED:
+            lift_collapsed(model.backbone)
+        elif settings.peer in (SHRINK, GAMMA_ALONE):
             fresh = _fresh(settings, classes).backbone
-            if settings.peer != REDO:
-                gamma_alone = settings.peer == GAMMA_ALONE
-                shrink_and_perturb(model.backbone, fresh, gamma_alone=gamma_alone)
-            else:
-                assert images is not None
-                batch = samples(images, list(range(settings.batch_size)))
-                redo(model.backbone, fresh, model.data_preprocessor(batch)["inputs"])
+            alone = settings.peer == GAMMA_ALONE
+            shrink_and_perturb(model.backbone, fresh, gamma_alone=alone)
+        elif settings.peer == REDO:
+            assert images is not None
+            fresh = _fresh(settings, classes).backbone
+            batch = samples(images, list(range(settings.batch_size)))
+            redo(model.backbone, fresh, model.data_preprocessor(batch)["inputs"])
     if pretrained and settings.method == SHIFT:
         lift(model)
     return model.to(memory_format=torch.channels_last)  # a sixth faster on a CPU
