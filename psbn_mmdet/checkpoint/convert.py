@@ -104,7 +104,8 @@ def bn_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 _PSBN = re.compile(r"(?:psbn_mmdet\.|mmengine\.)?ps((?:Sync)?BN|IN)([123]d)?")
-_OURS = re.compile(r"(?:psbn_mmdet\.|mmengine\.)?(PsBNHook|AnchoredBiasDecay|SparsityLoggerHook)")
+_HOOKS = "PsBNHook|AnchoredBiasDecay|SparsityLoggerHook|ReviveFilters"
+_OURS = re.compile(rf"(?:psbn_mmdet\.|mmengine\.)?({_HOOKS})")
 
 
 class _ToBN(ast.NodeTransformer):

@@ -225,11 +225,12 @@ def test_what_cannot_be_converted_is_refused_in_one_line(content, message, tmp_p
 
 
 CONFIG = """
-custom_imports = dict(imports=['psbn_mmdet', 'mine'], allow_failed_imports=False)
+custom_imports = dict(imports=['psbn_mmdet.registry', 'mine'], allow_failed_imports=False)
 custom_hooks = [
     dict(type='SparsityLoggerHook', interval=500),
     dict(type='EMAHook', momentum=0.1),
     dict(shift=True, type='psbn_mmdet.PsBNHook'),
+    dict(type='ReviveFilters', interval=9),
 ]
 model = dict(
     type='RetinaNet',
