@@ -277,7 +277,7 @@ def test_every_name_of_mmengine_is_read_as_data(source, downloads, tmp_path):
 
 def test_an_unknown_name_is_refused_and_another_scheme_left_alone():
     for unknown in ("torchvision://no", "open-mmlab://no", "mmcls://no"):
-        with pytest.raises(CheckpointError, match="has no such name"):
+        with pytest.raises(CheckpointError, match="does not know this name"):
             resolve(unknown)
     with pytest.raises(CheckpointError, match=r"no\.pth: no such file"):
         read("no.pth")
