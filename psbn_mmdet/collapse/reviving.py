@@ -74,7 +74,7 @@ def revive(
         images: (N, C, H, W), as the network gets them (normalized), for ``model(images)`` or a
             detector of mmdet; or a function that calls the model it is given and returns outputs.
             Running statistics of the revived filters come from them: a training batch.
-        threshold: Of |gamma|.
+        threshold: Of ``|gamma|``.
         tolerance: Of the largest change of an output channel relative to the largest value there,
             for what filters below the threshold still carried. Where that is more, those of larger
             gamma are left.

@@ -403,7 +403,7 @@ class TestWarnings:
         found = self.warned(tmp_path, net, {"paramwise_cfg": rules})
         assert len(found) == 1
         assert key in found[0]
-        assert f"beta of {3 if 'block' in key else 4} layers" in found[0]
+        assert f"beta of {3 if 'block' in key else 4} psBN layers" in found[0]
 
     def test_an_optimizer_without_decay_is_named(self, tmp_path):
         optimizer = {"optimizer": {"type": "SGD", "lr": 0.1}}
@@ -421,7 +421,7 @@ class TestWarnings:
             parameter.requires_grad_(parameter is frozen.bn1.beta)
         optimizer = torch.optim.SGD(frozen.parameters(), 0.1)  # as mmengine's, frozen ones too
         (warning,) = decay_warnings(frozen, [optimizer], {})
-        assert "beta of 1 layers (e.g. bn1.beta)" in warning
+        assert "beta of 1 psBN layers (e.g. bn1.beta)" in warning
         bn = Net()
         assert not [*decay_warnings(bn, [torch.optim.SGD(bn.parameters(), 0.1)], {})]
 

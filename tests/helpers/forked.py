@@ -10,6 +10,7 @@ import multiprocessing as mp
 import os
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +73,7 @@ def _main(tool, arguments, environment, log, directory):
         del os.environ[name]
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
+    warnings.resetwarnings()  # in pytest they are errors; a user's process has them as Python shows them
     os.chdir(directory)
     spec = importlib.util.spec_from_file_location(tool, ROOT / "tools" / f"{tool}.py")
     module = importlib.util.module_from_spec(spec)
