@@ -97,7 +97,7 @@ def test_a_process_of_another_job_cannot_join_and_the_job_goes_on_without_it(
     line = [config, "--work-dir", tmp_path / "w", "--launcher", "slurm"]
     first = Process("train", line, ours[0], tmp_path / "first.log")
     stranger = Process("train", line, others[1], tmp_path / "stranger.log")
-    assert f"127.0.0.1:{port} belongs to slurm job 7.0" in one_line(stranger.end())
+    assert f"127.0.0.1:{port} is in use by slurm job 7.0" in one_line(stranger.end())
     second = Process("train", line, ours[1], tmp_path / "second.log")
     assert [first.end().status, second.end().status] == [0, 0]
     assert equal(last(tmp_path / "w"), reference)
@@ -109,7 +109,7 @@ def test_a_requeued_job_does_not_meet_what_is_left_of_itself(config, tmp_path):
     again = slurm(2, MASTER_PORT=port, SLURM_RESTART_COUNT=1)
     first = Process("train", line, again[0], tmp_path / "first.log")
     left = Process("train", line, slurm(2, MASTER_PORT=port)[1], tmp_path / "left.log")
-    assert "belongs to slurm job 7.0 start 1" in one_line(left.end())
+    assert "is in use by slurm job 7.0 start 1" in one_line(left.end())
     second = Process("train", line, again[1], tmp_path / "second.log")
     assert [first.end().status, second.end().status] == [0, 0]
 
@@ -121,7 +121,7 @@ def test_a_port_that_another_program_has_is_named(config, tmp_path):
         port = other.getsockname()[1]
         (ended,) = train(config, tmp_path, environments=slurm(2, MASTER_PORT=port)[:1])
     assert f"no store at 127.0.0.1:{port}: " in one_line(ended)
-    assert "set MASTER_PORT to another" in ended.text
+    assert "Set MASTER_PORT to another" in ended.text
 
 
 # -- what the ranks must agree on -----------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_within_an_epoch_that_is_divided_otherwise_it_is_refused(change, within_
         checkpoint = load(work_dir / "iter_2.pth")
         del checkpoint["meta"]["position"]
         torch.save(checkpoint, work_dir / "iter_2.pth")
-        message = "was saved in the middle of epoch 1, and does not say where"
+        message = "was saved in the middle of epoch 1 and does not say where"
     before = (work_dir / "iter_2.pth").read_bytes()
     config = make_config(tmp_path / "a.py", **options)
     ended = train(config, work_dir, "--resume", processes=processes)
