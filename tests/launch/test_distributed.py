@@ -48,7 +48,9 @@ def one_line(ended):
 )
 def test_outside_of_its_launcher_a_run_ends_in_a_line(launcher, variable, config, tmp_path):
     (ended,) = train(config, tmp_path, "--launcher", launcher)
-    assert f"--launcher {launcher}: {variable} is not set; start it with" in one_line(ended)
+    said = one_line(ended)
+    assert f"--launcher {launcher}: {variable} is not set; " in said
+    assert "start it with" in said
 
 
 @pytest.mark.parametrize(
