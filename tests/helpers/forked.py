@@ -73,7 +73,7 @@ def _main(tool, arguments, environment, log, directory):
         del os.environ[name]
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    warnings.resetwarnings()  # in pytest they are errors; a user's process has them as Python shows them
+    warnings.resetwarnings()  # errors in pytest, but not in a user's process
     os.chdir(directory)
     spec = importlib.util.spec_from_file_location(tool, ROOT / "tools" / f"{tool}.py")
     module = importlib.util.module_from_spec(spec)
