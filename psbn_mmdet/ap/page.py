@@ -155,7 +155,16 @@ def _curves(pair: tables.Pair) -> go.Figure:
         yaxis=dict(title="precision", range=[0, 1.02]),
         legend=dict(x=0.98, y=0.98, xanchor="right", yanchor="top"),
         updatemenus=[
-            dict(type="buttons", direction="right", buttons=buttons, x=0, y=1.14, xanchor="left")
+            dict(
+                type="buttons",
+                direction="right",
+                buttons=buttons,
+                x=0,
+                y=1.14,
+                xanchor="left",
+                bgcolor="#fff",  # plotly's pressed button is white in the dark, too
+                font=dict(color="#222"),
+            )
         ],
     )
     return figure

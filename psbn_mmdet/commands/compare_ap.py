@@ -192,7 +192,7 @@ def _run(args: argparse.Namespace) -> bool:
         "max_dets": args.max_dets or matching.MAX_DETS[kind],
         "resamples": len(measured.draws),
         "seed": args.seed,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": f"{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",
     }
     report = tables.report(
         c,
