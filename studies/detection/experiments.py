@@ -225,7 +225,7 @@ def _revive(base: Settings, seeds: int) -> Experiment:
     pairs += [(f"{NO_NORM_DECAY}, {WITHOUT_DECAY}", f"{BN}, {WITHOUT_DECAY}")]
     return Experiment(
         "revive",
-        "Finetuning from a collapsed backbone: what gives back what collapse cost",
+        "Finetuning from a collapsed backbone, by what is done to it before",
         tuple(runs),
         tuple(pairs),
         (
