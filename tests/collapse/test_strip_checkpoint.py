@@ -264,7 +264,7 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written_or_lost(original
     assert "no such config" in tool.refuses(tmp_path / "no.py", checkpoint, new)
     assert "no such file" in tool.refuses(config, tmp_path / "no.pth", new)
     assert "positive whole numbers" in tool.refuses(config, checkpoint, new, "--size", 0, 64)
-    assert "of this config" in tool.refuses(
+    assert "wrong config?" in tool.refuses(
         "mmdet::retinanet/retinanet_r18_fpn_1x_coco.py", checkpoint, new, *small
     )
     assert "tolerance" in tool.refuses(config, checkpoint, new, *small, "--tolerance", 1e-12)

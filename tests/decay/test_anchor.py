@@ -439,7 +439,7 @@ class TestState:
     def test_betas_of_another_shape_are_refused(self):
         bn, _ = pair()
         anchored = anchor_bias_decay(bn, OPTIMIZERS["SGD"](bn.parameters()), ALPHA, log=None)
-        with pytest.raises(ValueError, match=r"beta of 1.bias has shape \(3,\): wanted \(8,\)"):
+        with pytest.raises(ValueError, match=r"beta of 1.bias has shape \(3,\), expected \(8,\)"):
             anchored.load_state_dict({"1.bias": torch.zeros(3)})
 
     def test_weights_loaded_between_steps_count(self):

@@ -216,5 +216,5 @@ def test_a_busy_port_ends_in_a_line(shapes, tmp_path):
         options = ["--data-root", shapes]
         done = run(2, "configs/demo/demo_bn.py", tmp_path / "w", *options, check=False, env=env)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"train.py: PORT={port}: Address already in use; name another")
+    assert done.stderr.startswith(f"train.py: PORT={port}: Address already in use; use another")
     assert done.stderr.count("\n") == 1
