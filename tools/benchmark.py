@@ -218,13 +218,17 @@ def bench_hook(rounds: int = 30) -> str:
             hook.after_train_iter(runner)
             runner.iter += 1
 
-        def step_and_hook() -> None:
+        def watched_step() -> None:
+            hook.before_train_iter(runner, runner.iter)
             step()
+
+        def step_and_hook() -> None:
+            watched_step()
             after_step()
 
         seconds = alternate({"without": step, "with": step_and_hook}, rounds)
         # A step before each, so that there is something new to write.
-        alone = alternate({"alone": after_step}, 20, prepare=lambda _: step())["alone"]
+        alone = alternate({"alone": after_step}, 20, prepare=lambda _: watched_step())["alone"]
         size = Path(folder, "collapse.trace").stat().st_size / runner.iter
     return f"{table(seconds)}\n{share(alone, seconds['without'])}, {size / 1e3:.0f} kB written"
 
