@@ -270,7 +270,7 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written_or_lost(original
     assert "tolerance" in tool.refuses(config, checkpoint, new, *small, "--tolerance", 1e-12)
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "holds 0 images" in tool.refuses(config, checkpoint, new, "--data", empty)
+    assert "has 0 images" in tool.refuses(config, checkpoint, new, "--data", empty)
     assert "wanted 0 or more" in tool.refuses(config, checkpoint, new, "--rounds", -1)
     assert "at least two" in tool.refuses(config, checkpoint, new, "--images", -1)
     assert "cannot be written (" in tool.refuses(
