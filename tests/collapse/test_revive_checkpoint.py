@@ -23,6 +23,11 @@ model = dict(
     bbox_head=dict(in_channels=16, feat_channels=16, stacked_convs=1, norm_cfg=dict(type="BN")),
 )
 custom_hooks = [dict(type="psbn_mmdet.ReviveFilters", images=4)]
+test_dataloader = dict(dataset=dict(pipeline=[
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(320, 240), keep_ratio=True),  # a minute less than at 1333 x 800
+    dict(type="PackDetInputs"),
+]))
 """
 SMALL = [
     "train_dataloader.batch_size=2",
