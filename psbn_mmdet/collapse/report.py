@@ -356,8 +356,7 @@ def measure(
     definition or of the keys (:mod:`.convolutions`). Where none is known (a layer
     behind an addition or a concatenation, a filter that is parametrised, names that
     say nothing), the row says so. A state dict does not tell a transposed convolution
-    from a plain one,
-    so that its L1 norms are those of its input channels there.
+    from a plain one, so that its L1 norms are those of its input channels there.
 
     Args:
         source: A model, of which nothing is changed, or a state dict, whose layers

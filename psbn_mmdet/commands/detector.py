@@ -7,9 +7,10 @@ import ast
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import PsbnError
+from ..errors import PsbnError, written_whole
 
 
 def build(cfg: Any, checkpoint: Any, name: str) -> nn.Module:
@@ -54,10 +55,31 @@ def add_input_arguments(parser: argparse.ArgumentParser, data: str, images: int)
     )
 
 
-def check_images(count: int) -> None:
-    """Raise PsbnError unless ``--images`` are enough to tell what is constant."""
-    if count < 2:
-        raise PsbnError(f"--images {count}: at least two are needed")
+def open_detector(args: argparse.Namespace) -> tuple[Any, Any, nn.Module]:
+    """Config, checkpoint and model that the options of :func:`add_input_arguments` name.
+
+    Raises:
+        PsbnError: One cannot be read, they do not fit, or the images are too few to tell what is
+            constant.
+    """
+    from ..checkpoint import load
+    from ..launch import load_config  # which needs mmengine
+
+    if args.images < 2:
+        raise PsbnError(f"--images {args.images}: at least two are needed")
+    cfg = load_config(args.config)
+    checkpoint = load(args.checkpoint)
+    return cfg, checkpoint, build(cfg, checkpoint, args.checkpoint)
+
+
+def save_weights(model: nn.Module, old: Any, path: Path) -> None:
+    """A checkpoint of new weights with the ``meta`` of the old one, but for its config.
+
+    Without optimizer and schedule, which no longer fit: mmengine wants them for resuming alone.
+    """
+    meta = {k: v for k, v in (old.get("meta") or {}).items() if k != "cfg"}
+    with written_whole(path) as part:
+        torch.save({"meta": meta, "state_dict": model.state_dict()}, part)
 
 
 def read_images(cfg: Any, model: nn.Module, folder: Path, count: int) -> Tensor:

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import load
 from ..collapse import THRESHOLD
 from ..collapse.reviving import TOLERANCE, ReviveError, revive, summary
 from ..errors import (
@@ -32,25 +31,15 @@ from ..errors import (
     require_packages,
     written_whole,
 )
-from .detector import (
-    add_input_arguments,
-    build,
-    check_images,
-    read_images,
-)
+from .detector import add_input_arguments, open_detector, read_images, save_weights
 from .terminal import working
 
 
 def run(args: argparse.Namespace) -> None:
     require_packages("mmdet", "mmdet")
-    from ..launch import load_config  # which needs mmengine
-
     record_file = args.out.with_suffix(".json")
     refuse_to_overwrite(args.out, record_file, overwrite=args.overwrite)
-    check_images(args.images)
-    cfg = load_config(args.config)
-    checkpoint = load(args.checkpoint)
-    model = build(cfg, checkpoint, args.checkpoint)
+    cfg, checkpoint, model = open_detector(args)
     if args.data:
         images = read_images(cfg, model, args.data, args.images)
     else:
@@ -64,10 +53,7 @@ def run(args: argparse.Namespace) -> None:
             f"{args.checkpoint}: nothing is revived, so nothing is written: "
             + "; ".join(summary(record).splitlines()[:-1])
         )
-    # mmengine loads optimizer and schedule with resume alone, where they no longer fit.
-    meta = {k: v for k, v in (checkpoint.get("meta") or {}).items() if k != "cfg"}
-    with written_whole(args.out) as part:
-        torch.save({"meta": meta, "state_dict": model.state_dict()}, part)
+    save_weights(model, checkpoint, args.out)
     with written_whole(record_file) as part:
         part.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{summary(record)}\nwritten: {args.out}, {record_file}")

@@ -28,7 +28,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checkpoint import load
@@ -47,14 +46,8 @@ from ..errors import (
     PsbnError,
     errors_in_one_line,
     require_packages,
-    written_whole,
 )
-from .detector import (
-    add_input_arguments,
-    build,
-    check_images,
-    read_images,
-)
+from .detector import add_input_arguments, build, open_detector, read_images, save_weights
 from .terminal import working
 
 CONFIG = '''"""{name} without its collapsed filters, as written by psbn strip."""
@@ -87,9 +80,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def write(folder: Path, cfg: Any, args: argparse.Namespace, stripped: Any, old: Any) -> None:
     """Weights, record and config."""
-    meta = {k: v for k, v in (old.get("meta") or {}).items() if k != "cfg"} if old else {}
-    with written_whole(folder / "model.pth") as part:
-        torch.save({"meta": meta, "state_dict": stripped.model.state_dict()}, part)
+    save_weights(stripped.model, old, folder / "model.pth")
     (folder / "record.json").write_text(json.dumps(stripped.record, indent=1) + "\n")
     base = args.config if "::" in args.config else str(Path(args.config).resolve())
     name = Path(args.config.rpartition("::")[2]).name
@@ -108,10 +99,7 @@ def run(args: argparse.Namespace) -> None:
         raise OutputExistsError(f"{args.out}: exists already; remove it or name another folder")
     if args.rounds < 0:
         raise PsbnError(f"--rounds {args.rounds}: wanted 0 or more")
-    check_images(args.images)
-    cfg = load_config(args.config)
-    checkpoint = load(args.checkpoint)
-    model = build(cfg, checkpoint, args.checkpoint)
+    cfg, checkpoint, model = open_detector(args)
     inputs: Any = (3, *args.size)
     if args.data:
         inputs = read_images(cfg, model, args.data, args.images)

@@ -26,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -251,26 +252,34 @@ def accuracy(network: nn.Module, split: Split) -> float:
     return _percent_right(probabilities(network, split), split.labels)
 
 
+def totals_on(network: nn.Module, loss: Callable[[nn.Module], Any]) -> dict[str, float]:
+    """The totals of :func:`measure`, with what is stuck and idle by the gradient of a loss.
+
+    In eval mode; the network is left as it was. ``measure`` itself, given the loss, would find out
+    how the network is wired as well, which takes far longer.
+    """
+    modules = norm_modules(network).values()
+    seen = does(*pull_back(network, modules, loss), unit=1.0)
+    return measure(network).at(*gather(modules), seen).totals
+
+
 def collapse_of(network: nn.Module, split: Split) -> dict[str, float]:
     """Sparsity in FLOPs (the paper's), shares of collapsed, stuck and idle filters, mean P(active).
 
     All in percent, but for ``filters``, their number. What is stuck and idle is measured on the
-    cross-entropy of the first images of ``split``, in eval mode; the network is left as it was.
+    cross-entropy of the first images of ``split``.
     """
     images, labels = split.images[:MEASURED_IMAGES], split.labels[:MEASURED_IMAGES]
-    modules = norm_modules(network)
-    gamma, bias = gather(modules.values())
     device = next(network.parameters()).device
 
     def loss(of: nn.Module) -> Tensor:
         inputs = normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
         return F.cross_entropy(of(inputs).float(), labels.to(device))
 
-    seen = does(*pull_back(network, modules.values(), loss), unit=1.0)
-    report = measure(network, inputs=(3, *images.shape[-2:]))
-    totals = report.at(gamma, bias, seen).totals
+    totals = totals_on(network, loss)
+    flops = measure(network, inputs=(3, *images.shape[-2:])).totals
     shares = {
-        "sparsity": report.totals["sparsity_percent"],
+        "sparsity": flops["sparsity_percent"],
         "collapsed": totals["collapsed_percent"],
         "stuck": totals["stuck_percent"],
         "idle": totals["idle_percent"],

@@ -27,15 +27,14 @@ import psbn_mmdet  # noqa: F401  registers psBN and the hooks
 from psbn_mmdet.ap.coco_files import read_annotations, read_results
 from psbn_mmdet.ap.evaluate import evaluate
 from psbn_mmdet.checkpoint import CheckpointError, bn_state_dict, load_weights
-from psbn_mmdet.collapse import gather, measure, norm_modules
-from psbn_mmdet.collapse.backward import pull_back
-from psbn_mmdet.collapse.criteria import does
+from psbn_mmdet.collapse import gather, norm_modules
 from psbn_mmdet.collapse.reviving import revive
 from psbn_mmdet.norm import lift
 from studies.cifar.rounds import (
     RoundsTrainLoop,
     latest_checkpoint,
     network_state,
+    totals_on,
     without_norm_decay,
 )
 from studies.runs import RunError, check_settings, write_json
@@ -155,10 +154,8 @@ def filters_of(model: BaseModel, images: Images) -> dict[str, float]:
         data = detector.data_preprocessor(batch, training=True)
         return detector.parse_losses(detector(**data, mode="loss"))[0]
 
-    modules = norm_modules(model)
-    gamma, bias = gather(modules.values())
-    seen = does(*pull_back(model, modules.values(), loss), unit=1.0)
-    totals = measure(model).at(gamma, bias, seen).totals
+    gamma, _ = gather(norm_modules(model).values())
+    totals = totals_on(model, loss)
     return {
         "collapsed": totals["collapsed_percent"],
         "stuck": totals["stuck_percent"],
