@@ -53,10 +53,10 @@ MODULE2PACKAGE["psbn_mmdet"] = "psbn_mmdet"
 # Behind the registries, which mmengine.hooks, a second's import, finds filled.
 from .collapse.hook import SparsityLoggerHook  # noqa: E402
 from .collapse.narrow import stripped_model  # noqa: E402
-from .collapse.revive_hook import ReviveFilters  # noqa: E402
+from .collapse.revive_hook import LiftGamma, ReviveFilters  # noqa: E402
 from .decay.hook import AnchoredBiasDecay  # noqa: E402
 from .norm.hook import PsBNHook  # noqa: E402
 
-for _hook in (SparsityLoggerHook, AnchoredBiasDecay, PsBNHook, ReviveFilters):
+for _hook in (SparsityLoggerHook, AnchoredBiasDecay, PsBNHook, ReviveFilters, LiftGamma):
     _register(HOOKS, MMENGINE_HOOKS, _hook.__name__, _hook)
 _register(MODELS, MMENGINE_MODELS, "Stripped", stripped_model)

@@ -58,7 +58,8 @@ def test_names_are_all_that_is_added_to_mmengine_and_torch():
             [
                 *("psBN", "psBN1d", "psBN2d", "psBN3d", "psIN", "psIN1d", "psIN2d", "psIN3d"),
                 *("psSyncBN", "ToPsBN", "Stripped"),
-                *("AnchoredBiasDecay", "PsBNHook", "ReviveFilters", "SparsityLoggerHook"),
+                *("AnchoredBiasDecay", "LiftGamma", "PsBNHook", "ReviveFilters"),
+                "SparsityLoggerHook",
             ]
         )
     )
@@ -90,7 +91,9 @@ def test_hooks_are_classes_and_twice_is_harmless(first):
         import importlib, {first}, {second}, psbn_mmdet.registry
         from mmengine.registry import HOOKS, MODELS
         assert MODELS.get("psBN") is psbn_mmdet.psBN is MODELS.get("psbn_mmdet.psBN")
-        for name in ("SparsityLoggerHook", "AnchoredBiasDecay", "PsBNHook", "ReviveFilters"):
+        for name in (
+            *("SparsityLoggerHook", "AnchoredBiasDecay", "PsBNHook", "ReviveFilters", "LiftGamma"),
+        ):
             class Own(HOOKS.get(name)):
                 pass
         importlib.reload(psbn_mmdet)

@@ -104,7 +104,7 @@ def bn_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 _PSBN = re.compile(r"(?:psbn_mmdet\.|mmengine\.)?ps((?:Sync)?BN|IN)([123]d)?")
-_HOOKS = "PsBNHook|AnchoredBiasDecay|SparsityLoggerHook|ReviveFilters"
+_HOOKS = "PsBNHook|AnchoredBiasDecay|SparsityLoggerHook|ReviveFilters|LiftGamma"
 _OURS = re.compile(rf"(?:psbn_mmdet\.|mmengine\.)?({_HOOKS})")
 
 

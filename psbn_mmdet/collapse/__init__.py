@@ -6,10 +6,11 @@
 - :mod:`.convolutions`: the convolution in front of each
 - :mod:`.report`: ``measure`` and what it returns
 - :mod:`.flops`: how many FLOPs the collapsed filters cost
-- :mod:`.calls`: how a model is called with images
+- :mod:`.calls`: how a model is called with images, and whether two answer alike
 - :mod:`.wiring`: how a network is wired, channel by channel, found by running it
 - :mod:`.stripping`: ``strip``, which takes the collapsed filters out
 - :mod:`.reviving`: ``revive``, which gives them a new life; :mod:`.revive_hook` in a training
+- :mod:`.lifting`: ``lift_gamma``, which makes their gamma large again
 - :mod:`.narrow`: a network narrowed to the shapes of stripped weights
 - :mod:`.hook`: ``SparsityLoggerHook``, which measures while a model trains
 - :mod:`.trace`: the file it writes
@@ -17,6 +18,7 @@
 - :mod:`.figures`, :mod:`.page`: a trace as PNG files and as an HTML page
 """
 
+from .calls import CallError
 from .criteria import (
     INACTIVE_BELOW,
     NEARLY_LINEAR_ABOVE,
@@ -36,6 +38,7 @@ from .criteria import (
 )
 from .flops import Flops, probe
 from .layers import Layer, gather, norm_modules
+from .lifting import lift_gamma
 from .narrow import StripError, narrow
 from .report import Report, measure
 from .reviving import ReviveError, revive
@@ -45,6 +48,7 @@ __all__ = [
     "INACTIVE_BELOW",
     "NEARLY_LINEAR_ABOVE",
     "THRESHOLD",
+    "CallError",
     "Flops",
     "Layer",
     "MeasureError",
@@ -62,6 +66,7 @@ __all__ = [
     "filter_l1",
     "gather",
     "inactive",
+    "lift_gamma",
     "measure",
     "narrow",
     "nearly_linear",

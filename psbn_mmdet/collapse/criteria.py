@@ -13,8 +13,8 @@ section 3.1). More is known only where a ReLU stands right behind the layer, bef
   Phi(bias / |gamma|) < 1e-3 (Eq. 2), so that no gradient arrives.
 
 In front of a residual sum neither follows: what else is summed decides whether the ReLU fires. Of
-such layers these words are not said. A layer whose gamma and trained bias are all exactly 0 has not
-started (``zero_init_residual``); its filters are not called collapsed.
+such layers these words are not said. A layer whose gamma is all exactly 0 and whose bias is as it
+was made has not started (``zero_init_residual``); its filters are not called collapsed.
 
 **Measured** by one backward pass (:mod:`.backward`), whatever the wiring:
 
@@ -80,13 +80,17 @@ def not_finite(gamma: Tensor, bias: Tensor) -> Tensor:
 
 
 def not_started(gamma: Tensor, bias: Tensor, alpha: float | None = None) -> bool:
-    """Whether a layer is as ``zero_init_residual`` makes it: gamma and trained bias all exactly 0.
+    """Whether a layer is as ``zero_init_residual`` makes it: gamma all exactly 0, bias untouched.
+
+    mmdet sets both gamma and bias to 0, torchvision gamma alone: the bias of a psBN layer is then
+    ``alpha``.
 
     Args:
         gamma, bias: (C,), of one layer.
-        alpha: Of a psBN layer, whose trained bias is ``bias - alpha``.
+        alpha: Of a psBN layer.
     """
-    return not gamma.any() and bool((bias == (alpha or 0)).all())
+    untouched = [bias == 0] + ([] if alpha is None else [bias == alpha])
+    return not gamma.any() and any(bool(each.all()) for each in untouched)
 
 
 def collapsed(gamma: Tensor, threshold: float = THRESHOLD) -> Tensor:

@@ -1,4 +1,7 @@
-"""``ReviveFilters``: :func:`.revive.revive` at the start of a training of mmengine."""
+"""Collapsed filters brought back at the start of a training of mmengine.
+
+``ReviveFilters`` keeps what the network computes, ``LiftGamma`` does not.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,16 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from .criteria import THRESHOLD, check_thresholds
+from .layers import norm_modules
+from .lifting import GAMMA, lift_gamma
+from .lifting import summary as lift_summary
 from .reviving import TOLERANCE, ReviveError, revive, summary
 
 
 class ReviveFilters(Hook):
     """Revives collapsed filters before the first iteration: ``dict(type='ReviveFilters')``.
 
-    What the network computes stays the same (:func:`.revive.revive`); what was revived and what
+    What the network computes stays the same (:func:`.reviving.revive`); what was revived and what
     was left, and why, stands in the log. A resumed training goes on as it is.
 
     Images come from the training data, prepared as for a training step. In a distributed training
@@ -36,7 +42,7 @@ class ReviveFilters(Hook):
         epochs: Revive again at the start of these epochs, counted from 0, as where a schedule
             restarts.
         images: How many to take; 8 of 800x1333 need the memory of a training step of 8.
-        threshold, tolerance, seed: As of :func:`.revive.revive`.
+        threshold, tolerance, seed: As of :func:`.reviving.revive`.
     """
 
     priority = "ABOVE_NORMAL"
@@ -127,6 +133,68 @@ class ReviveFilters(Hook):
             modes.insert(0, mode)
         model.train(model_mode)
         return lambda m: [call(m) for call in modes]
+
+
+class LiftGamma(Hook):
+    """Makes gamma large again before a fine-tuning: ``dict(type='LiftGamma', every=True)``.
+
+    Before the first iteration, behind the loading of weights; not after a resume. **What the
+    backbone computes changes** (:func:`.lifting.lift_gamma`), so what reads it should be trained
+    anew, as neck and head of a new task are. The log says what was lifted, and warns of layers that
+    do not normalize by batch statistics (``norm_eval=True``), whose running ones do not fit then.
+
+    Args:
+        module: The part of the model that is lifted; '' for all of it.
+        every, gamma, threshold: As of :func:`.lifting.lift_gamma`.
+
+    Raises:
+        ReviveError: The model has no such part.
+    """
+
+    priority = "ABOVE_NORMAL"
+
+    def __init__(
+        self,
+        module: str = "backbone",
+        every: bool = False,
+        gamma: float = GAMMA,
+        threshold: float = THRESHOLD,
+    ) -> None:
+        self.module = module
+        self.options: dict[str, Any] = {"every": every, "gamma": gamma, "threshold": threshold}
+
+    def before_train(self, runner: Any) -> None:
+        if runner.iter > 0:
+            return
+        models = [unwrapped(runner.model)]
+        averages = [h for h in runner.hooks if isinstance(h, EMAHook) and hasattr(h, "ema_model")]
+        models += [hook.ema_model.module for hook in averages]
+        try:
+            part, *others = [model.get_submodule(self.module) for model in models]
+        except AttributeError:
+            names = ", ".join(name for name, _ in models[0].named_children())
+            raise ReviveError(
+                f"LiftGamma: the model has no {self.module!r}; it has {names}: name one of them "
+                "with module=..., or '' for the whole model"
+            ) from None
+        record = lift_gamma(part, **self.options)
+        for other in others:
+            lift_gamma(other, **self.options)
+        runner.logger.info(f"LiftGamma: {self.module or 'model'}: {lift_summary(record)}")
+        self._warn(runner, models[0], part)
+
+    @staticmethod
+    def _warn(runner: Any, model: nn.Module, part: nn.Module) -> None:
+        mode = model.training
+        model.train()  # as the loop will do
+        norms: dict[str, Any] = norm_modules(part)
+        still = [k for k, norm in norms.items() if norm.weight.requires_grad and not norm.training]
+        model.train(mode)
+        if still:
+            runner.logger.warning(
+                f"LiftGamma: {len(still)} layers, as {still[0]}, normalize by running statistics, "
+                "which do not fit any more: set norm_eval=False"
+            )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

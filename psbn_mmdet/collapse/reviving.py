@@ -23,6 +23,7 @@ sums.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -36,8 +37,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..errors import PsbnError
 from ..norm import added_bias, alpha_of, is_post_shifted
-from .calls import ways_to_call
-from .criteria import THRESHOLD, MeasureError, check_thresholds, collapsed, not_finite
+from .calls import Calls, compare, outputs_of
+from .criteria import THRESHOLD, MeasureError, check_thresholds, collapsed, not_finite, not_started
 from .layers import norm_modules
 from .wiring import Reader, Run, Wiring, connected, tensors_in, trace
 
@@ -73,7 +74,9 @@ def revive(
         model: Any module; of BN, SyncBN, InstanceNorm and psBN.
         images: (N, C, H, W), as the network gets them (normalized), for ``model(images)`` or a
             detector of mmdet; or a function that calls the model it is given and returns outputs.
-            Running statistics of the revived filters come from them: a training batch.
+            Running statistics of the revived filters come from them: a training batch. With images
+            the surgery and its proof are made in float64, then written down in the precision of
+            the model.
         threshold: Of ``|gamma|``.
         tolerance: Of the largest change of an output channel relative to the largest value there,
             for what filters below the threshold still carried. Where that is more, those of larger
@@ -82,10 +85,13 @@ def revive(
 
     Returns:
         A record that JSON can hold: ``filters`` (counts of ``collapsed``, ``revived``, ``left``),
-        ``revived`` and ``left`` (by way or reason: layer -> channels) and ``proof``.
+        ``revived`` and ``left`` (by way or reason: layer -> channels) and ``proof``: by how much
+        outputs changed, ``carried`` by what the filters still carried, ``difference`` by the
+        surgery, ``written`` in all, in the precision of the model.
 
     Raises:
-        ReviveError: The model cannot be called so, or the outputs differ.
+        CallError: The model cannot be called so.
+        ReviveError: The outputs differ.
         MeasureError: A wrong threshold, no normalization layer or one that is not finite.
     """
     check_thresholds(threshold, 0)
@@ -97,8 +103,7 @@ def revive(
     before = others | {t: t.detach().clone() for t in (*model.parameters(), *own)}
     try:
         model.eval()
-        calls = _Calls(model, images, seed)
-        record = _revive(model, calls, threshold, tolerance, seed)
+        record = _revive(model, Calls(model, images), threshold, tolerance, seed)
         with torch.no_grad():
             for buffer, value in others.items():  # what a run counts on
                 buffer.copy_(value)
@@ -124,105 +129,66 @@ def summary(record: dict[str, Any]) -> str:
         lines.append(f"  {sum(map(len, layers.values()))} left: {why} ({names})")
     lines.append(
         f"outputs: changed by {proof['carried']:.1g} of the largest value of their channel by what "
-        f"the filters still carried, by {proof['difference']:.1g} otherwise"
+        f"the filters still carried, by {proof['difference']:.1g} otherwise; as written, by "
+        f"{proof['written']:.1g} in all"
     )
     return "\n".join(lines)
 
 
-class _Calls:
-    """How a network is called, on several inputs, each with the same random numbers.
+class _Account:
+    """The wiring of a network, as runs with a few images of several sizes show it.
 
-    Attributes:
-        all: With all images; the statistics and gradients come from it.
-        shown: With a few, of several sizes as well, as networks pad as the size wants it: the
-            account of the wiring and the proof come from these.
+    Networks pad as the size wants it, so one size tells too little.
+
+    Args:
+        model: In eval mode.
+        calls: How it is called.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor | Run, seed: int) -> None:
-        if isinstance(images, Tensor):
-            first = next(model.parameters())
-            images = images.to(first.device, first.dtype)
-            number = self._way(model, images)
-
-            def on(some: Tensor) -> Run:
-                return _seeded(lambda m: ways_to_call(m, some)[number](m), seed)
-
-            self.all = on(images)
-            few = images[:2]
-            self.shown = [on(few)]
-            if images.dim() >= 4:
-                twice = few[:1].repeat_interleave(2, -1).repeat_interleave(2, -2)
-                for more in ((1, 2), (4, 8), (16, 31), (3, 6)):
-                    height, width = (n + m for n, m in zip(few.shape[-2:], more, strict=True))
-                    call = on(twice[..., :height, :width])
-                    with suppress(Exception), torch.no_grad():  # a network for one size of images
-                        call(model)
-                        self.shown.append(call)
-        elif callable(images):
-            self.all = _seeded(images, seed)
-            self.shown = [self.all]
-        else:
-            raise ReviveError(
-                f"images are a tensor or a function that calls the model, got {type(images)}"
-            )
-        self.watch: frozenset[int] = frozenset()
-        self.trains = False
-
-    @staticmethod
-    def _way(model: nn.Module, images: Tensor) -> int:
-        error: Exception
-        for number, way in enumerate(ways_to_call(model, images)):
-            try:
-                with torch.no_grad():
-                    way(model)
-            except Exception as caught:  # whatever a forward() raises
-                error = caught
-            else:
-                return number
-        raise ReviveError(
-            f"the model cannot be called with images of {tuple(images.shape)}: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from error
+    def __init__(self, model: nn.Module, calls: Calls) -> None:
+        few = calls.few()
+        self._runs = [few.first]
+        for run in few.other_sizes():
+            with suppress(Exception):  # a network for one size of images
+                outputs_of(model, run)
+                self._runs.append(run)
+        self._watch: frozenset[int] = frozenset()
+        self._trains = False
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
-        with torch.no_grad():
-            found = [t for run in self.shown for t in tensors_in(run(model))]
-        found = [t.detach().clone() for t in found if t.is_floating_point()]
-        if not found:
-            raise ReviveError("the model returns no tensors of floating point: nothing is proved")
-        return found
+        return [tensor for run in self._runs for tensor in outputs_of(model, run)]
 
-    def trace(self, model: nn.Module) -> Wiring:
+    def wiring(self, model: nn.Module) -> Wiring:
         """One account of all runs, in training mode too where layers run in that alone.
 
         What still has not run may read anything of as many channels as it takes.
         """
-        if not (self.trains or self.watch):
-            wiring = trace(model, lambda m: [run(m) for run in self.shown])
+        if not (self._trains or self._watch):
+            wiring = self._trace(model)
             if not self._idle(model, wiring):
                 return wiring
-            self.trains = True
+            self._trains = True
             try:
                 wiring = self._trace(model)
             except Exception:  # what wants targets, say
-                self.trains = False
+                self._trains = False
                 model.eval()
-            self.watch = frozenset(self._idle(model, wiring).values())
+            self._watch = frozenset(self._idle(model, wiring).values())
         return self._trace(model)
 
     def _trace(self, model: nn.Module) -> Wiring:
         def everything(m: nn.Module) -> Any:
-            found = [run(m) for run in self.shown]
-            if self.trains:
+            found = [run(m) for run in self._runs]
+            if self._trains:
                 buffers = {b: b.clone() for b in m.buffers()}
                 m.train()
-                found.append(self.shown[0](m))
+                found.append(self._runs[0](m))
                 m.eval()
                 for buffer, value in buffers.items():
                     buffer.data = value
             return found
 
-        return trace(model, everything, watch=self.watch)
+        return trace(model, _seeded(everything), watch=self._watch)
 
     @staticmethod
     def _idle(model: nn.Module, wiring: Wiring) -> dict[str, int]:
@@ -237,46 +203,18 @@ class _Calls:
         }
 
 
-def _seeded(run: Run, seed: int) -> Run:
+def _seeded(run: Run) -> Run:
     def seeded(model: nn.Module) -> Any:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(0)
             return run(model)
 
     return seeded
 
 
-def difference(expected: list[Tensor], actual: list[Tensor]) -> float:
-    """The largest difference of two networks' outputs, per channel, relative to its largest value.
-
-    Args:
-        expected, actual: (N, C, ...) each, or with fewer dimensions, which are one channel.
-
-    Returns:
-        Infinity where the shapes differ or one alone is not finite.
-    """
-    if [t.shape for t in expected] != [t.shape for t in actual]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(expected, actual, strict=True):
-        if not a.numel():
-            continue
-        eps = torch.finfo(a.dtype).eps
-        a, b = a.double(), b.double()
-        same = (a == b) | (a.isnan() & b.isnan())
-        gap = torch.where(same, 0.0, (a - b).abs()).nan_to_num(float("inf"), float("inf"))
-        size = torch.where(a.isfinite(), a.abs(), 0.0)
-        if a.dim() > 1:
-            gap, size = (t.transpose(0, 1).flatten(1).amax(1) for t in (gap, size))
-        # A channel of zeros is held against the rounding of its tensor.
-        scale = size.clamp(min=max(64 * eps * float(size.max()), 1e-300))
-        worst = max(worst, float((gap / scale).max()))
-    return worst
-
-
 @torch.no_grad()
-def _rounding(model: nn.Module, calls: _Calls, outputs: list[Tensor]) -> float:
-    """What rounding may change an output channel by, 1e-5 or so in float32.
+def _rounding(model: nn.Module, account: _Account, outputs: list[Tensor]) -> float:
+    """What rounding may change an output channel by, 1e-5 or so in float32, 1e-12 in float64.
 
     Ten times what it is if each weight is another one by a unit in the last place: what a network
     makes of that depends on how much cancels within it.
@@ -286,7 +224,7 @@ def _rounding(model: nn.Module, calls: _Calls, outputs: list[Tensor]) -> float:
     for p, _ in saved:
         drawn = torch.randint(2, p.shape, generator=generator).to(p) * 2 - 1
         p.mul_(1 + drawn * torch.finfo(p.dtype).eps)
-    found = difference(outputs, calls.outputs(model))
+    found = compare(outputs, account.outputs(model)).relative
     for p, value in saved:
         p.copy_(value)
     least = 100 * max(torch.finfo(t.dtype).eps for t in outputs)
@@ -337,8 +275,7 @@ def _candidates(norms: dict[str, Any], threshold: float, left: _Left) -> dict[st
                 "training has diverged"
             )
         found = collapsed(gamma, threshold).cpu().numpy()
-        started = bool(gamma.any() or bias.any())  # else as zero_init_residual leaves it
-        if not (found.any() and started):
+        if not found.any() or not_started(gamma, bias, alpha_of(norm)):
             continue
         if not _trained(norm):
             left.add("its gamma and bias are not trained", name, found.nonzero()[0])
@@ -350,7 +287,7 @@ def _candidates(norms: dict[str, Any], threshold: float, left: _Left) -> dict[st
 @torch.no_grad()
 def _settle(
     model: nn.Module,
-    calls: _Calls,
+    account: _Account,
     norms: dict[str, Any],
     chosen: dict[str, np.ndarray],
     threshold: float,
@@ -365,8 +302,8 @@ def _settle(
     Returns:
         The outputs now, and by how much they differ from before.
     """
-    expected = calls.outputs(model)
-    wiring = calls.trace(model)
+    expected = account.outputs(model)
+    wiring = account.wiring(model)
 
     def settle(name: str, silence: bool = True) -> None:
         norm, mask = norms[name], torch.from_numpy(chosen[name])
@@ -385,8 +322,8 @@ def _settle(
             left.add("its layer did not run", name, chosen[name].nonzero()[0])
     for name in [name for name in chosen if name not in wiring.norms]:
         del chosen[name]
-    outputs = calls.outputs(model)
-    carried = difference(expected, outputs)
+    outputs = account.outputs(model)
+    carried = compare(expected, outputs).relative
     if carried <= tolerance:
         return outputs, carried
     for name in chosen:
@@ -399,8 +336,8 @@ def _settle(
         for share, silence in product((1, 0.1, 0.01, 1e-4), (True, False)):
             chosen[name] = mask & (gamma < share * threshold)
             settle(name, silence)
-            now = calls.outputs(model)
-            found = difference(expected, now)
+            now = account.outputs(model)
+            found = compare(expected, now).relative
             if found <= tolerance:
                 outputs, carried = now, found
                 break
@@ -883,7 +820,6 @@ def _first_gradients(
     norms: dict[str, Any],
     plan: _Plan,
     zeros: dict[str, Tensor],
-    readers: dict[str, Reader],
 ) -> dict[str, np.ndarray]:
     """After how many backward passes a gradient has arrived at gamma or bias of each filter.
 
@@ -894,8 +830,9 @@ def _first_gradients(
         Layer -> (C,), 0 where none had arrived after :data:`PASSES`.
     """
     layers = {name: norms[name] for name in plan.zeroed}
+    weights = dict(model.named_parameters())
     movable: list[tuple[Tensor, Tensor]] = [
-        (readers[name].weight, mask.to(readers[name].weight.device)) for name, mask in zeros.items()
+        (weights[name], mask.to(weights[name].device)) for name, mask in zeros.items()
     ]
     for name, norm in layers.items():
         movable.append(
@@ -990,8 +927,16 @@ class _Silent:
         return f"the rectifier behind it never fires and must stay shut: {why}"
 
 
+@torch.no_grad()
+def _write_down(model: nn.Module, wide: nn.Module) -> None:
+    """Give a model the numbers of its twin of higher precision."""
+    theirs = dict(wide.named_parameters()) | dict(wide.named_buffers())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensor.copy_(theirs[name])
+
+
 def _revive(
-    model: nn.Module, calls: _Calls, threshold: float, tolerance: float, seed: int
+    model: nn.Module, calls: Calls, threshold: float, tolerance: float, seed: int
 ) -> dict[str, Any]:
     norms: dict[str, Any] = norm_modules(model)
     left = _Left()
@@ -1004,30 +949,52 @@ def _revive(
         "filters": {"collapsed": found, "revived": 0, "left": 0},
         "revived": {},
         "left": left.reasons,
-        "proof": {"carried": 0.0, "difference": 0.0, "tolerance": tolerance, "passes": {}},
+        "proof": {
+            "carried": 0.0,
+            "difference": 0.0,
+            "written": 0.0,
+            "tolerance": tolerance,
+            "passes": {},
+        },
     }
     if not chosen:
         record["filters"]["left"] = found
         return record
-    expected, carried = _settle(model, calls, norms, chosen, threshold, tolerance, left)
-    rounding = _rounding(model, calls, expected)
-    wiring = calls.trace(model)
-    plan = _Plan(model, wiring, norms, chosen)
-    zeros = _carry_out(plan, wiring, norms, threshold, seed)
+    numbers = _Account(model, calls)
+    unchanged = numbers.outputs(model)
+    wide_calls = copy.copy(calls)
+    wide = wide_calls.widen(model)
+    account = _Account(wide, wide_calls)
+    wide_norms: dict[str, Any] = norm_modules(wide)
+    expected, carried = _settle(wide, account, wide_norms, chosen, threshold, tolerance, left)
+    rounding = _rounding(wide, account, expected)
+    wiring = account.wiring(wide)
+    plan = _Plan(wide, wiring, wide_norms, chosen)
+    zeros = _carry_out(plan, wiring, wide_norms, threshold, seed)
     if plan.sums:
-        _even_out(plan, wiring, calls.trace(model), norms)
-    still = _refresh_statistics(model, calls.all, norms, plan.refreshed)
-    differs = difference(expected, calls.outputs(model))
+        _even_out(plan, wiring, account.wiring(wide), wide_norms)
+    still = _refresh_statistics(wide, _seeded(wide_calls.first), wide_norms, plan.refreshed)
+    differs = compare(expected, account.outputs(wide)).relative
     if not differs <= rounding:
         raise ReviveError(
             f"the outputs of the revived network differ by {differs:.2g} of the largest value of "
             "their channel, so nothing is changed"
         )
-    arrived = _first_gradients(model, calls.all, norms, plan, zeros, wiring.readers)
+    written = carried
+    if wide is not model:
+        allowed = carried + _rounding(model, numbers, unchanged)
+        _write_down(model, wide)
+        written = compare(unchanged, numbers.outputs(model)).relative
+        if not written <= allowed:
+            raise ReviveError(
+                f"in the precision of the model the outputs differ by {written:.2g} of the largest "
+                "value of their channel, so nothing is changed"
+            )
+    arrived = _first_gradients(model, _seeded(calls.first), norms, plan, zeros)
     tried = {name: plan.zeroed[name] | plan.gamma_zero[name] for name in plan.zeroed}
     why_silent = None
     if any((tried[name] & (arrived[name] == 0)).any() for name in tried):
-        why_silent = _Silent(calls.trace(model))
+        why_silent = _Silent(account.wiring(wide))
 
     passes: Counter[int] = Counter()
     revived: dict[str, dict[str, list[int]]] = {}
@@ -1063,6 +1030,7 @@ def _revive(
     record["proof"].update(
         carried=carried,
         difference=differs,
+        written=written,
         passes={str(number): count for number, count in sorted(passes.items())},
     )
     return record

@@ -28,6 +28,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..norm import PostShift, to_bn
+from .calls import (
+    Calls,
+    Difference,
+    compare,
+    compare_runs,
+    difference,
+    outputs_of,
+    time_in_pairs,
+)
 from .criteria import (
     THRESHOLD,
     activation_probability,
@@ -38,17 +47,7 @@ from .criteria import (
 )
 from .layers import gather, norm_modules
 from .narrow import StripError, narrow
-from .proof import (
-    Calls,
-    Difference,
-    UnlikeError,
-    compare,
-    compare_runs,
-    difference,
-    match,
-    outputs_of,
-    time_in_pairs,
-)
+from .proof import UnlikeError, match
 from .shadows import Reader
 from .wiring import Run, Wiring, connected, trace
 
@@ -130,8 +129,9 @@ def strip(
         The new network and the record.
 
     Raises:
-        StripError: The model cannot be called so or copied, it is damaged, or the outputs differ by
-            more than ``tolerance``.
+        CallError: The model cannot be called so.
+        StripError: It cannot be copied, it is damaged, or the outputs differ by more than
+            ``tolerance``.
         MeasureError: A wrong threshold, or no normalization layer.
     """
     check_thresholds(threshold, 0 if inactive_below is None else inactive_below)

@@ -77,6 +77,12 @@ ROUTES: dict[str, dict[str, Any]] = {
 }
 """In which a network that was trained with BN goes on."""
 
+LIFTED: dict[str, dict[str, Any]] = {
+    "BN, gamma of the collapsed lifted": dict(lift="collapsed"),
+    "BN, every gamma lifted": dict(lift="every"),
+}
+"""What helped most in the detection study."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -539,7 +545,7 @@ def _finetune(base: Settings, seeds: int, paper: bool) -> Experiment:
         )
     runs = _runs(trunk, seeds, {"pretrained": {}}, line="before")
     runs += _runs(after, seeds, {"fresh BN": {}}, line="after")
-    runs += _runs(after, seeds, ROUTES, parent="pretrained", line="after")
+    runs += _runs(after, seeds, {**ROUTES, **LIFTED}, parent="pretrained", line="after")
     return Experiment(
         "finetune",
         "A collapsed network finetuned on more data with less decay",
@@ -551,6 +557,8 @@ def _finetune(base: Settings, seeds: int, paper: bool) -> Experiment:
             "one round on all 50,000 with half the lr and a quarter of the decay.",
             "no norm decay: no weight decay of gamma and beta in the finetuning.",
             "revived: before it collapsed filters get fresh weights, and zeros in what reads them.",
+            "gamma lifted: before it gamma of the collapsed becomes 0.1, or every gamma becomes "
+            "0.6 gamma + 0.1, as in the detection study; added after its results, before any here.",
             "fresh BN: the same round from random weights.",
         ),
     )

@@ -46,6 +46,7 @@ from psbn_mmdet.collapse import THRESHOLD, gather, measure, norm_modules
 from psbn_mmdet.collapse.backward import pull_back
 from psbn_mmdet.collapse.criteria import does
 from psbn_mmdet.collapse.hook import SparsityLoggerHook
+from psbn_mmdet.collapse.lifting import lift_gamma
 from psbn_mmdet.collapse.reviving import revive
 from psbn_mmdet.norm import lift
 from studies.runs import RunError, check_settings, write_json
@@ -141,6 +142,8 @@ class RoundsHook(Hook):
             shuffle_parameters(runner.model, s.seed)
             runner.optim_wrapper.optimizer.state.clear()  # momentum of other weights
             runner.logger.info("the entries of every parameter tensor were shuffled")
+        if s.lift and runner.iter == 0:
+            lift_gamma(runner.model.network, every=s.lift == "every")
         if s.revive and runner.iter % s.iterations_per_round == 0:
             self._revive(runner)
 

@@ -56,6 +56,8 @@ class Settings:
             this round, if any (section 3.6).
         revive: Whether collapsed filters are revived before each round
             (:func:`psbn_mmdet.collapse.revive`), those of ``parent`` included.
+        lift: Whose gamma is lifted before the first round
+            (:func:`psbn_mmdet.collapse.lift_gamma`): 'collapsed', 'every' or None.
         parent: Name of the run whose final weights this one starts from, if any.
         cut: Whether and how the network is made smaller before it is trained: 'strip',
             'magnitude' or 'uniform' (:mod:`.pruning`), each to the FLOPs that stripping the
@@ -93,6 +95,7 @@ class Settings:
     seed: int = 0
     shuffle_before: int | None = None
     revive: bool = False
+    lift: str | None = None
     parent: str | None = None
     cut: str | None = None
     trace_interval: int = 0
@@ -113,6 +116,8 @@ class Settings:
                 )
         if self.cut not in (None, "strip", "magnitude", "uniform"):
             raise RunError(f"cut must be strip, magnitude, uniform or None, got {self.cut!r}")
+        if self.lift not in (None, "collapsed", "every"):
+            raise RunError(f"lift must be collapsed, every or None, got {self.lift!r}")
         if self.cut and (not self.parent or self.norm != "BN"):
             raise RunError("only a parent's network with BN can be cut: name one, with norm=BN")
         for name in ("rounds", "epochs", "batch_size", "lr", "width"):

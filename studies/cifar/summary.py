@@ -196,10 +196,11 @@ def _twins_tables(summary: dict[str, Any]) -> list[str]:
     """Arms minus their twins after the last round, paired by seed.
 
     The twin of a post-shifted arm has the plain norm, that of one in bfloat16 has float32, that of
-    one without norm decay has it, that of a revived one is not revived, and all else is alike.
+    one without norm decay has it, that of a revived one is not revived, that of one whose gamma was
+    lifted has it as it was, and all else is alike.
     """
     arms = summary["arms"]
-    plain, single, decayed, collapsed = [], [], [], []
+    plain, single, decayed, collapsed, low = [], [], [], [], []
     for arm, entry in arms.items():
         settings = entry["settings"]
         if settings["norm"].startswith("ps"):
@@ -211,11 +212,14 @@ def _twins_tables(summary: dict[str, Any]) -> list[str]:
             decayed.append((arm, _twin(arm, arms, ("norm_decay",), dict(norm_decay=True))))
         if settings.get("revive"):
             collapsed.append((arm, _twin(arm, arms, ("revive",), dict(revive=False))))
+        if settings.get("lift"):
+            low.append((arm, _twin(arm, arms, ("lift",), dict(lift=None))))
     return [
         *_differences(summary, "minus the plain norm", plain),
         *_differences(summary, "minus float32", single),
         *_differences(summary, "minus the same with decay of gamma and beta", decayed),
         *_differences(summary, "minus the same not revived", collapsed),
+        *_differences(summary, "minus the same with gamma as it was", low),
     ]
 
 

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from psbn_mmdet import to_psbn
 from psbn_mmdet.collapse import MeasureError, norm_modules
-from psbn_mmdet.collapse.reviving import ReviveError, difference, revive, summary
+from psbn_mmdet.collapse.calls import CallError, compare
+from psbn_mmdet.collapse.reviving import revive, summary
 from psbn_mmdet.collapse.wiring import tensors_in
 from psbn_mmdet.norm import added_bias
 from tests.helpers.published import PUBLISHED, load
@@ -46,7 +47,7 @@ def apart(a, b):
                 expected = tensors_in(a(x))
             except RuntimeError:  # streams that meet are of one size at even ones alone
                 continue
-            worst = max(worst, difference(expected, tensors_in(b(x))))
+            worst = max(worst, compare(expected, tensors_in(b(x))).relative)
     return worst
 
 
@@ -106,7 +107,7 @@ def carries(model, name, i):
         handle = model.get_submodule(name).register_forward_hook(to_its_mean)
         after = tensors_in(model(x))
         handle.remove()
-    return difference(before, after) > 1e-10
+    return compare(before, after).relative > 1e-10
 
 
 @pytest.mark.parametrize("kind", ["bn", "psbn"])
@@ -348,7 +349,7 @@ def test_a_failure_changes_nothing():
     model.train()
     model[1].eval()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ReviveError, match="cannot be called with images of"):
+    with pytest.raises(CallError, match="cannot be called with images"):
         revive(model, torch.randn(2, 5, 8, 8))
     calls = []
 
@@ -360,7 +361,7 @@ def test_a_failure_changes_nothing():
 
     with pytest.raises(KeyError):
         revive(model, fails_late)
-    with pytest.raises(ReviveError, match="a tensor or a function"):
+    with pytest.raises(CallError, match="a tensor, the size of one, or a function"):
         revive(model, "images")
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -439,4 +440,4 @@ def test_published_networks(file, checkpoints):
     assert filters["revived"] >= revived
     x = torch.rand(4, *size, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        assert difference(tensors_in(original(x)), tensors_in(model(x))) < 1e-3
+        assert compare(tensors_in(original(x)), tensors_in(model(x))).relative < 1e-3

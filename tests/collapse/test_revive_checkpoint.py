@@ -10,7 +10,7 @@ from torch import nn
 from psbn_mmdet import launch
 from psbn_mmdet.checkpoint import load
 from psbn_mmdet.collapse import norm_modules
-from psbn_mmdet.collapse.reviving import difference
+from psbn_mmdet.collapse.calls import compare
 from tests.helpers.strippable import kill_at_random, with_statistics
 from tests.helpers.tools import Main
 
@@ -86,12 +86,17 @@ def test_the_new_checkpoint_is_of_the_same_config_and_function(
     x = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         a, b = ([t for level in model(x) for t in level] for model in (old, new))
-    assert difference(a, b) < 1e-3
+    assert compare(a, b).relative < 1e-3
     record = json.loads(out.with_suffix(".json").read_text())
     assert record["filters"]["collapsed"] == collapsed(old)
     zero = sum(len(c) for c in record["revived"]["gamma 0"].values())
     assert collapsed(new) <= record["filters"]["left"] + zero < collapsed(old)
     assert torch.load(out, weights_only=True)["meta"] == {"dataset_meta": {"classes": ("a",)}}
+
+    lifted = tmp_path / "lifted.pth"
+    done = tool(*files[:2], lifted, "--data", shared_data / "coco128", "--lift-gamma")
+    assert f"gamma of {collapsed(old)} of" in done.stdout and "outputs: changed by" in done.stdout
+    assert collapsed(build(original, lifted)) == 0
 
     assert "exists already" in tool.refuses(*files)
     with torch.no_grad():
