@@ -246,6 +246,43 @@ def _revive(base: Settings, seeds: int) -> Experiment:
     )
 
 
+# Written down before any of its runs, and after revive had shown what helps at 60%.
+@_experiment("degrees", Settings(), seeds=3)
+def _degrees(base: Settings, seeds: int) -> Experiment:
+    between = list(DEGREES.items())[1:-1]
+    cures: dict[str, dict[str, Any]] = {
+        "": {},
+        REVIVED: dict(revive=True),
+        GAMMA_LIFTED: dict(peer=GAMMA_LIFTED),
+        GAMMA_ALONE: dict(peer=GAMMA_ALONE),
+    }
+    runs, pairs, backbones = [], [], {}
+    for degree, _ in between:
+        arms = {cure: ", ".join(filter(None, (BN, degree, cure))) for cure in cures}
+        pairs += [(arms[cure], arms[""]) for cure in cures if cure]
+        pairs += [(arms[cure], arms[REVIVED]) for cure in (GAMMA_LIFTED, GAMMA_ALONE)]
+    for seed in range(seeds):
+        name, backbones[name] = backbone("BN", seed)
+        for degree, number in between:
+            for cure, changes in cures.items():
+                arm = ", ".join(filter(None, (BN, degree, cure)))
+                settings = replace(base, seed=seed, backbone=name, backbone_round=number, **changes)
+                runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, BN, f"{degree} {cure}"))
+    return Experiment(
+        "degrees",
+        "What helps backbones of which a quarter and nearly half have collapsed",
+        tuple(runs),
+        tuple(pairs),
+        (
+            "As revive, between its healthy and its collapsed backbone: after rounds "
+            f"{' and '.join(str(number) for _, number in between)} of the same pretraining.",
+            f"revived, {GAMMA_LIFTED}, {GAMMA_ALONE}: as there.",
+            "Arms, seeds and pairs were fixed before the first run, and after revive's results.",
+        ),
+        backbones,
+    )
+
+
 def _psbn(alpha: float) -> str:
     return f"psBN, alpha {alpha:g}"
 

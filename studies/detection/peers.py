@@ -25,8 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from psbn_mmdet.collapse import THRESHOLD
-
 REDO, SHRINK, L2_INIT = "ReDo", "shrink and perturb", "L2 Init"
 GAMMA_ALONE = "gamma alone shrunk and perturbed"
 GAMMA_LIFTED = "gamma of the collapsed set to 0.1"
@@ -95,14 +93,6 @@ def shrink_and_perturb(backbone: nn.Module, fresh: nn.Module, *, gamma_alone: bo
     for theta, new in zip(backbone.parameters(), fresh.parameters(), strict=True):
         if not gamma_alone or theta in gammas:
             theta.mul_(KEPT).add_(new, alpha=NOISE)
-
-
-@torch.no_grad()
-def lift_collapsed(backbone: nn.Module) -> None:
-    """The gamma of collapsed filters becomes 0.1, in place."""
-    for module in backbone.modules():
-        if isinstance(module, _BatchNorm):
-            module.weight[module.weight.abs() < THRESHOLD] = NOISE
 
 
 def decay_toward(

@@ -28,6 +28,7 @@ from psbn_mmdet.ap.coco_files import read_annotations, read_results
 from psbn_mmdet.ap.evaluate import evaluate
 from psbn_mmdet.checkpoint import CheckpointError, bn_state_dict, load_weights
 from psbn_mmdet.collapse import gather, norm_modules
+from psbn_mmdet.collapse.lifting import lift_gamma
 from psbn_mmdet.collapse.reviving import revive
 from psbn_mmdet.norm import lift
 from studies.cifar.rounds import (
@@ -47,7 +48,6 @@ from .peers import (
     REDO,
     SHRINK,
     decay_toward,
-    lift_collapsed,
     redo,
     shrink_and_perturb,
 )
@@ -80,7 +80,7 @@ def build_model(
     elif pretrained:
         load_backbone(model.backbone, pretrained)
         if settings.peer == GAMMA_LIFTED:
-            lift_collapsed(model.backbone)
+            lift_gamma(model.backbone)
         elif settings.peer in (SHRINK, GAMMA_ALONE):
             fresh = _fresh(settings, classes).backbone
             alone = settings.peer == GAMMA_ALONE

@@ -350,6 +350,23 @@ def test_without_norm_decay_gamma_and_beta_alone_do_not_decay(root, tmp_path):
         assert decays[id(parameter)] == wanted
 
 
+@pytest.mark.parametrize("lift", ["collapsed", "every"])
+def test_gamma_is_lifted_before_the_first_step(root, tmp_path, lift):
+    """By hand: 1e-4 becomes 0.1, or 0.6e-4 + 0.1; 0.5 stays, or becomes 0.3 + 0.1."""
+    train_run(replace(TOY, norm="BN"), tmp_path / "bn", root)
+    path = tmp_path / "bn" / "round_2.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    name = next(key for key in checkpoint["state_dict"] if key.endswith("bn1.weight"))
+    gamma = checkpoint["state_dict"][name]
+    gamma[0], gamma[1] = 1e-4, 0.5
+    torch.save(checkpoint, path)
+    settings = replace(TOY, norm="BN", parent="bn", lift=lift, lr=1e-6)
+    train_run(settings, tmp_path / "lifted", root)
+    after = weights(tmp_path / "lifted", 1)[name]
+    wanted = [0.1, 0.5] if lift == "collapsed" else [0.10006, 0.4]
+    assert after[:2].tolist() == pytest.approx(wanted, abs=1e-4)
+
+
 def test_filters_are_revived_before_each_round_and_a_killed_run_goes_on_to_the_bit(root, tmp_path):
     """Collapsed by hand in the parent; the child's first step finds them with weights again."""
     train_run(replace(TOY, norm="BN"), tmp_path / "bn", root)

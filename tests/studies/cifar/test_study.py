@@ -266,14 +266,19 @@ def test_arms_without_norm_decay_and_revived_ones_are_compared_with_their_twins(
         "BN": arm("BN", [0, 1], [50.0, 60.0]),  # as published before there were such settings
         "no norm decay": arm("BN", [0, 1], [51.0, 63.0], norm_decay=False, revive=False),
         "revived": arm("BN", [0, 1], [52.0, 64.0], norm_decay=True, revive=True),
+        "lifted": arm("BN", [0, 1], [53.0, 65.0], norm_decay=True, revive=False, lift="every"),
     }
     arms["BN"]["settings"].update(norm_decay=True, revive=False)
+    for name in ("BN", "no norm decay", "revived"):
+        arms[name]["settings"]["lift"] = None
     lines = summary_module._twins_tables({"arms": arms})
-    assert [line for line in lines if line.startswith(("## ", "| no", "| re"))] == [
+    assert [line for line in lines if line.startswith(("## ", "| no", "| re", "| li"))] == [
         "## After the last round, minus the same with decay of gamma and beta",
         "| no norm decay | BN | +2.00 (-10.7 to +14.7) |",
         "## After the last round, minus the same not revived",
         "| revived | BN | +3.00 (-9.71 to +15.7) |",
+        "## After the last round, minus the same with gamma as it was",
+        "| lifted | BN | +4.00 (-8.71 to +16.7) |",
     ]
 
 

@@ -10,7 +10,6 @@ from studies.detection.peers import (
     KEPT,
     NOISE,
     decay_toward,
-    lift_collapsed,
     redo,
     shrink_and_perturb,
 )
@@ -70,18 +69,6 @@ def test_of_gamma_alone_all_else_stays_as_it_was(networks):
         torch.testing.assert_close(after, KEPT * old + NOISE if gamma else old)
         changed += gamma
     assert changed == 20  # the stem, two in each of eight blocks, three shortcuts
-
-
-def test_gamma_of_the_collapsed_is_lifted_and_nothing_else(networks):
-    network, _ = networks
-    with torch.no_grad():
-        network.layer2[0].bn1.weight[3] = -1e-4
-    before = copy.deepcopy(network.state_dict())
-    lift_collapsed(network)
-    after = network.state_dict()
-    assert after["layer2.0.bn1.weight"][3] == NOISE
-    before["layer2.0.bn1.weight"][3] = NOISE
-    assert all(torch.equal(value, before[key]) for key, value in after.items())
 
 
 def test_decay_toward_the_initial_weights_by_the_formula():
