@@ -994,7 +994,8 @@ def _revive(
     tried = {name: plan.zeroed[name] | plan.gamma_zero[name] for name in plan.zeroed}
     why_silent = None
     if any((tried[name] & (arrived[name] == 0)).any() for name in tried):
-        why_silent = _Silent(account.wiring(wide))
+        # On the images that the gradients come from: others may open a rectifier.
+        why_silent = _Silent(trace(wide, _seeded(wide_calls.first)))
 
     passes: Counter[int] = Counter()
     revived: dict[str, dict[str, list[int]]] = {}
