@@ -121,7 +121,7 @@ def summary(record: dict[str, Any]) -> str:
     how = f"is {KEPT:g} gamma + {gamma:g} now" if record["every"] else f"is {gamma:g} now"
     lines = [
         f"gamma of {filters['lifted']} of {filters['all']} filters {how}; "
-        f"{filters['collapsed']} of all were collapsed"
+        f"{filters['collapsed']} were collapsed"
     ]
     for why, layers in record["left"].items():
         names = ", ".join(layers[:3]) + (" ..." if len(layers) > 3 else "")

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from itertools import product
 from typing import Any
@@ -176,9 +176,13 @@ class _Account:
             self._watch = frozenset(self._idle(model, wiring).values())
         return self._trace(model)
 
-    def _trace(self, model: nn.Module) -> Wiring:
+    def firing_in(self, run: Run, model: nn.Module) -> Wiring:
+        """The account of one run, as of which rectifiers fire in it."""
+        return self._trace(model, [run])
+
+    def _trace(self, model: nn.Module, runs: Sequence[Run] = ()) -> Wiring:
         def everything(m: nn.Module) -> Any:
-            found = [run(m) for run in self._runs]
+            found = [run(m) for run in runs or self._runs]
             if self._trains:
                 buffers = {b: b.clone() for b in m.buffers()}
                 m.train()
@@ -995,7 +999,7 @@ def _revive(
     why_silent = None
     if any((tried[name] & (arrived[name] == 0)).any() for name in tried):
         # On the images that the gradients come from: others may open a rectifier.
-        why_silent = _Silent(trace(wide, _seeded(wide_calls.first)))
+        why_silent = _Silent(account.firing_in(wide_calls.first, wide))
 
     passes: Counter[int] = Counter()
     revived: dict[str, dict[str, list[int]]] = {}
