@@ -23,7 +23,7 @@ from typing import Any
 
 from psbn_mmdet.errors import errors_in_one_line
 from psbn_mmdet.launch.config import ConfigOptions
-from studies.runs import write_json
+from studies.runs import finished, write_json
 
 from . import experiments
 
@@ -70,12 +70,13 @@ def write_results(experiment: experiments.Experiment, args: argparse.Namespace) 
 
     name = experiment.name
     command = "python -m studies.detection " + shlex.join(sys.argv[1:])
-    compared = summary.compare_rounds(experiment, args.out)
-    content = summary.summarise(experiment, args.out, compared, command)
+    outcomes = finished(experiment, args.out)
+    compared = summary.compare_rounds(experiment, args.out, outcomes)
+    content = summary.summarise(experiment, args.out, outcomes, compared, command)
     folder = Path(args.results or Path(args.out, name))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", content)
-    summary.write_resampled(experiment, args.out, compared, folder / f"{name}.resampled.npz")
+    summary.write_resampled(outcomes, compared, folder / f"{name}.resampled.npz")
     content = json.loads((folder / f"{name}.json").read_text())
     (folder / f"{name}.md").write_text(summary.markdown(content))
     figures.draw(content, folder / f"{name}.png")

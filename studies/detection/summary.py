@@ -18,7 +18,7 @@ import numpy as np
 
 from psbn_mmdet.ap.coco_files import Results, read_annotations, read_results
 from psbn_mmdet.ap.compare import Comparison, compare, measure
-from studies.runs import RunError, by_arm, by_seed, finished, folder_of, paired, processor, spread
+from studies.runs import RunError, by_arm, by_seed, folder_of, paired, processor, spread
 
 from .engine import annotations_of, backbone_folder
 from .experiments import Experiment, Run
@@ -38,19 +38,22 @@ Outcome = tuple[Run, dict[str, Any]]
 
 
 def compare_rounds(
-    experiment: Experiment, out: str | os.PathLike[str], resamples: int = RESAMPLES
+    experiment: Experiment,
+    out: str | os.PathLike[str],
+    outcomes: list[Outcome],
+    resamples: int = RESAMPLES,
 ) -> list[Comparison]:
     """Finished runs compared after each round.
 
     Args:
         experiment: What was run.
         out: Where.
+        outcomes: Its finished runs, read once: others may finish meanwhile.
         resamples: Of the bootstrap over images.
 
     Raises:
-        RunError: No run is finished, or one is of other settings.
+        RunError: No run is finished.
     """
-    outcomes = finished(experiment, out)
     if not outcomes:
         raise RunError(f"{Path(out, experiment.name)}: no run is finished, so nothing to draw")
     return [
@@ -59,14 +62,12 @@ def compare_rounds(
     ]
 
 
-def write_resampled(
-    experiment: Experiment, out: str | os.PathLike[str], compared: list[Comparison], path: Path
-) -> None:
+def write_resampled(outcomes: list[Outcome], compared: list[Comparison], path: Path) -> None:
     """AP of every run on every draw of the images, so that intervals can be computed again.
 
     ``runs`` (M,) are names, ``round_K`` (B, M) thousandths of a point.
     """
-    runs = [run.name for of_arm in by_arm(finished(experiment, out)).values() for run, _ in of_arm]
+    runs = [run.name for of_arm in by_arm(outcomes).values() for run, _ in of_arm]
     rounds: dict[str, Any] = {
         f"round_{number}": np.rint(1000 * comparison.measured.draws[:, :, 0]).astype(np.int32)
         for number, comparison in enumerate(compared, 1)
@@ -77,6 +78,7 @@ def write_resampled(
 def summarise(
     experiment: Experiment,
     out: str | os.PathLike[str],
+    outcomes: list[Outcome],
     compared: list[Comparison],
     command: str = "",
 ) -> dict[str, Any]:
@@ -85,10 +87,10 @@ def summarise(
     Args:
         experiment: What was run.
         out: Where.
+        outcomes: Its finished runs.
         compared: By :func:`compare_rounds`.
         command: That made it, for the record.
     """
-    outcomes = finished(experiment, out)
     members = by_arm(outcomes)
     arms = {}
     for arm, of_arm in members.items():

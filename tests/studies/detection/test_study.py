@@ -30,7 +30,7 @@ from studies.detection.settings import (
     Settings,
     learning_rate,
 )
-from studies.runs import RunError, folder_of, result_of
+from studies.runs import RunError, finished, folder_of, result_of
 from tests.helpers.cifar_files import write_cifar
 from tests.helpers.paths import ROOT
 from tests.helpers.smears import write_smears
@@ -299,8 +299,9 @@ def test_two_processes_share_an_experiment(root, tmp_path):
 
 def test_summary_has_ap_of_the_result_files_and_verdicts(rounds):
     experiment, out = rounds
-    compared = summary.compare_rounds(experiment, out, resamples=100)
-    content = summary.summarise(experiment, out, compared, "command")
+    outcomes = finished(experiment, out)
+    compared = summary.compare_rounds(experiment, out, outcomes, resamples=100)
+    content = summary.summarise(experiment, out, outcomes, compared, "command")
     assert content["runs_finished"] == content["runs_planned"] == 12
     truth = read_annotations(engine.annotations_of(experiment, out))
     for arm, entry in content["arms"].items():
@@ -325,8 +326,9 @@ def test_summary_has_ap_of_the_result_files_and_verdicts(rounds):
 
 def test_resampled_aps_give_the_interval_of_an_arm_again(rounds, tmp_path):
     experiment, out = rounds
-    compared = summary.compare_rounds(experiment, out, resamples=50)
-    summary.write_resampled(experiment, out, compared, tmp_path / "resampled.npz")
+    outcomes = finished(experiment, out)
+    compared = summary.compare_rounds(experiment, out, outcomes, resamples=50)
+    summary.write_resampled(outcomes, compared, tmp_path / "resampled.npz")
     kept = np.load(tmp_path / "resampled.npz")
     assert sorted(kept["runs"]) == sorted(run.name for run in experiment.runs)
     assert sorted(kept) == ["round_1", "round_2", "runs"]
