@@ -258,16 +258,17 @@ def _degrees(base: Settings, seeds: int) -> Experiment:
     }
     runs, pairs, backbones = [], [], {}
     for degree, _ in between:
-        arms = {cure: ", ".join(filter(None, (BN, degree, cure))) for cure in cures}
+        arms = {cure: f"{BN}, {degree}, {cure}" if cure else f"{BN}, {degree}" for cure in cures}
         pairs += [(arms[cure], arms[""]) for cure in cures if cure]
         pairs += [(arms[cure], arms[REVIVED]) for cure in (GAMMA_LIFTED, GAMMA_ALONE)]
     for seed in range(seeds):
         name, backbones[name] = backbone("BN", seed)
         for degree, number in between:
             for cure, changes in cures.items():
-                arm = ", ".join(filter(None, (BN, degree, cure)))
+                start = f"{degree}, {cure}" if cure else degree
+                arm = f"{BN}, {start}"
                 settings = replace(base, seed=seed, backbone=name, backbone_round=number, **changes)
-                runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, BN, f"{degree} {cure}"))
+                runs.append(Run(f"{_slug(arm)}-seed{seed}", arm, settings, BN, start))
     return Experiment(
         "degrees",
         "What helps backbones of which a quarter and nearly half have collapsed",

@@ -166,6 +166,7 @@ def _draw_alpha(figure: Figure, summary: dict[str, Any]) -> None:
 _DRAW: dict[str, Callable[[Figure, dict[str, Any]], None]] = {
     "transfer": _draw_transfer,
     "revive": _draw_revive,
+    "degrees": _draw_revive,
     "rounds": _draw_rounds,
     "alpha": _draw_alpha,
 }
