@@ -176,7 +176,7 @@ class _Account:
             self._watch = frozenset(self._idle(model, wiring).values())
         return self._trace(model)
 
-    def firing_in(self, run: Run, model: nn.Module) -> Wiring:
+    def firing_in(self, model: nn.Module, run: Run) -> Wiring:
         """The account of one run, as of which rectifiers fire in it."""
         return self._trace(model, [run])
 
@@ -999,7 +999,7 @@ def _revive(
     why_silent = None
     if any((tried[name] & (arrived[name] == 0)).any() for name in tried):
         # On the images that the gradients come from: others may open a rectifier.
-        why_silent = _Silent(account.firing_in(wide_calls.first, wide))
+        why_silent = _Silent(account.firing_in(wide, wide_calls.first))
 
     passes: Counter[int] = Counter()
     revived: dict[str, dict[str, list[int]]] = {}
