@@ -30,12 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..norm import PostShift, to_bn
 from .calls import (
     Calls,
-    Difference,
-    compare,
     compare_runs,
     difference,
     outputs_of,
-    time_in_pairs,
 )
 from .criteria import (
     THRESHOLD,
@@ -50,21 +47,6 @@ from .narrow import StripError, narrow
 from .proof import UnlikeError, match
 from .shadows import Reader
 from .wiring import Run, Wiring, connected, trace
-
-__all__ = [
-    "EXACT",
-    "TOLERANCE",
-    "Calls",
-    "Difference",
-    "StripError",
-    "Stripped",
-    "compare",
-    "difference",
-    "strip",
-    "summary",
-    "take_out",
-    "time_in_pairs",
-]
 
 TOLERANCE = 1e-3
 """Largest difference of an output channel relative to the largest value in it: that of the

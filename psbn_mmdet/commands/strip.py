@@ -31,16 +31,9 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint import load
-from ..collapse import INACTIVE_BELOW, THRESHOLD
-from ..collapse.stripping import (
-    TOLERANCE,
-    Calls,
-    StripError,
-    difference,
-    strip,
-    summary,
-    time_in_pairs,
-)
+from ..collapse import INACTIVE_BELOW, THRESHOLD, StripError
+from ..collapse.calls import Calls, difference, time_in_pairs
+from ..collapse.stripping import TOLERANCE, strip, summary
 from ..errors import (
     OutputExistsError,
     PsbnError,

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from psbn_mmdet.collapse import filter_l1
+from psbn_mmdet.collapse.calls import time_in_pairs
 from psbn_mmdet.collapse.over_training import non_trainable
-from psbn_mmdet.collapse.stripping import time_in_pairs
 from psbn_mmdet.collapse.trace import Trace, read
 from studies.runs import folder_of, result_of, spread
 

@@ -196,8 +196,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 def _compare(plain: nn.Module, shifted: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-    from psbn_mmdet.collapse.calls import ways_to_call
-    from psbn_mmdet.collapse.stripping import compare
+    from psbn_mmdet.collapse.calls import compare, ways_to_call
 
     refusal: Exception | None = None
     for size in SIZES:

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from psbn_mmdet.collapse import strip
-from psbn_mmdet.collapse.calls import ways_to_compare
-from psbn_mmdet.collapse.stripping import difference
+from psbn_mmdet.collapse.calls import difference, ways_to_compare
 from tests.helpers.strippable import detector, kill_at_random
 
 SIZE = (3, 64, 64)

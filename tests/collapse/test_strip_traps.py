@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from psbn_mmdet.collapse import StripError, strip
-from psbn_mmdet.collapse.stripping import compare
+from psbn_mmdet.collapse.calls import compare
+from psbn_mmdet.collapse.wiring import trace
 from tests.helpers.published import PUBLISHED, CifarResNet20, load
 from tests.helpers.strippable import chain, conv_bn, head, kill, kill_at_random, with_statistics
 
@@ -236,6 +237,18 @@ def test_what_is_not_understood_holds_what_depends_on_it_alone(forward, goes):
         assert "a.1" not in found
         assert whys(stripped)["a.1"]
     assert_equal_everywhere(model, stripped)
+
+
+@pytest.mark.parametrize("forward", [bilinear, shuffled_and_flattened])
+def test_the_account_grows_with_the_channels_and_not_with_their_products(forward):
+    """Products of all pairs of channels would be 16 times as many of 32 as of 8."""
+    sizes = []
+    for count in (8, 32):
+        layers = {name: conv_bn(count, count) for name in "bc"}
+        model = make(forward, a=conv_bn(3, count), head=head(count), **layers)
+        wiring = trace(model, lambda m: m(torch.randn(2, *SIZE)))
+        sizes.append((wiring.size, len(wiring.made)))
+    assert sizes[1][0] < 4.5 * sizes[0][0] and sizes[1][1] < 4.5 * sizes[0][1]
 
 
 def test_prelu_of_one_and_of_many_parameters_before_a_concatenation():
