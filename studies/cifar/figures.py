@@ -87,15 +87,21 @@ def _draw_sweep(figure: Figure, summary: dict[str, Any]) -> None:
 
 
 def _draw_finetune(figure: Figure, summary: dict[str, Any]) -> None:
-    """Accuracy and collapse after finetuning; a line is a seed."""
-    figure.set_size_inches(10, 4)
+    """Accuracy and collapse after finetuning; a line is a seed, a bar the mean of an arm."""
     arms = {a: e for a, e in summary["arms"].items() if e["line"] == "after"}
-    for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "collapsed"), strict=True):
-        values = np.array([e["rounds"][-1][metric]["values"] for e in arms.values()])
-        axes.plot(np.arange(len(arms)), values, "o-", color="#8195a8", lw=0.7, ms=3)
-        axes.plot(np.arange(len(arms)), values.mean(1), "_", color="black", ms=24, mew=2)
-        axes.set_xticks(np.arange(len(arms)), list(arms))
-        axes.set(ylabel=METRICS[metric])
+    figure.set_size_inches(10, 1.5 + 0.35 * len(arms))
+    y = np.arange(len(arms))
+    seeds = sorted({seed for entry in arms.values() for seed in entry["seeds"]})
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, metric in zip(panels, ("accuracy", "collapsed"), strict=True):
+        values = np.full((len(arms), len(seeds)), np.nan)
+        for row, entry in zip(values, arms.values(), strict=True):
+            row[[seeds.index(s) for s in entry["seeds"]]] = entry["rounds"][-1][metric]["values"]
+        axes.plot(values, y, "o-", color="#8195a8", lw=0.7, ms=3)
+        axes.plot(np.nanmean(values, 1), y, "|", color="black", ms=18, mew=2)
+        axes.set(xlabel=METRICS[metric])
+    panels[0].set_yticks(y, list(arms))
+    panels[0].invert_yaxis()
 
 
 def _draw_alpha(figure: Figure, summary: dict[str, Any]) -> None:

@@ -479,8 +479,13 @@ BEYOND: tuple[Claim, ...] = (
     *(
         Claim("finetune", "", f"CIFAR-10, finetuned on more data: {arm} less {other}", "", "points",
               Difference(arm, other, "accuracy"))
-        for arm in ("BN, gamma of the collapsed lifted", "BN, every gamma lifted")
-        for other in ("BN", "fresh BN")
+        for arm, other in (
+            ("BN, revived", "fresh BN"),
+            ("BN, revived", "BN, every gamma lifted"),
+            ("BN, gamma of the collapsed lifted", "BN"),
+            ("BN, every gamma lifted", "BN"),
+            ("BN, every gamma lifted", "fresh BN"),
+        )
     ),
 )  # fmt: skip
 """What the studies ask beyond the paper."""
