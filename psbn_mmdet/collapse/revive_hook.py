@@ -83,33 +83,23 @@ class ReviveFilters(Hook):
 
     def _revive(self, runner: Any) -> None:
         model = unwrapped(runner.model)
-        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         said: list[Any] = [None, None]  # the summary, or an error
-        if get_rank() == 0:
-            try:
-                with undisturbed(self.seed):
-                    record = revive(model, self._call(runner, model), **self.options)
-                said[0] = summary(record)
-            except Exception as error:
-                if get_world_size() == 1:
-                    raise
-                said[1] = f"{type(error).__name__}: {error}"
-        broadcast_object_list(said, 0)
-        if said[1] is not None:  # on all ranks, or the others would wait
-            raise ReviveError(f"rank 0 could not revive: {said[1]}")
-        if get_world_size() > 1:
-            for tensor in tensors.values():
-                broadcast(tensor.data, 0)
-        changed = {
-            name: mask
-            for name, tensor in tensors.items()
-            if (mask := tensor.detach() != before[name]).any()
-        }
-        forget(runner.optim_wrapper, {id(tensors[name]): mask for name, mask in changed.items()})
-        for hook in runner.hooks:
-            if isinstance(hook, EMAHook) and hasattr(hook, "ema_model"):
-                take_over(hook.ema_model.module, tensors, changed)
+        with handed_on(runner, model):
+            if get_rank() == 0:
+                try:
+                    with undisturbed(self.seed):
+                        record = revive(model, self._call(runner, model), **self.options)
+                    said[0] = summary(record)
+                except Exception as error:
+                    if get_world_size() == 1:
+                        raise
+                    said[1] = f"{type(error).__name__}: {error}"
+            broadcast_object_list(said, 0)
+            if said[1] is not None:  # on all ranks, or the others would wait
+                raise ReviveError(f"rank 0 could not revive: {said[1]}")
+            if get_world_size() > 1:
+                for tensor in (*model.parameters(), *model.buffers()):
+                    broadcast(tensor.data, 0)
         runner.logger.info(f"ReviveFilters: {said[0]}")
 
     def _call(self, runner: Any, model: Any) -> Any:
@@ -166,22 +156,19 @@ class LiftGamma(Hook):
     def before_train(self, runner: Any) -> None:
         if runner.iter > 0:
             return
-        models = [unwrapped(runner.model)]
-        averages = [h for h in runner.hooks if isinstance(h, EMAHook) and hasattr(h, "ema_model")]
-        models += [hook.ema_model.module for hook in averages]
+        model = unwrapped(runner.model)
         try:
-            part, *others = [model.get_submodule(self.module) for model in models]
+            part = model.get_submodule(self.module)
         except AttributeError:
-            names = ", ".join(name for name, _ in models[0].named_children())
+            names = ", ".join(name for name, _ in model.named_children())
             raise ReviveError(
                 f"LiftGamma: the model has no {self.module!r}; it has {names}: name one of them "
                 "with module=..., or '' for the whole model"
             ) from None
-        record = lift_gamma(part, **self.options)
-        for other in others:
-            lift_gamma(other, **self.options)
+        with handed_on(runner, model):
+            record = lift_gamma(part, **self.options)
         runner.logger.info(f"LiftGamma: {self.module or 'model'}: {lift_summary(record)}")
-        self._warn(runner, models[0], part)
+        self._warn(runner, model, part)
 
     @staticmethod
     def _warn(runner: Any, model: nn.Module, part: nn.Module) -> None:
@@ -227,6 +214,23 @@ def undisturbed(seed: int) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextmanager
+def handed_on(runner: Any, model: nn.Module) -> Iterator[None]:
+    """What changes within it, optimizers forget and averages of ``EMAHook`` take over."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    yield
+    changed = {
+        name: mask
+        for name, tensor in tensors.items()
+        if (mask := tensor.detach() != before[name]).any()
+    }
+    forget(runner.optim_wrapper, {id(tensors[name]): mask for name, mask in changed.items()})
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook) and hasattr(hook, "ema_model"):
+            take_over(hook.ema_model.module, tensors, changed)
 
 
 def forget(optim_wrapper: Any, changed: dict[int, Tensor]) -> None:

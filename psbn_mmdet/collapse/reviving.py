@@ -964,8 +964,6 @@ def _revive(
     if not chosen:
         record["filters"]["left"] = found
         return record
-    numbers = _Account(model, calls)
-    unchanged = numbers.outputs(model)
     wide_calls = copy.copy(calls)
     wide = wide_calls.widen(model)
     account = _Account(wide, wide_calls)
@@ -986,6 +984,8 @@ def _revive(
         )
     written = carried
     if wide is not model:
+        numbers = _Account(model, calls)
+        unchanged = numbers.outputs(model)
         allowed = carried + _rounding(model, numbers, unchanged)
         _write_down(model, wide)
         written = compare(unchanged, numbers.outputs(model)).relative

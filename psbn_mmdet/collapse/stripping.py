@@ -28,12 +28,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..norm import PostShift, to_bn
-from .calls import (
-    Calls,
-    compare_runs,
-    difference,
-    outputs_of,
-)
+from .calls import Calls, compare_runs, difference, outputs_of
 from .criteria import (
     THRESHOLD,
     activation_probability,
