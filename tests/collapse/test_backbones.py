@@ -102,7 +102,7 @@ def build(cfg):
     return net
 
 
-SMALL = ("HRNet-W18", "CSPDarknet-S, ReLU", "EfficientNet-B0")
+SMALL = ("HRNet-W18", "CSPDarknet-S, ReLU", "CSPDarknet-S")
 
 
 @pytest.mark.parametrize("name", BACKBONES if "PSBN_TEST_BACKBONES" in os.environ else SMALL)
